@@ -1,0 +1,29 @@
+"""python run.py [group=choice ...] [key=value ...]: one experiment; with -m, a sweep. See README.md."""
+
+import logging
+import sys
+
+import hydra
+from hydra.errors import CompactHydraException
+from omegaconf import DictConfig
+
+
+@hydra.main(version_base="1.3", config_path="conf", config_name="config")
+def main(cfg: DictConfig) -> float | None:
+    """The primary metric of the run (what a sweeper optimizes), or None."""
+    from specomp.errors import UserError  # imported here: --help and tab completion need no torch
+    from specomp.pipeline import run
+
+    try:
+        return run(cfg)
+    except UserError as error:
+        # Hydra prints this class as the one line it is, lets the other jobs of a sweep go on, and exits 1.
+        raise CompactHydraException(f"specomp: {error}") from error
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except KeyboardInterrupt:
+        logging.getLogger("specomp").warning("Interrupted. Finished work is kept; the same command goes on from there.")
+        sys.exit(130)

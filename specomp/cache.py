@@ -1,0 +1,156 @@
+"""Content-addressed store on disk: tokens -> statistics -> spectra, shared by sweep jobs and processes.
+
+An entry is named by what made it (`digest` of a description), so it is never stale, only missing. Files appear by atomic rename
+under a lock; each carries a checksum, and an entry that does not match it is reported, dropped and made again.
+"""
+
+import errno
+import hashlib
+import json
+import logging
+import os
+import shutil
+import tempfile
+import zlib
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from filelock import FileLock
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from specomp.errors import UserError
+
+log = logging.getLogger(__name__)
+
+
+def digest(description: Any) -> str:
+    """sha256 (hex) of a JSON-able description, independent of key order."""
+    text = json.dumps(description, sort_keys=True, separators=(",", ":"), default=str)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _checksum(tensors: Mapping[str, Tensor]) -> str:
+    crc = 0
+    for name in sorted(tensors):
+        crc = zlib.crc32(name.encode(), crc)
+        flat = tensors[name].contiguous().view(-1)
+        crc = zlib.crc32(flat.view(torch.uint8).numpy(), crc)
+    return f"{crc:08x}"
+
+
+class Cache:
+    """Entries live at root/<kind>/<key>[/<part>.safetensors]."""
+
+    def __init__(self, root: Path | str) -> None:
+        self.root = Path(root).expanduser().absolute()
+        self.hits: dict[str, int] = {}
+        self.misses: dict[str, int] = {}
+
+    def lock(self, kind: str, key: str) -> FileLock:
+        """The inter-process lock of an entry; reentrant within this process."""
+        folder = self.root / "locks"
+        _make_folder(folder)
+        return FileLock(folder / f"{kind}-{key[:24]}.lock", is_singleton=True)
+
+    def count(self, kind: str, *, hit: bool) -> None:
+        """Remember a hit or miss, for the record and the log."""
+        counts = self.hits if hit else self.misses
+        counts[kind] = counts.get(kind, 0) + 1
+
+    def path(self, kind: str, key: str, part: str) -> Path:
+        """Where a part of an entry is or would be."""
+        return self.root / kind / key[:24] / f"{part}.safetensors"
+
+    def save(self, kind: str, key: str, part: str, tensors: Mapping[str, Tensor]) -> None:
+        """Write one part atomically. Raises UserError when the disk is full."""
+        path = self.path(kind, key, part)
+        _make_folder(path.parent)
+        payload = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+        with atomic_path(path) as temporary:
+            save_file(payload, temporary, metadata={"key": key, "checksum": _checksum(payload)})
+
+    def load(self, kind: str, key: str, part: str) -> dict[str, Tensor] | None:
+        """One part, or None when it is absent or damaged (which is logged, and the file removed)."""
+        path = self.path(kind, key, part)
+        if not path.exists():
+            return None
+        try:
+            with safe_open(path, framework="pt") as file:  # type: ignore[no-untyped-call]
+                metadata = file.metadata() or {}
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+            if metadata.get("key") != key or metadata.get("checksum") != _checksum(tensors):
+                raise ValueError("checksum mismatch")
+        except (SafetensorError, OSError, ValueError) as error:
+            log.warning("Cache entry %s is damaged (%s): dropped, computing it again.", path, error)
+            path.unlink(missing_ok=True)
+            return None
+        return tensors
+
+    def folder(self, kind: str, key: str, build: Callable[[Path], None]) -> Path:
+        """A folder made once by `build(temporary_folder)`; readers only ever see it complete."""
+        final = self.root / kind / key[:24]
+        if not final.exists():
+            with self.lock(kind, key):
+                if not final.exists():
+                    self.count(kind, hit=False)
+                    _make_folder(final.parent)
+                    temporary = Path(tempfile.mkdtemp(dir=final.parent, prefix=".making-"))
+                    try:
+                        with disk_errors(final):
+                            build(temporary)
+                        os.replace(temporary, final)
+                    finally:
+                        shutil.rmtree(temporary, ignore_errors=True)
+                    return final
+        self.count(kind, hit=True)
+        return final
+
+
+class disk_errors:  # noqa: N801 (a context manager used like a function)
+    """Turns 'no space left' while writing `path` into one actionable line."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __enter__(self) -> None: ...
+
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: object) -> None:
+        full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
+        # safetensors reports I/O errors as text
+        full = full or (isinstance(error, SafetensorError) and "No space left" in str(error))
+        if full:
+            free = shutil.disk_usage(self.path.parent).free / 2**20
+            raise UserError(
+                f"No space left while writing {self.path} ({free:.0f} MiB free): free some, or point paths.cache / paths.outputs elsewhere."
+            ) from error
+        if isinstance(error, PermissionError):
+            raise UserError(f"Cannot write {self.path}: permission denied; point paths.cache / paths.outputs elsewhere.") from error
+
+
+class atomic_path:  # noqa: N801
+    """`with atomic_path(final) as temporary:` write to temporary; it becomes final only if the block succeeds."""
+
+    def __init__(self, final: Path) -> None:
+        self.final = final
+        self.temporary = final.with_name(f".{final.name}.{os.getpid()}.tmp")
+        self.errors = disk_errors(final)
+
+    def __enter__(self) -> Path:
+        _make_folder(self.final.parent)
+        return self.temporary
+
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: object) -> None:
+        if error is None:
+            os.replace(self.temporary, self.final)
+        else:
+            self.temporary.unlink(missing_ok=True)
+            self.errors.__exit__(kind, error, trace)
+
+
+def _make_folder(folder: Path) -> None:
+    with disk_errors(folder / "."):
+        folder.mkdir(parents=True, exist_ok=True)

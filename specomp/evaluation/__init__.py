@@ -1,0 +1,1 @@
+"""Benchmarks: what is measured on a model in memory, dense or compressed."""

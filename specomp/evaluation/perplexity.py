@@ -1,0 +1,223 @@
+"""Token-level perplexity over fixed windows: the protocol of SVD-LLM's `ppl_eval` (methods.md 3.4), which is that of GPTQ.
+
+Text joined and tokenised once (special tokens as the tokenizer adds them, so at most one BOS), cut into non-overlapping windows,
+remainder dropped, window - 1 predictions per window, exp of the mean NLL over all predictions.
+Differs from the reference: a window whose NLL is not finite counts and is reported; there it is left out without a word.
+"""
+
+import hashlib
+import logging
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import torch
+from pydantic import Field, PositiveInt
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from specomp.data.text import TextSource
+from specomp.data.token_ids import check_vocabulary, read_token_ids, tokenize
+from specomp.errors import UserError
+from specomp.progress import track
+from specomp.settings import configurable
+
+log = logging.getLogger(__name__)
+CHUNK = 256  # positions whose float32 log-softmax exists at a time: 50 MB at a vocabulary of 49152
+MIN_WINDOW = 2  # one token to read, one to predict
+
+
+@dataclass(frozen=True)
+class WindowLoss:
+    """Summed NLL of every window, in nats: `per_window` (w,) float64, each over `predictions` tokens."""
+
+    per_window: Tensor
+    predictions: int
+
+    @property
+    def finite(self) -> Tensor:
+        """(w,) bool: windows whose NLL is a number."""
+        return torch.isfinite(self.per_window)
+
+    @property
+    def tokens(self) -> int:
+        """Predictions counted, non-finite windows included."""
+        return self.per_window.numel() * self.predictions
+
+    def mean(self, *, finite_only: bool = False) -> float:
+        """Mean NLL per prediction in nats; nan when no window is left."""
+        kept = self.per_window[self.finite] if finite_only else self.per_window
+        return float(kept.mean() / self.predictions)
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Eval mode without gradients; the mode of every submodule is put back afterwards.
+
+    no_grad and not inference_mode: buffers a model makes while it runs must stay usable in later training.
+    """
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        for module in training:
+            module.training = True
+
+
+def cut_windows(ids: Tensor, window: int, max_windows: int | None) -> Tensor:
+    """int64 (tokens,) -> (w, window): consecutive, non-overlapping, remainder dropped, the first `max_windows` kept (None = all)."""
+    count = ids.numel() // window
+    if max_windows is not None:
+        count = min(count, max_windows)
+    return ids[: count * window].view(count, window)
+
+
+def window_nll(model: PreTrainedModel, windows: Tensor, batch_size: int, *, description: str = "perplexity") -> WindowLoss:
+    """NLL in nats of every window, int64 (w, tokens), in float32, summed in float64; nothing is left out.
+
+    Equivalent to w * (tokens - 1) * the loss of `model(windows, labels=windows)`, without a float32 copy of all logits.
+    """
+    batches = windows.split(batch_size)  # type: ignore[no-untyped-call]
+    sums: list[Tensor] = []
+    with evaluating(model):
+        for batch in track(batches, description, len(batches)):
+            ids = batch.to(model.device)
+            logits = model(input_ids=ids, use_cache=False).logits[:, :-1]
+            sums.append(_summed_nll(logits, ids[:, 1:].to(logits.device)).cpu())
+    return WindowLoss(torch.cat(sums), windows.shape[1] - 1)
+
+
+def _summed_nll(logits: Tensor, targets: Tensor) -> Tensor:
+    """logits (batch, positions, vocabulary), targets (batch, positions) -> (batch,) float64."""
+    total = torch.zeros(len(targets), dtype=torch.float64)
+    for start in range(0, targets.shape[1], CHUNK):
+        part = logits[:, start : start + CHUNK].float()
+        nll = F.cross_entropy(part.transpose(1, 2), targets[:, start : start + CHUNK], reduction="none")
+        total += nll.double().sum(1).cpu()
+    return total
+
+
+def summarize(loss: WindowLoss, *, name: str, window: int, vocabulary: int) -> dict[str, float]:
+    """The metrics of one perplexity. `ppl` is inf or nan when a window is; `collapsed` is 1 when it is worse than guessing uniformly."""
+    nll = loss.mean()
+    ppl = _exp(nll)
+    nonfinite = int((~loss.finite).sum())
+    ppl_finite = _exp(loss.mean(finite_only=True))
+    if nonfinite:
+        log.warning(
+            "%s: NLL not finite in %d of %d windows: ppl %s, over the finite ones %.4f.", name, nonfinite, len(loss.finite), ppl, ppl_finite
+        )
+    return {
+        "ppl": ppl,
+        "nll": nll,
+        "ppl_finite": ppl_finite,
+        "tokens": float(loss.tokens),
+        "windows": float(len(loss.per_window)),
+        "window": float(window),
+        "nonfinite_windows": float(nonfinite),
+        "collapsed": 0.0 if ppl <= vocabulary else 1.0,  # written so that nan counts as collapsed
+    }
+
+
+def _exp(value: float) -> float:
+    try:
+        return math.exp(value)
+    except OverflowError:  # a finite NLL above 709 nats
+        return math.inf
+
+
+def _vocabulary(model: PreTrainedModel) -> int:
+    return int(model.config.get_text_config().vocab_size)
+
+
+@configurable
+class Perplexity:
+    """Perplexity of a text corpus. `window` is in tokens; `max_windows` None means the whole text."""
+
+    name: str
+    version: PositiveInt
+    corpus: TextSource
+    window: Annotated[int, Field(ge=MIN_WINDOW)]
+    max_windows: PositiveInt | None
+    batch_size: PositiveInt
+
+    @property
+    def id(self) -> str:
+        """For example wikitext2@1:512x24:5d1f0c92, the last part from the hash of the text: a local part of a corpus, or another
+        Python's documentation, is another benchmark. Reads the text."""
+        text = self.corpus.describe()["sha256"][:8]
+        return f"{self.name}@{self.version}:{self.window}x{self.max_windows or 'all'}:{text}"
+
+    def validate(self, max_length: int) -> None:
+        """Raises UserError when a window does not fit a context of `max_length` tokens, or the text cannot be had."""
+        if self.window > max_length:
+            raise UserError(
+                f"{self.name}: windows of {self.window} tokens do not fit the model's context of {max_length}: "
+                f"set benchmark.window to {max_length} or less."
+            )
+        self.corpus.describe()
+
+    def __call__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> dict[str, float]:
+        """ppl, nll (nats), ppl_finite, tokens, windows, window, nonfinite_windows, collapsed; see `summarize`.
+
+        Raises UserError when the text is shorter than one window.
+        """
+        ids = tokenize(self.corpus.text(), tokenizer)
+        windows = cut_windows(ids, self.window, self.max_windows)
+        if len(windows) == 0:
+            raise UserError(
+                f"{self.name}: the text has {ids.numel()} tokens, less than one window of {self.window}: "
+                f"set benchmark.window to {ids.numel()} or less, or use a longer text."
+            )
+        if self.max_windows is not None and len(windows) < self.max_windows:
+            log.warning(
+                "%s: the text fills %d windows of %d tokens, not the %d asked for.", self.name, len(windows), self.window, self.max_windows
+            )
+        log.info("%s: %d windows of %d tokens, out of %d tokens of text.", self.name, len(windows), self.window, ids.numel())
+        loss = window_nll(model, windows, self.batch_size, description=self.id)
+        return summarize(loss, name=self.name, window=self.window, vocabulary=_vocabulary(model))
+
+
+@configurable
+class TokenFilePerplexity:
+    """Perplexity of prepared token ids; every row of the file is one window. The ids must come from the model's own tokenizer."""
+
+    name: str
+    version: PositiveInt
+    path: Path
+    max_windows: PositiveInt | None
+    batch_size: PositiveInt
+
+    @property
+    def id(self) -> str:
+        """Names the content of the file, not its place: token_ids@1:xall:3f2a91c0. Raises UserError when it cannot be read."""
+        windows = self._windows()
+        content = hashlib.sha256(windows.numpy().tobytes() + repr(tuple(windows.shape)).encode()).hexdigest()[:8]
+        return f"{self.name}@{self.version}:x{self.max_windows or 'all'}:{content}"
+
+    def validate(self, max_length: int) -> None:
+        """Raises UserError when the file cannot be read or its rows do not fit a context of `max_length` tokens."""
+        length = self._windows().shape[1]
+        if length > max_length:
+            raise UserError(
+                f"{self.path}: rows of {length} tokens do not fit the model's context of {max_length}: "
+                "write shorter rows or choose another model."
+            )
+        if length < MIN_WINDOW:
+            raise UserError(f"{self.path}: rows of {length} token leave nothing to predict: write rows of {MIN_WINDOW} or more.")
+
+    def __call__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> dict[str, float]:
+        """The metrics of `Perplexity`. Raises UserError for ids outside the model's vocabulary."""
+        windows, vocabulary = self._windows()[: self.max_windows], _vocabulary(model)
+        check_vocabulary(windows, vocabulary, self.path)
+        loss = window_nll(model, windows, self.batch_size, description=self.id)
+        return summarize(loss, name=self.name, window=windows.shape[1], vocabulary=vocabulary)
+
+    def _windows(self) -> Tensor:
+        return read_token_ids(self.path)

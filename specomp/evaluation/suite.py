@@ -1,0 +1,59 @@
+"""A suite: the benchmarks of one yaml in conf/benchmark, and the contract every benchmark keeps."""
+
+from collections import Counter
+from pathlib import Path
+from typing import Any, Protocol
+
+from pydantic import PositiveInt
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from specomp.errors import UserError
+from specomp.settings import configurable
+
+
+class Benchmark(Protocol):
+    """Something that turns a model into named numbers."""
+
+    @property
+    def id(self) -> str:
+        """Name, version and what the numbers depend on: "wikitext2@1:2048xall"; results are stored under it."""
+
+    def validate(self, max_length: int) -> None:
+        """Raise UserError when the benchmark cannot run on a model with a context of `max_length` tokens; loads no model."""
+
+    def __call__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> dict[str, float]:
+        """Measure. The model comes back as it was."""
+
+
+@configurable
+class Suite:
+    """Several benchmarks. The fields below `parts` are what the parts have in common: the yaml of a part points at them
+    (`${...window}`), so one override (`benchmark.window=512`) reaches every part. A suite names only those its parts read."""
+
+    name: str
+    parts: dict[str, Any]  # label -> Benchmark
+    path: Path | None = None
+    window: PositiveInt | None = None
+    max_windows: PositiveInt | None = None
+    batch_size: PositiveInt | None = None
+    limit: PositiveInt | None = None
+    num_fewshot: int | None = None
+    task_batch_size: PositiveInt | None = None
+
+    @property
+    def benchmarks(self) -> tuple[Benchmark, ...]:
+        """The parts in the order of the yaml."""
+        return tuple(self.parts.values())
+
+    def validate(self, max_length: int) -> None:
+        """Check every part against a model context of `max_length` tokens. Raises UserError."""
+        for label, part in self.parts.items():
+            # not isinstance: before Python 3.12 that evaluates `id`, which may read a corpus
+            if not (hasattr(type(part), "id") and hasattr(part, "validate") and callable(part)):
+                raise UserError(
+                    f"benchmark.parts.{label} of suite {self.name} is a {type(part).__name__}, not a benchmark: check its _target_."
+                )
+            part.validate(max_length)
+        repeated = [identity for identity, count in Counter(part.id for part in self.benchmarks).items() if count > 1]
+        if repeated:
+            raise UserError(f"Suite {self.name} measures {repeated[0]} twice and would keep one result: rename or remove one of the parts.")

@@ -1,0 +1,176 @@
+"""The one decomposition behind every closed-form method, and what it yields.
+
+Every method minimizes ||D (W' - T) S||_F over rank-r matrices W'. With D = I the optimum is U_r U_r^T T, U_r the top
+eigenvectors of T G T^T and G = S S^T (Eckart-Young in the weighted norm). Neither S nor an inverse is needed, and a
+singular G is no problem. For m > n, T = Q R reduces it to R G R^T, so every eigenproblem has the size k = min(m, n).
+
+Shapes: m out_features, n in_features, k = min(m, n), r rank.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from specomp.linalg import SOLVE_DTYPE, SolveDtype, cholesky_damped, eigh_descending
+from specomp.ratio import break_even_rank
+
+# `auto` solves in float32, at half the time, where its rounding errors are this much smaller than the squared loss they could change.
+RESOLUTION = 1e-3
+
+
+@dataclass(frozen=True)
+class LowRankFactors:
+    """W ~= U @ Vt, U (m, r) and Vt (r, n), each component's length shared equally between its column of U and its row of Vt."""
+
+    U: Tensor
+    Vt: Tensor
+
+    @property
+    def rank(self) -> int:
+        """Number of components r."""
+        return self.U.shape[1]
+
+    def product(self) -> Tensor:
+        """U @ Vt (m, n)."""
+        return self.U @ self.Vt
+
+
+@dataclass(frozen=True)
+class Spectrum:
+    """All components of T in a norm: T = U @ rows, U (m, k), rows (k, n); s (k,) descending, s_i^2 = loss of dropping component i.
+
+    `rows` is Sigma V^T S^{-1} of the papers, so no component is ever divided by a small singular value. Knows no ratio.
+    """
+
+    U: Tensor
+    s: Tensor
+    rows: Tensor
+    damping: float = 0.0
+
+    def tail(self, rank: int) -> float:
+        """sqrt(sum_{i > rank} s_i^2): the smallest possible loss at this rank (Eckart-Young)."""
+        return float(self.s[rank:].double().square().sum().sqrt())
+
+
+def truncate(spectrum: Spectrum, rank: int) -> LowRankFactors:
+    """Best rank-r approximation in the norm of the spectrum; equals SVD truncation of W when S = I."""
+    return balanced(spectrum.U[:, :rank], spectrum.rows[:rank])
+
+
+def balanced(U: Tensor, Vt: Tensor) -> LowRankFactors:
+    """Share each component's length equally between both factors (the papers' Sigma^{1/2} on each side when S = I).
+
+    Product unchanged, and independent of the scale of the activations, so that low-precision storage is safe.
+    """
+    scale = (Vt.norm(dim=1) / U.norm(dim=0).clamp_min(torch.finfo(U.dtype).tiny)).sqrt()
+    return LowRankFactors(U * scale, Vt / torch.where(scale > 0, scale, torch.ones_like(scale))[:, None])
+
+
+class Norm(Protocol):
+    """The error that matters: ||D (W' - T) S||_F. The papers' S is the whitening matrix, D the identity."""
+
+    def decompose(self, target: Tensor) -> Spectrum:
+        """Every component of target (m, n) in this norm."""
+
+    def loss(self, error: Tensor) -> float:
+        """||D error S||_F for an error (m, n)."""
+
+
+@dataclass(frozen=True, eq=False)
+class GramNorm:
+    """||diag(left) E S||_F with S S^T = gram: an (n, n) Gram matrix, an (n,) diagonal, or None for the identity.
+
+    left: (m,) weights of the outputs, or None. solve: the precision; `auto` is float32 where that is provably enough, else float64.
+    """
+
+    gram: Tensor | None
+    left: Tensor | None = None
+    solve: SolveDtype = "auto"
+
+    def decompose(self, target: Tensor) -> Spectrum:
+        """Inverse-free and Cholesky-free: eigenvectors of R G R^T (k, k). Exact to the tolerance above, whichever precision `auto` takes."""
+        if self.solve != "float64":
+            spectrum, rounding = self._decompose(target, torch.float32)
+            m, n = target.shape
+            # Factors beyond the break-even rank are never stored, so that tail is the smallest loss that has to be resolved.
+            resolved = rounding <= RESOLUTION * spectrum.tail(math.ceil(break_even_rank(m, n))) ** 2
+            if self.solve == "float32" or resolved:
+                return spectrum
+        return self._decompose(target, SOLVE_DTYPE)[0]
+
+    def _decompose(self, target: Tensor, dtype: torch.dtype) -> tuple[Spectrum, float]:
+        """The spectrum, and the size of the rounding errors in its squared singular values."""
+        weighted = target.to(dtype)
+        if self.left is not None:
+            weighted = self.left.to(dtype)[:, None] * weighted
+        m, n = weighted.shape
+        basis, reduced = torch.linalg.qr(weighted) if m > n else (None, weighted)
+        values, vectors = eigh_descending(weigh(reduced, self.gram) @ reduced.T)
+        U = vectors if basis is None else basis @ vectors
+        if self.left is not None:
+            U = U / self.left.to(dtype)[:, None]
+        # Every entry of R G R^T sums terms as large as those of the Gram's diagonal allow, even where they cancel.
+        diagonal = None if self.gram is None else self.gram.diagonal() if self.gram.ndim == 2 else self.gram
+        terms = float((weigh(reduced, diagonal) * reduced).sum(dtype=SOLVE_DTYPE))
+        rounding = torch.finfo(dtype).eps * max(terms, float(values.sum(dtype=SOLVE_DTYPE)))
+        return Spectrum(U.float(), values.sqrt().float(), (vectors.T @ reduced).float()), rounding
+
+    def loss(self, error: Tensor) -> float:
+        """sqrt(trace(E G E^T)) in the dtype of error."""
+        if self.left is not None:
+            error = self.left.to(error.dtype)[:, None] * error
+        return float((weigh(error, self.gram) * error).sum(dtype=SOLVE_DTYPE).clamp_min(0).sqrt())
+
+
+def weigh(matrix: Tensor, gram: Tensor | None) -> Tensor:
+    """matrix (m, n) times the Gram: dense, diagonal or identity."""
+    if gram is None:
+        return matrix
+    gram = gram.to(matrix.dtype)
+    return matrix @ gram if gram.ndim == 2 else matrix * gram
+
+
+@dataclass(frozen=True, eq=False)
+class CholeskyNorm:
+    """The same norm by the published route: S = chol(G), SVD of W S, then S^{-1} (SVD-LLM). Kept for the ablation; damping is recorded."""
+
+    gram: Tensor
+    start_damping: float
+    max_damping: float
+
+    def decompose(self, target: Tensor) -> Spectrum:
+        """SVD-LLM, Algorithm 1. Raises ValueError when the Gram cannot be made positive definite."""
+        S, damping = cholesky_damped(self.gram, self.start_damping, self.max_damping)
+        U, s, Vt = torch.linalg.svd(target.to(SOLVE_DTYPE) @ S, full_matrices=False)
+        rows = torch.linalg.solve_triangular(S, s[:, None] * Vt, upper=False, left=False)
+        return Spectrum(U.float(), s.float(), rows.float(), damping)
+
+    def loss(self, error: Tensor) -> float:
+        """In the undamped norm."""
+        return GramNorm(self.gram).loss(error)
+
+
+def refit_left(target: Tensor, Vt: Tensor, gram: Tensor) -> Tensor:
+    """U (m, r) minimizing ||(U Vt - T) S||_F, S S^T = gram (n, n): AdaSVD Eq. 8-12, SVD-LLM's closed-form update.
+
+    U = T G V (V^T G V)^+, with the pseudo-inverse taken through eigenvectors in float64. Equals torch.linalg.lstsq on raw activations:
+    only G is needed, whatever the number of samples.
+    """
+    V = Vt.to(SOLVE_DTYPE).T
+    GV = gram.to(SOLVE_DTYPE) @ V
+    return target.to(SOLVE_DTYPE) @ GV @ torch.linalg.pinv(V.T @ GV, hermitian=True)
+
+
+def refit_left_naive(target: Tensor, Vt: Tensor, gram: Tensor) -> Tensor:
+    """The same by the normal equations with an explicit inverse in float32 (AdaSVD Eq. 6; the unstable curve of its Figure 3a)."""
+    V = Vt.float().T
+    GV = gram.float() @ V
+    return target.float() @ GV @ torch.linalg.inv(V.T @ GV)
+
+
+def refit_right(target: Tensor, U: Tensor) -> Tensor:
+    """Vt (r, n) = U^+ T minimizing ||U Vt - T|| in any norm on the input side (AdaSVD Eq. 13, whose printed transpose does not fit)."""
+    return torch.linalg.pinv(U.to(SOLVE_DTYPE)) @ target.to(SOLVE_DTYPE)

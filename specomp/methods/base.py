@@ -1,0 +1,136 @@
+"""A method is a row: one choice for each slot. The slots' protocols, and what the pipeline hands them.
+
+Slots are frozen settings with a `__call__`; they see names, shapes and statistics, never a model, a tokenizer or a config.
+Shapes: W (m, n), r rank.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import fields, is_dataclass
+from typing import Any, Literal, Protocol, runtime_checkable
+
+from torch import Tensor, nn
+
+from specomp.factors import LowRankFactors, Norm, Spectrum
+from specomp.models.family import LinearSpec
+from specomp.ratio import Ratio
+from specomp.settings import configurable
+from specomp.statistics import Statistic, Stats
+
+Upstream = Literal["dense", "compressed"]
+Probe = Callable[[str, int], float]
+"""Mean token loss on the calibration set when one linear (name) is cut to a rank; dense when the name is ''."""
+
+
+class Spectra(Protocol):
+    """Lazy, cached spectra of the dense model, by linear name."""
+
+    def __call__(self, name: str) -> Spectrum:
+        """The spectrum of one linear."""
+
+
+class StatsOf(Protocol):
+    """Lazy, cached statistics of the dense model, by linear name."""
+
+    def __call__(self, name: str) -> Stats:
+        """The statistics of one linear."""
+
+
+@runtime_checkable
+class Target(Protocol):
+    """What W' approximates."""
+
+    def __call__(self, W: Tensor, stats: Stats) -> Tensor:
+        """T (m, n)."""
+
+
+@runtime_checkable
+class Whitening(Protocol):
+    """In which norm."""
+
+    @property
+    def needs(self) -> frozenset[Statistic]:
+        """Statistics the norm is made of."""
+
+    def __call__(self, stats: Stats) -> Norm:
+        """The norm of one linear."""
+
+
+@runtime_checkable
+class Allocation(Protocol):
+    """How much rank where."""
+
+    @property
+    def needs(self) -> frozenset[Statistic]:
+        """Statistics it reads, of the dense model."""
+
+    def __call__(self, linears: Sequence[LinearSpec], target: Ratio, stats: StatsOf, spectra: Spectra, probe: Probe) -> dict[str, int]:
+        """Rank per linear name; at or above break-even means dense."""
+
+
+@runtime_checkable
+class Compensation(Protocol):
+    """Repair of the factors after truncation, without a gradient step."""
+
+    upstream: Upstream
+
+    @property
+    def needs(self) -> frozenset[Statistic]:
+        """Statistics it reads, of inputs that passed through `upstream` decoder layers."""
+
+    @property
+    def num_samples(self) -> int | None:
+        """How many of the calibration samples it reads; None is all."""
+
+    def __call__(self, target: Tensor, factors: LowRankFactors, stats: Stats) -> LowRankFactors:
+        """Better factors of the same rank."""
+
+
+@runtime_checkable
+class Training(Protocol):
+    """Gradient-based refinement; phases = () means calibration only."""
+
+    @property
+    def phases(self) -> tuple[Any, ...]:
+        """The stages of the schedule, in order."""
+
+
+@runtime_checkable
+class Packing(Protocol):
+    """How factors are stored."""
+
+    def __call__(self, linear: nn.Linear, factors: LowRankFactors) -> nn.Module:
+        """The module that takes the linear's place."""
+
+
+@runtime_checkable
+class Quantizer(Protocol):
+    """Quantization of the factors; bits per stored number."""
+
+    bits: int
+
+    def __call__(self, factors: LowRankFactors, stats: Stats) -> LowRankFactors:
+        """Fake-quantized factors, dtype unchanged."""
+
+
+@configurable
+class Method:
+    """A compression method: what to approximate, in which norm, how much rank where, how to repair, whether to train, how to store."""
+
+    name: str
+    target: Target
+    whitening: Whitening
+    allocation: Allocation
+    compensation: Compensation
+    training: Training
+    packing: Packing
+
+    @property
+    def is_dense(self) -> bool:
+        """Whether nothing is compressed: the reference row."""
+        return self.name == "dense"
+
+
+def describe(slot: Any) -> dict[str, Any]:
+    """A slot's class and settings, JSON-able: what a cache key or a record says of it."""
+    settings = {x.name: getattr(slot, x.name) for x in fields(slot)}
+    return {"class": type(slot).__name__} | {k: describe(v) if is_dataclass(v) else v for k, v in settings.items()}

@@ -1,0 +1,161 @@
+"""Compressed models on disk: folders that transformers loads like any other, bit for bit what was saved.
+
+form="factors"  U and Vt as they are. The config has a model_type of its own (specomp_llama) and lists the rank of every low-rank
+                linear; one generated Python file makes the folder self-contained. Loads by plain AutoModelForCausalLM after
+                `import specomp`, or without specomp by trust_remote_code=True; with neither, transformers refuses.
+form="dense"    U Vt multiplied out to plain linears under the original model_type: loads everywhere, saves no memory.
+"""
+
+import contextlib
+import inspect
+import json
+import logging
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Literal
+
+from torch import Tensor, nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+from specomp import __version__
+from specomp.cache import disk_errors
+from specomp.errors import UserError
+from specomp.models.families import COMPRESSED_PREFIX, base_model_type, family_of
+from specomp.models.load import LoadedModel, checked_folder, open_model, quiet
+from specomp.models.remote import low_rank_config, low_rank_model
+from specomp.models.sources import folder_config, folder_tokenizer
+from specomp.modules import LowRankLinear
+
+log = logging.getLogger(__name__)
+
+INFO_FILE = "specomp.json"  # also marks a folder as ours, which may be replaced
+MAX_SHARD = "5GB"
+
+
+def save_compressed(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    folder: Path,
+    *,
+    form: Literal["factors", "dense"],
+    info: dict[str, Any],
+) -> None:
+    """Write a model whose linears are nn.Linear or LowRankLinear, its tokenizer, generation settings and `info` (specomp.json).
+
+    The folder appears complete or not at all; an earlier export there is replaced. Raises UserError when the folder holds
+    something else, when a linear is of another type, and when the disk is full.
+    """
+    family_of(model.config).linears(model)
+    ranks = {name: module.rank for name, module in low_rank_linears(model).items()}
+    dtypes = {parameter.dtype for parameter in model.parameters() if parameter.is_floating_point()}
+    if len(dtypes) > 1:
+        log.warning("%s: weights of several dtypes (%s); loading casts them to one.", folder, ", ".join(sorted(map(str, dtypes))))
+    with _replacing(Path(folder)) as target:
+        with quiet():
+            model.save_pretrained(target, state_dict=merged_state(model) if form == "dense" else None, max_shard_size=MAX_SHARD)
+            tokenizer.save_pretrained(target)
+        base = base_model_type(model.config)
+        config = json.loads((target / "config.json").read_text())
+        foreign = ("auto_map", "lowrank_ranks")  # of the folder that the model itself was loaded from
+        kept = {key: value for key, value in config.items() if key not in foreign}
+        _write_json(target / "config.json", kept | _identity(base, ranks, form))
+        if form == "factors":
+            (target / f"{_file_stem(base)}.py").write_text(modelling_source(base))
+        _write_json(target / INFO_FILE, {"specomp": __version__, "form": form, **info})
+
+
+def load(folder: Path | str, *, dtype: str | None = None, device_map: str | None = None) -> LoadedModel:
+    """The model in a folder that `save_compressed` wrote (either form), in eval mode on the CPU unless device_map says otherwise.
+
+    dtype: "float32", "bfloat16", "float16", or None for the one it was saved in. Raises UserError when the folder is damaged.
+    """
+    path = checked_folder(str(folder))
+    config = folder_config(path, trust_remote_code=False)
+    family = family_of(config)
+    tokenizer = folder_tokenizer(path, trust_remote_code=False)
+    device = "cpu" if device_map is None else "auto"
+    return LoadedModel(open_model(path, config, dtype=dtype or "auto", device=device, device_map=device_map), tokenizer, family)
+
+
+def low_rank_linears(model: nn.Module) -> dict[str, LowRankLinear]:
+    """Every LowRankLinear by its full dotted name."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, LowRankLinear)}
+
+
+def merged_state(model: nn.Module) -> dict[str, Tensor]:
+    """The state dict with the factors of each LowRankLinear multiplied out to `weight` (m n), and its bias under `bias`."""
+    state = dict(model.state_dict())
+    for name, module in low_rank_linears(model).items():
+        del state[f"{name}.v_proj.weight"], state[f"{name}.u_proj.weight"]
+        state[f"{name}.weight"] = module.merged_weight()
+        if module.u_proj.bias is not None:
+            state[f"{name}.bias"] = state.pop(f"{name}.u_proj.bias")
+    return state
+
+
+def modelling_source(base: str) -> str:
+    """The Python file that goes with the weights of a compressed `base` model: the classes of this package, copied, and two lines."""
+    config, model = _class_names(base)
+    copied = "\n\n".join(inspect.getsource(item) for item in (LowRankLinear, low_rank_config, low_rank_model))
+    return f'''"""A {base} model whose listed linears (config.json: lowrank_ranks) are products of two factors. Written by specomp {__version__}.
+
+Loads with AutoModelForCausalLM.from_pretrained(FOLDER, trust_remote_code=True), or after `import specomp` without that option.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import {config}, {model}
+
+
+{copied}
+
+Specomp{config} = low_rank_config({config}, "{COMPRESSED_PREFIX}{base}")
+Specomp{model} = low_rank_model({model}, Specomp{config})
+'''
+
+
+def _identity(base: str, ranks: dict[str, int], form: str) -> dict[str, Any]:
+    """The fields of config.json that say which classes open the folder."""
+    config, model = _class_names(base)
+    if form == "dense":
+        return {"model_type": base, "architectures": [model]}
+    classes = {"AutoConfig": f"{_file_stem(base)}.Specomp{config}", "AutoModelForCausalLM": f"{_file_stem(base)}.Specomp{model}"}
+    return {"model_type": COMPRESSED_PREFIX + base, "architectures": [f"Specomp{model}"], "auto_map": classes, "lowrank_ranks": ranks}
+
+
+def _class_names(base: str) -> tuple[str, str]:
+    return CONFIG_MAPPING[base].__name__, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[base]
+
+
+def _file_stem(base: str) -> str:
+    return f"modeling_{COMPRESSED_PREFIX}{base}"
+
+
+def _write_json(path: Path, content: dict[str, Any]) -> None:
+    path.write_text(json.dumps(content, indent=2) + "\n")
+
+
+@contextlib.contextmanager
+def _replacing(folder: Path) -> Iterator[Path]:
+    """A temporary sibling that becomes `folder` if the block succeeds."""
+    folder = folder.expanduser().absolute()
+    if folder.exists() and not (folder / INFO_FILE).is_file() and (not folder.is_dir() or any(folder.iterdir())):
+        raise UserError(f"{folder} exists and was not written by specomp: name another folder, or remove it.")
+    temporary = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
+    previous = folder.with_name(f".{folder.name}.{os.getpid()}.old")
+    try:
+        with disk_errors(folder):
+            temporary.mkdir(parents=True)
+            yield temporary
+            if folder.exists():
+                os.replace(folder, previous)
+            os.replace(temporary, folder)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+        shutil.rmtree(previous, ignore_errors=True)

@@ -1,0 +1,62 @@
+"""The supported model families, one row each, and the look-up from a transformers config."""
+
+from transformers import PreTrainedConfig
+
+from specomp.errors import UserError
+from specomp.models.family import ModelFamily, Site
+
+LLAMA = ModelFamily(
+    name="llama",  # LLaMA 1-3, Vicuna, SmolLM2, Mistral, Qwen 2-3 and Gemma 2 name their linears alike
+    model_types=("llama", "mistral", "qwen2", "qwen3", "gemma2"),
+    decoder_layers="model.layers",
+    sites=(
+        Site(("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")),
+        Site(("self_attn.o_proj",)),
+        Site(("mlp.gate_proj", "mlp.up_proj")),
+        Site(("mlp.down_proj",)),
+    ),
+)
+
+PHI3 = ModelFamily(
+    name="phi3",  # q, k, v are one linear, gate and up another
+    model_types=("phi3",),
+    decoder_layers="model.layers",
+    sites=(
+        Site(("self_attn.qkv_proj",)),
+        Site(("self_attn.o_proj",)),
+        Site(("mlp.gate_up_proj",)),
+        Site(("mlp.down_proj",)),
+    ),
+)
+
+OPT = ModelFamily(
+    name="opt",
+    model_types=("opt",),
+    decoder_layers="model.decoder.layers",
+    sites=(
+        Site(("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")),
+        Site(("self_attn.out_proj",)),
+        Site(("fc1",)),
+        Site(("fc2",)),
+    ),
+)
+
+FAMILIES = (LLAMA, PHI3, OPT)
+FAMILY_OF_TYPE = {model_type: family for family in FAMILIES for model_type in family.model_types}
+COMPRESSED_PREFIX = "specomp_"  # a compressed folder of a llama has the model_type "specomp_llama"
+
+
+def base_model_type(config: PreTrainedConfig) -> str:
+    """The model_type, without the mark of a compressed folder: "llama" for "llama" and for "specomp_llama"."""
+    return config.model_type.removeprefix(COMPRESSED_PREFIX)
+
+
+def family_of(config: PreTrainedConfig) -> ModelFamily:
+    """The family of a model, from its config alone. Raises UserError for a model_type that no family lists."""
+    family = FAMILY_OF_TYPE.get(base_model_type(config))
+    if family is None:
+        raise UserError(
+            f"Model type '{config.model_type}' is not supported; supported: {', '.join(sorted(FAMILY_OF_TYPE))}. "
+            "To add one, write a ModelFamily of about 10 lines in specomp/models/families.py and add it to FAMILIES there."
+        )
+    return family

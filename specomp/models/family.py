@@ -1,0 +1,102 @@
+"""A model family is data: where the decoder layers are and which of their linears share an input. No forward code."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from torch import nn
+
+from specomp.errors import UserError
+from specomp.modules import LowRankLinear
+
+
+@dataclass(frozen=True)
+class Site:
+    """Linears fed by the same activation, so that one Gram serves them all. Names are relative to a decoder layer."""
+
+    linears: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class LinearSpec:
+    """One compressible linear: what a method may know about it."""
+
+    name: str  # full dotted module name, "model.layers.3.self_attn.q_proj"
+    m: int  # out_features
+    n: int  # in_features
+    decoder_layer: int  # index of its decoder layer
+    site: int  # index of its site within the decoder layer: (decoder_layer, site) names the shared input
+    kind: str  # name relative to the decoder layer, "self_attn.q_proj"
+
+    @property
+    def params(self) -> int:
+        """Parameters of the dense weight, bias not counted."""
+        return self.m * self.n
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelFamily:
+    """Models with the same module names. To support one more, write a row like those in specomp/models/families.py."""
+
+    name: str
+    model_types: tuple[str, ...]  # `model_type` of the transformers configs it covers
+    decoder_layers: str  # dotted name of the list of decoder layers, "model.layers"
+    sites: tuple[Site, ...]
+
+    def decoder(self, model: nn.Module) -> nn.Module:
+        """Embeddings, decoder layers and final norm, without the LM head: the owner of the list of decoder layers."""
+        return self._submodule(model, self.decoder_layers.rpartition(".")[0])
+
+    def layers(self, model: nn.Module) -> list[nn.Module]:
+        """The decoder layers in order."""
+        return list(self._submodule(model, self.decoder_layers).children())
+
+    def linears(self, model: nn.Module) -> list[LinearSpec]:
+        """Every compressible linear, decoder layer by decoder layer, in the order of the sites.
+
+        Raises UserError where a module of the family is absent or is neither nn.Linear nor LowRankLinear.
+        """
+        specs = []
+        for index, decoder_layer in enumerate(self.layers(model)):
+            for site, kind in ((number, kind) for number, site in enumerate(self.sites) for kind in site.linears):
+                name = f"{self.decoder_layers}.{index}.{kind}"
+                linear = self._checked_linear(decoder_layer, kind, name)
+                specs.append(LinearSpec(name, linear.out_features, linear.in_features, index, site, kind))
+        return specs
+
+    def windows(self, model: nn.Module, size: int | None) -> Iterator[range]:
+        """Consecutive ranges of `size` decoder-layer indices that cover the model; all of it at once when size is None."""
+        count = len(self.layers(model))
+        step = size or count
+        for start in range(0, count, step):
+            yield range(start, min(start + step, count))
+
+    def _submodule(self, model: nn.Module, name: str) -> nn.Module:
+        try:
+            return model.get_submodule(name)
+        except AttributeError as error:
+            raise UserError(
+                f"{type(model).__name__} has no module '{name}', which family '{self.name}' expects: "
+                "check decoder_layers of the family in specomp/models/families.py."
+            ) from error
+
+    def _checked_linear(self, decoder_layer: nn.Module, kind: str, name: str) -> nn.Linear | LowRankLinear:
+        supported = "supported are torch.nn.Linear and specomp's LowRankLinear"
+        try:
+            module = decoder_layer.get_submodule(kind)
+        except AttributeError as error:
+            raise UserError(
+                f"{name} does not exist in {type(decoder_layer).__name__}, but family '{self.name}' lists it ({supported}): "
+                "give this model a family of its own in specomp/models/families.py."
+            ) from error
+        if not isinstance(module, nn.Linear | LowRankLinear):
+            raise UserError(f"{name} is a {_type_name(module)}; {supported}: load the model unquantized and without adapters.")
+        if isinstance(module, nn.Linear) and not module.weight.is_floating_point():
+            raise UserError(
+                f"{name} is a {_type_name(module)} with {module.weight.dtype} weights; {supported} with float weights: "
+                "load the model unquantized."
+            )
+        return module
+
+
+def _type_name(module: nn.Module) -> str:
+    return f"{type(module).__module__}.{type(module).__qualname__}"

@@ -1,0 +1,94 @@
+"""Makes transformers know the compressed model types, at no cost to programs that never import transformers.
+
+Three steps, each only when the one before needs it: `import specomp` watches for the import of AutoConfig; AutoConfig gets a
+stand-in per compressed model type; the first folder that is loaded makes the real classes. (The real classes cannot be made any
+earlier: they need the model code, which cannot be imported while transformers' Auto modules, which import each other, are half-made.)
+"""
+
+import importlib.abc
+import importlib.machinery
+import importlib.util
+import sys
+from collections.abc import Mapping, Sequence
+from types import ModuleType
+from typing import Any
+
+AUTO_CONFIG = "transformers.models.auto.configuration_auto"
+
+
+def register() -> None:
+    """Give AutoConfig and AutoModelForCausalLM the classes of every supported compressed model type. Idempotent; imports torch."""
+    import transformers
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, AutoModelForCausalLM
+
+    from specomp.models.families import COMPRESSED_PREFIX, FAMILY_OF_TYPE
+    from specomp.models.remote import low_rank_config, low_rank_model
+
+    for base in FAMILY_OF_TYPE:
+        name = COMPRESSED_PREFIX + base
+        if name in CONFIG_MAPPING and not issubclass(CONFIG_MAPPING[name], _StandIn):
+            continue
+        config_class = low_rank_config(CONFIG_MAPPING[base], name)
+        model_class = low_rank_model(getattr(transformers, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[base]), config_class)
+        AutoModelForCausalLM.register(config_class, model_class)
+        CONFIG_MAPPING.register(name, config_class)
+
+
+def register_when_needed() -> None:
+    """See the module docstring. Idempotent, milliseconds."""
+    if AUTO_CONFIG in sys.modules:
+        _register_stand_ins()
+    elif not any(isinstance(finder, _WatchAutoConfig) for finder in sys.meta_path):
+        sys.meta_path.insert(0, _WatchAutoConfig())
+
+
+class _StandIn:
+    """What AutoConfig finds for a compressed model type before `register()`: registers, then acts as the real config class."""
+
+    model_type: str
+
+    def __new__(cls, **fields: Any) -> Any:
+        return cls._real()(**fields)
+
+    @classmethod
+    def from_dict(cls, config_dict: Mapping[str, Any], **options: Any) -> Any:
+        return cls._real().from_dict(config_dict, **options)
+
+    @classmethod
+    def _real(cls) -> Any:
+        from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+        register()
+        return CONFIG_MAPPING[cls.model_type]
+
+
+def _register_stand_ins() -> None:
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+    from specomp.models.families import COMPRESSED_PREFIX, FAMILY_OF_TYPE
+
+    for name in (COMPRESSED_PREFIX + base for base in FAMILY_OF_TYPE):
+        if name not in CONFIG_MAPPING:
+            CONFIG_MAPPING.register(name, type("StandIn", (_StandIn,), {"model_type": name}))  # type: ignore[arg-type]
+
+
+class _WatchAutoConfig(importlib.abc.MetaPathFinder):
+    """Finds the module of AutoConfig, once, the way the other finders do, and puts the stand-ins into it after its code has run."""
+
+    def find_spec(
+        self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
+    ) -> importlib.machinery.ModuleSpec | None:
+        if fullname != AUTO_CONFIG:
+            return None
+        sys.meta_path.remove(self)
+        spec = importlib.util.find_spec(fullname)
+        if spec is not None and spec.loader is not None:
+            execute = spec.loader.exec_module
+
+            def execute_and_register(module: ModuleType) -> None:
+                execute(module)
+                _register_stand_ins()
+
+            spec.loader.exec_module = execute_and_register  # type: ignore[method-assign]
+        return spec

@@ -1,0 +1,39 @@
+"""The classes of a compressed model, made from those of any causal LM of transformers.
+
+The source of both functions and of LowRankLinear is copied into every export (export.py::modelling_source), so that a compressed
+folder also loads where specomp is not installed: they may use nothing but torch, transformers and each other.
+"""
+
+from typing import Any
+
+from specomp.modules import LowRankLinear
+
+
+def low_rank_config(base: Any, compressed_type: str) -> Any:
+    """The config class of `base` with a model_type of its own and the rank of every LowRankLinear by its full module name."""
+
+    class LowRankConfig(base):  # type: ignore[misc]
+        model_type = compressed_type  # unknown to a stock transformers: a clear error there, never random weights
+        lowrank_ranks: dict[str, int] | None = None
+
+    LowRankConfig.__name__ = LowRankConfig.__qualname__ = f"Specomp{base.__name__}"
+    return LowRankConfig
+
+
+def low_rank_model(base: Any, low_rank_config_class: Any) -> Any:
+    """The model class of `base` whose linears named in config.lowrank_ranks are LowRankLinear modules."""
+
+    class LowRankModel(base):  # type: ignore[misc]
+        config_class = low_rank_config_class
+
+        def __init__(self, config: Any) -> None:
+            super().__init__(config)
+            for name, rank in (config.lowrank_ranks or {}).items():
+                dense = self.get_submodule(name)
+                place = {"dtype": dense.weight.dtype, "device": dense.weight.device}  # the meta device while weights are being loaded
+                module = LowRankLinear(dense.in_features, dense.out_features, rank, bias=dense.bias is not None, **place)
+                parent, _, leaf = name.rpartition(".")
+                setattr(self.get_submodule(parent), leaf, module)
+
+    LowRankModel.__name__ = LowRankModel.__qualname__ = f"Specomp{base.__name__}"
+    return LowRankModel

@@ -1,0 +1,202 @@
+"""Where models come from: one class per source, named by the `_target_` of conf/model/*.yaml. The embedded default is in gguf.py."""
+
+import logging
+import re
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import tokenizers
+import torch
+import transformers
+from huggingface_hub.errors import StrictDataclassError
+from pydantic import Field
+from tokenizers import decoders, pre_tokenizers
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+
+from specomp.cache import Cache
+from specomp.errors import UserError
+from specomp.models.hub import hub_errors
+from specomp.models.load import (
+    LoadedModel,
+    cast_weights,
+    checked_folder,
+    context_length,
+    dense_family,
+    folder_hashes,
+    open_model,
+    quiet,
+    read_config,
+    torch_device,
+)
+from specomp.settings import configurable
+
+log = logging.getLogger(__name__)
+
+COMMIT = re.compile(r"[0-9a-f]{40}")
+
+
+@configurable
+class Source:
+    """What every source is told: how to call the model, and the precision and place it runs in."""
+
+    name: str  # short label in records and tables
+    dtype: Literal["float32", "bfloat16", "float16"]
+    device: Annotated[str, Field(pattern=r"^(auto|cpu|mps|cuda(:\d+)?)$")]
+    device_map: str | None  # transformers' device_map, to spread over several devices; then device must be auto
+
+
+@configurable
+class HubModel(Source):
+    """A repository of the Hugging Face hub at one commit."""
+
+    repo: str
+    revision: str  # commit hash; a branch name works but does not pin
+    weights: Literal["safetensors", "bin"]  # bin: torch pickles, read by torch's weights-only unpickler, which runs no code
+    trust_remote_code: bool  # run modelling code of the repository instead of transformers' own
+
+    def fingerprint(self, cache: Cache) -> dict[str, Any]:
+        """What determines the weights. A revision that is not a commit is logged, since it may change under the same name."""
+        if not COMMIT.fullmatch(self.revision):
+            log.warning("%s: revision '%s' is not a commit hash, so results are not tied to fixed weights.", self.repo, self.revision)
+        return {"source": "hub", "repo": self.repo, "revision": self.revision, "dtype": self.dtype}
+
+    def max_length(self, cache: Cache) -> int:
+        """Context of the model in tokens."""
+        return context_length(self._config())
+
+    def tokenizer(self, cache: Cache) -> PreTrainedTokenizerBase:
+        """The tokenizer of the repository."""
+        with hub_errors(self.repo, self.revision), quiet():
+            return AutoTokenizer.from_pretrained(  # type: ignore[no-any-return]
+                self.repo, revision=self.revision, trust_remote_code=self.trust_remote_code
+            )
+
+    def load(self, cache: Cache) -> LoadedModel:
+        """Download (once, into the hub's own cache) and open. Raises UserError offline, without access, or if unsupported."""
+        config = self._config()
+        family = dense_family(config, self.repo)
+        tokenizer = self.tokenizer(cache)
+        with hub_errors(self.repo, self.revision):
+            model = open_model(
+                self.repo,
+                config,
+                dtype=self.dtype,
+                device=self.device,
+                device_map=self.device_map,
+                revision=self.revision,
+                trust_remote_code=self.trust_remote_code,
+                use_safetensors=self.weights == "safetensors",
+            )
+        return LoadedModel(model, tokenizer, family)
+
+    def _config(self) -> PreTrainedConfig:
+        with hub_errors(self.repo, self.revision):
+            return read_config(self.repo, revision=self.revision, trust_remote_code=self.trust_remote_code)
+
+
+@configurable
+class LocalModel(Source):
+    """A folder with config.json, safetensors and a tokenizer, as save_pretrained writes it."""
+
+    path: str
+    trust_remote_code: bool  # run modelling code found in the folder
+
+    def fingerprint(self, cache: Cache) -> dict[str, Any]:
+        """What determines the weights: the content of the files, wherever they are."""
+        return {"source": "local", "files": folder_hashes(checked_folder(self.path), cache), "dtype": self.dtype}
+
+    def max_length(self, cache: Cache) -> int:
+        """Context of the model in tokens."""
+        return context_length(self._config(checked_folder(self.path)))
+
+    def tokenizer(self, cache: Cache) -> PreTrainedTokenizerBase:
+        """The tokenizer in the folder."""
+        return folder_tokenizer(checked_folder(self.path), trust_remote_code=self.trust_remote_code)
+
+    def load(self, cache: Cache) -> LoadedModel:
+        """Open the folder. Raises UserError when it is damaged, unsupported or compressed already."""
+        folder = checked_folder(self.path)
+        config = self._config(folder)
+        family = dense_family(config, folder)
+        tokenizer = folder_tokenizer(folder, trust_remote_code=self.trust_remote_code)
+        place = {"dtype": self.dtype, "device": self.device, "device_map": self.device_map}
+        model = open_model(folder, config, trust_remote_code=self.trust_remote_code, **place)  # type: ignore[arg-type]
+        return LoadedModel(model, tokenizer, family)
+
+    def _config(self, folder: Path) -> PreTrainedConfig:
+        return folder_config(folder, trust_remote_code=self.trust_remote_code)
+
+
+@configurable
+class RandomModel(Source):
+    """Random weights of a given architecture with a byte-level tokenizer: for tests and shape benchmarks, offline."""
+
+    architecture: str  # transformers model_type
+    seed: int
+    config: dict[str, Any]  # fields of the architecture's config; vocab_size and special tokens follow the tokenizer if absent
+
+    def fingerprint(self, cache: Cache) -> dict[str, Any]:
+        """What determines the weights; the libraries that draw them included."""
+        versions = {"torch": torch.__version__.split("+")[0], "transformers": transformers.__version__}
+        settings = {"architecture": self.architecture, "seed": self.seed, "config": self.config, "dtype": self.dtype}
+        return {"source": "random", **settings, **versions}
+
+    def max_length(self, cache: Cache) -> int:
+        """Context of the model in tokens."""
+        return context_length(self._config())
+
+    def tokenizer(self, cache: Cache) -> PreTrainedTokenizerBase:
+        """The byte-level tokenizer."""
+        return byte_tokenizer()
+
+    def load(self, cache: Cache) -> LoadedModel:
+        """Draw the weights in float32 from the seed, leaving torch's global generator as it was."""
+        config = self._config()
+        family = dense_family(config, self.name)
+        target = torch_device(self.device, self.device_map)
+        with torch.random.fork_rng(devices=[]), quiet():
+            torch.manual_seed(self.seed)
+            model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+        model = cast_weights(model, getattr(torch, self.dtype)).to(target).eval()
+        return LoadedModel(model, self.tokenizer(cache), family)
+
+    def _config(self) -> PreTrainedConfig:
+        tokenizer = byte_tokenizer()
+        specials = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+        fields = {"vocab_size": len(tokenizer), **specials, **self.config}
+        if fields["vocab_size"] < len(tokenizer):
+            raise UserError(f"model.config.vocab_size={fields['vocab_size']} is below the byte-level tokenizer's {len(tokenizer)} tokens.")
+        try:
+            return AutoConfig.for_model(self.architecture, **fields)
+        except (TypeError, ValueError, StrictDataclassError) as error:
+            raise UserError(
+                f"model.architecture={self.architecture} with this model.config is refused: {' '.join(str(error).split())}"
+            ) from error
+
+
+def byte_tokenizer() -> PreTrainedTokenizerFast:
+    """A tokenizer without training: 256 bytes and three special tokens, an exact round trip on any text, pads on the left."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    backend = tokenizers.Tokenizer(tokenizers.models.BPE(vocab={character: index for index, character in enumerate(alphabet)}, merges=[]))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    backend.decoder = decoders.ByteLevel()
+    specials = {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>"}
+    return PreTrainedTokenizerFast(tokenizer_object=backend, padding_side="left", clean_up_tokenization_spaces=False, **specials)
+
+
+def folder_config(folder: Path, *, trust_remote_code: bool) -> PreTrainedConfig:
+    """The config of a local folder. Raises UserError when it is unreadable."""
+    try:
+        return read_config(folder, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError, TypeError, StrictDataclassError) as error:
+        raise UserError(f"{folder / 'config.json'} cannot be used: {' '.join(str(error).split())[:300]}") from error
+
+
+def folder_tokenizer(folder: Path, *, trust_remote_code: bool) -> PreTrainedTokenizerBase:
+    """The tokenizer of a local folder. Raises UserError when it is absent or unreadable."""
+    try:
+        with quiet():
+            return AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)  # type: ignore[no-any-return]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise UserError(f"{folder} has no usable tokenizer ({reason}): copy the tokenizer files of the original model into it.") from error

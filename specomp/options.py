@@ -1,0 +1,20 @@
+"""What a run does around the compression itself."""
+
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from specomp.settings import configurable
+
+
+@configurable
+class Options:
+    """See conf/config.yaml, where every field is explained."""
+
+    save: bool
+    export: Literal["factors", "dense"]
+    reference: bool
+    retry: bool
+    redo: bool
+    threads: Annotated[int, Field(ge=1)] | None
+    seed: Annotated[int, Field(ge=0)]

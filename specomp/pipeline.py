@@ -1,0 +1,308 @@
+"""run(cfg): one experiment from top to bottom. READ THIS FIRST.
+
+Build and check everything that is cheap; stop if the record says it is done; then load, calibrate, allocate, compress, save, evaluate.
+"""
+
+import logging
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+from hydra.core.hydra_config import HydraConfig
+from hydra.errors import InstantiationException
+from hydra.utils import instantiate
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from pydantic import ValidationError
+
+from specomp.budget import full_rank
+from specomp.cache import Cache, digest
+from specomp.data.calibration import CalibrationSet, CalibrationSpec
+from specomp.errors import UserError
+from specomp.evaluation.suite import Benchmark, Suite
+from specomp.ledger import ledger, measure
+from specomp.methods.base import Method, Quantizer, describe
+from specomp.models.export import load as load_folder
+from specomp.models.export import save_compressed
+from specomp.models.load import torch_device
+from specomp.models.sources import Source
+from specomp.options import Options
+from specomp.ratio import Ratio
+from specomp.results.record import Record, RecordStore, provenance, record_key
+from specomp.results.summary import show
+from specomp.results.tracking import Tracking
+from specomp.stages.calibrate import dense_statistics
+from specomp.stages.compress import LinearReport, compress
+from specomp.stages.decompose import DenseSpectra
+from specomp.stages.probe import make_probe
+from specomp.stages.setup import Setup
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Experiment:
+    """Everything a run needs, checked, with no model loaded yet."""
+
+    source: Source
+    method: Method
+    ratio: Ratio
+    calibration: CalibrationSpec
+    suite: Suite
+    quantizer: Quantizer
+    trainer: Callable[..., L.Trainer]
+    tracking: Tracking
+    options: Options
+    cache: Cache
+    outputs: Path
+    records: RecordStore
+    samples: CalibrationSet
+    tokenizer: Any
+    choices: dict[str, str]
+    config: dict[str, Any]
+
+    def identity(self, *, dense: bool = False) -> dict[str, Any]:
+        """What determines the weights: the dense model's are the source's alone."""
+        model = self.source.fingerprint(self.cache)
+        if dense or self.method.is_dense:
+            return {"model": model, "method": "dense"}
+        return {
+            "model": model,
+            "method": describe(self.method) | {"name": None},
+            "compression": self.ratio.compression,
+            "calibration": self.samples.hash,
+            "upstream": self.calibration.upstream,
+            "precision": [self.calibration.precision, self.calibration.accumulate],
+            "quantizer": describe(self.quantizer),
+            "seed": self.options.seed,
+        }
+
+
+def run(cfg: DictConfig) -> float | None:
+    """One experiment. Returns the first benchmark's first metric, or None without benchmarks. Raises UserError."""
+    experiment = build(cfg)
+    key = record_key(experiment.identity())
+    with experiment.records.lock(key):
+        record = resume(experiment, key)
+        try:
+            execute(experiment, record)
+            record.status, record.error = "ok", None
+        except BaseException as error:
+            # Ctrl-C is not a failure of the experiment; anything else is, and the record says what.
+            record.status, record.error = "failed", f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}"
+            raise _disk_full(error, experiment) or error
+        finally:
+            experiment.records.save(record)
+    show(record)
+    return next((value for values in record.metrics.values() for value in values.values()), None)
+
+
+def build(cfg: DictConfig) -> Experiment:
+    """Instantiate every choice, which checks types and ranges, and check what depends on several of them. Raises UserError."""
+    options: Options = make(cfg, "options")
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    L.seed_everything(options.seed, workers=True, verbose=False)
+    outputs = Path(str(cfg.paths.outputs)).expanduser().absolute()
+    cache = Cache(str(cfg.paths.cache))
+    parts = {name: make(cfg, name) for name in ("method", "ratio", "calibration", "quantizer", "trainer", "tracking")}
+    source, suite = make(cfg, "model"), make(cfg, "benchmark")
+    context = source.max_length(cache)
+    suite.validate(context)
+    tokenizer = source.tokenizer(cache)
+    return Experiment(
+        source=source,
+        suite=suite,
+        options=options,
+        cache=cache,
+        outputs=outputs,
+        records=RecordStore(outputs / "records"),
+        tokenizer=tokenizer,
+        samples=parts["calibration"].build(tokenizer, max_length=context),
+        choices={name: str(choice) for name, choice in HydraConfig.get().runtime.choices.items() if not name.startswith("hydra/")},
+        config={**OmegaConf.to_container(cfg, resolve=True), "overrides": list(HydraConfig.get().overrides.task)},  # type: ignore[dict-item]
+        **parts,
+    )
+
+
+def make(cfg: DictConfig, group: str) -> Any:
+    """Instantiate one group, turning what is wrong with it into one line that names the key."""
+    try:
+        return instantiate(cfg[group])
+    except InstantiationException as error:
+        cause = error.__cause__ or error
+        where = re.search(r"full_key: (\S+)", str(error))
+        prefix = where.group(1) if where else group
+        if isinstance(cause, ValidationError):
+            problems = [
+                f"{'.'.join([prefix, *(str(x) for x in problem['loc'])])}={problem['input']!r}: {problem['msg']}" for problem in cause.errors()
+            ]
+            raise UserError("; ".join(problems) + ".") from error
+        if isinstance(cause, UserError):
+            raise cause from error
+        raise UserError(f"{prefix}: {str(cause).splitlines()[0]}") from error
+    except OmegaConfBaseException as error:
+        raise UserError(f"{group}: {str(error).splitlines()[0]}") from error
+
+
+def resume(experiment: Experiment, key: str) -> Record:
+    """The stored record of these weights if it can be built on, else a fresh one."""
+    record = experiment.records.load(key)
+    if record is not None and not experiment.options.redo:
+        if record.status == "failed" and not experiment.options.retry:
+            raise UserError(f"Record {key[:12]} failed before ({record.error}) and options.retry=false.")
+        if record.ledger:
+            log.info("Record %s exists: running only what is missing.", key[:12])
+            return record
+    return Record(
+        key=key,
+        identity=experiment.identity(),
+        choices=experiment.choices,
+        config=experiment.config,
+        calibration=experiment.samples.description | {"hash": experiment.samples.hash},
+        provenance=provenance(),
+    )
+
+
+def execute(experiment: Experiment, record: Record) -> None:
+    """Bring a record up to what was asked: compressed, saved, evaluated; whatever it already has is not done again."""
+    missing = [b for b in experiment.suite.benchmarks if b.id not in record.metrics]
+    folder = model_folder(experiment, record)
+    lost = experiment.options.save and folder is not None and not (folder / "config.json").exists()
+    if record.ledger and not missing and not lost:
+        log.info("Record %s is complete.", record.key[:12])
+        return
+    linears: list[dict[str, Any]] = []
+    if record.ledger and not lost and folder is not None and (folder / "config.json").exists():
+        with record.stage("load"):
+            source = experiment.source
+            model, tokenizer = load_folder(folder, dtype=source.dtype, device_map=source.device_map).model, experiment.tokenizer
+            if source.device_map is None:
+                model.to(torch_device(source.device, None))
+    else:
+        model, tokenizer, linears = produce(experiment, record)
+        experiment.records.save(record)
+    for benchmark in missing:
+        with record.stage("evaluate"):
+            evaluate(record.metrics, benchmark, model, tokenizer)
+        record.dense_metrics |= {b: v for b, v in _dense_metrics(experiment).items() if b in record.metrics and b not in record.dense_metrics}
+        experiment.records.save(record)
+    record.cache = {"hits": experiment.cache.hits, "misses": experiment.cache.misses}
+    experiment.tracking.publish(record, linears)
+
+
+def produce(experiment: Experiment, record: Record) -> tuple[Any, Any, list[dict[str, Any]]]:
+    """Load the dense model, evaluate it for reference, compress it in place, count and save it."""
+    with record.stage("load"):
+        loaded = experiment.source.load(experiment.cache)
+    setup = Setup(
+        model=loaded.model,
+        tokenizer=loaded.tokenizer,
+        family=loaded.family,
+        linears=loaded.family.linears(loaded.model),
+        calibration=experiment.calibration,
+        samples=experiment.samples,
+        cache=experiment.cache,
+        model_key=digest(experiment.source.fingerprint(experiment.cache)),
+        trainer=experiment.trainer,
+    )
+    before = measure(setup.model, setup.linears)
+    reports: list[LinearReport] = []
+    target = 1.0 if experiment.method.is_dense else experiment.ratio.retention
+    if not experiment.method.is_dense:
+        if experiment.options.reference:
+            with record.stage("evaluate dense"):
+                record.dense_metrics |= reference(experiment, setup)
+        reports = factorize(experiment, setup, record)
+    after = measure(setup.model, setup.linears)
+    balance = ledger(target, before, after)
+    record.ledger = balance.as_dict() | {"target_compression": 1 - target, "num_linears": len(setup.linears), "num_dense": sum(x.dense for x in reports)}
+    if abs(balance.deviation) > 1e-3:
+        record.note(
+            f"measured retention {balance.measured_retention:.4f}, target {target:.4f} ({balance.deviation:+.2%}): whole ranks, as "
+            f"{describe(experiment.method.allocation)} gives them"
+        )
+    linears = [report.as_dict() for report in reports]
+    experiment.records.save_linears(record.key, linears)
+    folder = model_folder(experiment, record)
+    if experiment.options.save and folder is not None:
+        with record.stage("save"):
+            info = {"method": experiment.method.name, "compression": experiment.ratio.compression, "record": record.key, "specomp": record.identity}
+            save_compressed(setup.model, setup.tokenizer, folder, form=experiment.options.export, info=info)
+        record.model_folder = str(folder)
+    return setup.model, setup.tokenizer, linears
+
+
+def factorize(experiment: Experiment, setup: Setup, record: Record) -> list[LinearReport]:
+    """Calibrate, allocate, compress: the method itself."""
+    method = experiment.method
+    needs = method.allocation.needs
+    if experiment.calibration.upstream == "dense":
+        needs |= method.whitening.needs
+    if method.compensation.upstream == "dense":
+        if method.compensation.num_samples is not None and method.compensation.needs:
+            raise UserError("A compensation on dense inputs reads every sample: set method.compensation.num_samples=null, or upstream=compressed.")
+        needs |= method.compensation.needs
+    with record.stage("calibrate"):
+        dense = dense_statistics(setup, needs)
+    spectra = DenseSpectra(setup, method.target, method.whitening, dense)
+    with record.stage("allocate"):
+        ranks = method.allocation(setup.linears, experiment.ratio, dense, spectra, make_probe(setup, spectra, method.packing))
+        ranks = {x.name: min(ranks[x.name], full_rank(x)) for x in setup.linears}
+    with record.stage("compress"):
+        reports = compress(setup, method, experiment.quantizer, ranks, spectra, dense)
+    damped = [x for x in reports if x.damping > 0]
+    if damped:
+        record.note(f"{len(damped)} of {len(reports)} Gram matrices needed damping, at most {max(x.damping for x in damped):.1e} of their mean diagonal")
+    worst = max(reports, key=lambda x: x.loss_over_bound)
+    if not method.compensation.needs and setup.model.dtype == torch.float32 and worst.loss_over_bound > 1.01:
+        record.note(f"{worst.name} loses {worst.loss_over_bound:.3f} times its Eckart-Young bound: try method.whitening.solve=float64")
+    return reports
+
+
+def reference(experiment: Experiment, setup: Setup) -> dict[str, dict[str, float]]:
+    """The dense model's metrics: from its own record where they are, measured now where not (timings always)."""
+    key = record_key(experiment.identity(dense=True))
+    with experiment.records.lock(key):
+        record = experiment.records.load(key)
+        if record is None or not record.ledger:
+            size = measure(setup.model, setup.linears)
+            counts = ledger(1.0, size, size).as_dict() | {"target_compression": 0.0, "num_linears": len(setup.linears), "num_dense": len(setup.linears)}
+            choices = experiment.choices | {"method": "dense", "ratio": "dense"}
+            record = Record(key=key, status="ok", identity=experiment.identity(dense=True), choices=choices, config=experiment.config, ledger=counts, provenance=provenance())
+        for benchmark in experiment.suite.benchmarks:
+            if benchmark.id not in record.metrics or getattr(benchmark, "volatile", False):
+                evaluate(record.metrics, benchmark, setup.model, setup.tokenizer)
+                experiment.records.save(record)
+    wanted = {benchmark.id for benchmark in experiment.suite.benchmarks}
+    return {name: values for name, values in record.metrics.items() if name in wanted}
+
+
+def evaluate(metrics: dict[str, dict[str, float]], benchmark: Benchmark, model: Any, tokenizer: Any) -> None:
+    """One benchmark, stored under its id."""
+    log.info("Evaluate %s.", benchmark.id)
+    metrics[benchmark.id] = benchmark(model, tokenizer)
+
+
+def _dense_metrics(experiment: Experiment) -> dict[str, dict[str, float]]:
+    record = experiment.records.load(record_key(experiment.identity(dense=True)))
+    return {} if record is None else record.metrics
+
+
+def model_folder(experiment: Experiment, record: Record) -> Path | None:
+    """Where the compressed model is kept; the dense row has no folder of its own."""
+    if experiment.method.is_dense:
+        return None
+    suffix = "-dense" if experiment.options.export == "dense" else ""
+    return experiment.outputs / "models" / f"{experiment.choices['model']}-{experiment.method.name}-{record.key[:12]}{suffix}"
+
+
+def _disk_full(error: BaseException, experiment: Experiment) -> UserError | None:
+    if isinstance(error, OSError) and not isinstance(error, UserError) and error.errno == 28:
+        return UserError(f"No space left on the device: free some, or point paths.cache ({experiment.cache.root}) / paths.outputs ({experiment.outputs}) elsewhere.")
+    return None

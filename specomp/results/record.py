@@ -1,0 +1,180 @@
+"""One JSON file per compressed model: its passport, which benchmarks stamp.
+
+The key is the hash of what determines the weights, so the same model asked for by two tables is one record, re-running finds it, and only
+missing benchmarks are run. Written atomically after every step; a failed run leaves a record that says why.
+"""
+
+import csv
+import json
+import logging
+import os
+import platform
+import resource
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field, fields
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from filelock import FileLock
+
+from specomp.cache import atomic_path, digest
+from specomp.errors import UserError
+
+log = logging.getLogger(__name__)
+SCHEMA = 1
+# Bumped when the same settings would give other weights.
+WEIGHTS_VERSION = 1
+PACKAGES = ("specomp", "torch", "transformers", "lightning", "datasets", "lm_eval", "hydra-core", "safetensors")
+
+
+@dataclass(kw_only=True)
+class Record:
+    """Everything a table, a plot or a doubt needs about one compressed model. Metrics are keyed by benchmark id, then name."""
+
+    schema: int = SCHEMA
+    key: str
+    status: Literal["running", "ok", "failed"] = "running"
+    error: str | None = None
+    choices: dict[str, str] = field(default_factory=dict)
+    identity: dict[str, Any] = field(default_factory=dict)
+    config: dict[str, Any] = field(default_factory=dict)
+    calibration: dict[str, Any] = field(default_factory=dict)
+    ledger: dict[str, Any] = field(default_factory=dict)
+    metrics: dict[str, dict[str, float]] = field(default_factory=dict)
+    dense_metrics: dict[str, dict[str, float]] = field(default_factory=dict)
+    texts: dict[str, Any] = field(default_factory=dict)
+    seconds: dict[str, float] = field(default_factory=dict)
+    peak_memory_mib: dict[str, float] = field(default_factory=dict)
+    cache: dict[str, dict[str, int]] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+    model_folder: str | None = None
+    provenance: dict[str, Any] = field(default_factory=dict)
+
+    @contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        """Time a stage and note the process's peak memory at its end."""
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds[name] = round(self.seconds.get(name, 0.0) + time.perf_counter() - start, 3)
+            self.peak_memory_mib[name] = round(peak_memory() / 2**20, 1)
+
+    def note(self, text: str) -> None:
+        """Something a reader of the numbers should know: in the record and in the log."""
+        if text not in self.notes:
+            self.notes.append(text)
+        log.warning("%s", text)
+
+
+def peak_memory() -> int:
+    """Peak bytes: the device's allocator where there is one, else the process's resident set."""
+    if torch.cuda.is_available():
+        return int(torch.cuda.max_memory_allocated())
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def record_key(identity: Mapping[str, Any]) -> str:
+    """sha256 of what determines the weights."""
+    return digest({"version": WEIGHTS_VERSION, **identity})
+
+
+class RecordStore:
+    """Records in a folder: <key12>.json, and <key12>.linears.csv with one line per linear."""
+
+    def __init__(self, folder: Path | str) -> None:
+        self.folder = Path(folder).expanduser().absolute()
+
+    def path(self, key: str) -> Path:
+        """Where a record is or would be."""
+        return self.folder / f"{key[:12]}.json"
+
+    def lock(self, key: str) -> FileLock:
+        """Held while a job works on a record: a second process that wants the same waits, and then finds it done."""
+        (self.folder / ".locks").mkdir(parents=True, exist_ok=True)
+        return FileLock(self.folder / ".locks" / f"{key[:12]}.lock", is_singleton=True)
+
+    def load(self, key: str) -> Record | None:
+        """The record, or None; a damaged one is reported and made again."""
+        path = self.path(key)
+        if not path.exists():
+            return None
+        try:
+            record = read_record(path)
+        except UserError as error:
+            log.warning("%s It will be made again.", error)
+            return None
+        return record if record.key == key else None
+
+    def save(self, record: Record) -> None:
+        """Write atomically."""
+        with atomic_path(self.path(record.key)) as temporary:
+            temporary.write_text(json.dumps(asdict(record), indent=1, default=str, allow_nan=True) + "\n")
+
+    def save_linears(self, key: str, reports: Sequence[Mapping[str, Any]]) -> None:
+        """One csv line per linear."""
+        if not reports:
+            return
+        with atomic_path(self.folder / f"{key[:12]}.linears.csv") as temporary, temporary.open("w", newline="") as file:
+            writer = csv.DictWriter(file, fieldnames=list(reports[0]))
+            writer.writeheader()
+            writer.writerows(reports)
+
+    def all(self) -> list[Record]:
+        """Every readable record, oldest first."""
+        records = []
+        for path in sorted(self.folder.glob("*.json"), key=lambda p: p.stat().st_mtime):
+            try:
+                records.append(read_record(path))
+            except UserError as error:
+                log.warning("%s Skipped.", error)
+        return records
+
+
+def read_record(path: Path) -> Record:
+    """Read one file. Raises UserError when it is not a record of this schema."""
+    try:
+        content = json.loads(path.read_text())
+        known = {x.name for x in fields(Record)}
+        if content["schema"] != SCHEMA:
+            raise ValueError(f"schema {content['schema']}, expected {SCHEMA}")
+        return Record(**{name: value for name, value in content.items() if name in known})
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path} is not a readable record ({error}).") from error
+
+
+def provenance() -> dict[str, Any]:
+    """Where and with what a record was made."""
+    return {
+        "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        "git": _git("rev-parse", "HEAD"),
+        "git_dirty": bool(_git("status", "--porcelain", "--untracked-files=no")),
+        "python": platform.python_version(),
+        "packages": {name: _version(name) for name in PACKAGES},
+        "machine": platform.machine(),
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
+        "threads": torch.get_num_threads(),
+        "cpus": os.cpu_count(),
+    }
+
+
+def _git(*arguments: str) -> str | None:
+    root = Path(__file__).parent
+    try:
+        return subprocess.run(["git", *arguments], cwd=root, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return None
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None

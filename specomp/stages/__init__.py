@@ -1,0 +1,1 @@
+"""The stages of an experiment that touch a model: calibrate, decompose, compress."""

@@ -1,0 +1,184 @@
+"""Calibration: statistics of the dense model over the calibration set, once, cached by content, shared by every job.
+
+The forward pass stops at the last hidden state (no logits), except for gradient statistics, which need the loss.
+"""
+
+import logging
+import warnings
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import ExitStack, nullcontext
+from typing import Any
+
+import lightning as L
+import torch
+from torch import Tensor, nn
+
+from specomp.cache import digest
+from specomp.models.family import LinearSpec
+from specomp.progress import track
+from specomp.stages.observe import LayerObserver, stats_of
+from specomp.stages.setup import Setup
+from specomp.statistics import VERSION, Statistic, Stats
+
+log = logging.getLogger(__name__)
+
+
+class CalibrationModule(L.LightningModule):
+    """Predict-only: runs batches of token ids (batch, length) through the model while observers listen. No optimizer, no parameter changes."""
+
+    def __init__(self, setup: Setup, observers: Sequence[LayerObserver], *, gradients: bool) -> None:
+        super().__init__()
+        # In a tuple, so that Lightning neither moves nor scripts it: the model is already where it belongs, perhaps on several devices.
+        self._setup, self._observers, self._gradients = (setup,), observers, gradients
+
+    def predict_step(self, batch: Tensor, batch_idx: int) -> None:
+        """One batch through the decoder, or one backward pass per sequence for gradient statistics."""
+        setup = self._setup[0]
+        batch = batch.to(setup.model.device)
+        with forward_precision(setup):
+            if not self._gradients:
+                setup.family.decoder(setup.model)(input_ids=batch, use_cache=False)
+                return
+            for sequence in batch.split(1):
+                with torch.enable_grad():
+                    # transformers shifts the labels itself.
+                    setup.model(input_ids=sequence, labels=sequence, use_cache=False).loss.backward()
+
+
+def forward_precision(setup: Setup) -> Any:
+    """bfloat16 products in the forward pass where asked for; the residual stream and the norms keep the model's precision."""
+    if setup.calibration.precision == "bfloat16" and setup.model.dtype == torch.float32:
+        return torch.autocast(setup.model.device.type, torch.bfloat16)
+    return nullcontext()
+
+
+class DenseStatistics:
+    """Statistics of the dense model, read back one decoder layer at a time."""
+
+    def __init__(self, setup: Setup, statistics: Iterable[Statistic]) -> None:
+        self.setup, self.statistics = setup, sorted(set(statistics), key=lambda x: x.name)
+        self._layer = -1
+        self._values: dict[str, Tensor] = {}
+        self._by_name = {linear.name: linear for linear in setup.linears}
+
+    def __call__(self, name: str) -> Stats:
+        """All statistics of one linear."""
+        linear = self._by_name[name]
+        return stats_of(linear, self.layer(linear.decoder_layer), self.statistics)
+
+    def layer(self, index: int) -> dict[str, Tensor]:
+        """All values of one decoder layer, on the device its linears will be worked on; recomputed when the cache lost them."""
+        if index != self._layer:
+            self._values = {}
+            for statistic in self.statistics:
+                part = self._load(statistic, index)
+                if part is None:
+                    collect(self.setup, self.statistics)
+                    part = self._load(statistic, index)
+                    assert part is not None, "just computed"
+                self._values |= part
+            self._layer = index
+        return self._values
+
+    def _load(self, statistic: Statistic, index: int) -> dict[str, Tensor] | None:
+        return self.setup.cache.load("statistics", statistic_key(self.setup, statistic), part_name(index))
+
+
+def part_name(decoder_layer: int) -> str:
+    """File of one decoder layer in an entry."""
+    return f"decoder_layer_{decoder_layer:03d}"
+
+
+def statistic_key(setup: Setup, statistic: Statistic) -> str:
+    """What a statistic's numbers depend on."""
+    spec = setup.calibration
+    return digest(
+        {
+            "version": VERSION,
+            "statistic": statistic.name,
+            "model": setup.model_key,
+            "calibration": setup.samples.hash,
+            "precision": spec.precision,
+            "accumulate": spec.accumulate,
+            "torch": torch.__version__,
+        }
+    )
+
+
+def dense_statistics(setup: Setup, statistics: Iterable[Statistic]) -> DenseStatistics:
+    """Make sure that all these statistics of the dense model are in the cache, in one pass for those that are not."""
+    wanted = DenseStatistics(setup, statistics)
+    if wanted.statistics:
+        # One lock per model and calibration set: a second job waits and then finds everything.
+        with setup.cache.lock("statistics", digest([setup.model_key, setup.samples.hash])):
+            missing = [x for x in wanted.statistics if not _complete(setup, x)]
+            for statistic in wanted.statistics:
+                setup.cache.count(f"statistics/{statistic.name}", hit=statistic not in missing)
+            if missing:
+                collect(setup, missing)
+    return wanted
+
+
+def _complete(setup: Setup, statistic: Statistic) -> bool:
+    key = statistic_key(setup, statistic)
+    return all(setup.cache.path("statistics", key, part_name(i)).exists() for i in range(len(setup.layers)))
+
+
+def collect(setup: Setup, statistics: Iterable[Statistic]) -> None:
+    """Compute and store statistics, window of decoder layers by window; gradient statistics in passes of their own."""
+    statistics = list(statistics)
+    for gradients in (False, True):
+        chosen = [x for x in statistics if (x.scope == "linear") == gradients]
+        if chosen:
+            for window in setup.family.windows(setup.model, setup.calibration.window):
+                _collect_window(setup, chosen, window, gradients=gradients)
+
+
+def _collect_window(setup: Setup, statistics: list[Statistic], window: range, *, gradients: bool) -> None:
+    samples, layers = setup.samples, setup.layers
+    names = ", ".join(x.name for x in statistics)
+    label = f"calibrate {names}, decoder layers {window.start}-{window.stop - 1}"
+    log.info("%s: %d samples of %d tokens", label, samples.num_samples, samples.length)
+    for parameter in setup.model.parameters():
+        parameter.requires_grad_(False)
+    with ExitStack() as stack:
+        observers = {
+            i: stack.enter_context(LayerObserver(layers[i], setup.family, statistics, setup.accumulate, samples.num_samples)) for i in window
+        }
+        loader = samples.predict_dataloader()
+        module = CalibrationModule(setup, list(observers.values()), gradients=gradients)
+        predict(setup.trainer, module, loader, label, len(loader))
+    for i, observer in observers.items():
+        values = observer.values()
+        observer.accumulators.clear()
+        for statistic in statistics:
+            part = {name: value for name, value in values.items() if name.endswith(f":{statistic.name}")}
+            setup.cache.save("statistics", statistic_key(setup, statistic), part_name(i), part)
+
+
+def predict(trainer: Callable[..., L.Trainer], module: L.LightningModule, items: Iterable[Any], label: str, total: int) -> None:
+    """Drive a predict-only module over items, with progress and without keeping outputs."""
+    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)  # hardware announcements and advertising, once per loop
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*(LeafSpec|predict returned None).*")
+        trainer().predict(module, _Tracked(items, label, total), return_predictions=False)
+
+
+class _Tracked:
+    """A sized iterable for Lightning that reports progress."""
+
+    def __init__(self, items: Iterable[Any], label: str, total: int) -> None:
+        self.items, self.label, self.total = items, label, total
+
+    def __iter__(self) -> Any:
+        return iter(track(self.items, self.label, self.total))
+
+    def __len__(self) -> int:
+        return self.total
+
+
+def linear_module(model: nn.Module, linear: LinearSpec) -> nn.Linear:
+    """The dense module behind a spec."""
+    module = model.get_submodule(linear.name)
+    assert isinstance(module, nn.Linear), f"{linear.name} is a {type(module).__name__}"
+    return module

@@ -1,0 +1,150 @@
+"""Compression: every linear truncated to its rank, repaired and packed, decoder layer by decoder layer.
+
+Calibration only, as a predict-only LightningModule: no optimizer, no gradient. Where a slot asks for inputs from the compressed model,
+the hidden states of the calibration set travel along (stages/stream.py).
+"""
+
+import time
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import lightning as L
+import torch
+from torch import Tensor
+
+from specomp.factors import GramNorm, LowRankFactors, Spectrum, truncate
+from specomp.linalg import relative
+from specomp.methods.base import Method, Quantizer
+from specomp.models.family import LinearSpec
+from specomp.modules import replace_linear
+from specomp.ratio import is_low_rank
+from specomp.stages.calibrate import DenseStatistics, linear_module, predict
+from specomp.stages.decompose import DenseSpectra
+from specomp.stages.observe import stats_of
+from specomp.stages.setup import Setup
+from specomp.stages.stream import HiddenStream
+from specomp.statistics import Stats
+
+
+@dataclass(frozen=True, kw_only=True)
+class LinearReport:
+    """What happened to one linear. Errors are relative Frobenius norms; loss is ||D (W' - T) S||_F in the method's own norm."""
+
+    name: str
+    m: int
+    n: int
+    rank: int
+    stored: int
+    dense: bool
+    weight_error: float = 0.0
+    norm_error: float = 0.0
+    # Achieved loss over the Eckart-Young bound at this rank: 1 certifies the solver; above 1 is what compensation and dtype moved.
+    loss_over_bound: float = 1.0
+    # Loss on the compensation's own inputs after over before it; null without compensation.
+    compensation_gain: float | None = None
+    damping: float = 0.0
+    seconds: float = 0.0
+
+    def as_dict(self) -> dict[str, Any]:
+        """JSON-able."""
+        return asdict(self)
+
+
+class CompressionModule(L.LightningModule):
+    """One predict step per decoder layer: observe it (if it must see compressed inputs), factorize its linears, pack, move on."""
+
+    def __init__(self, setup: Setup, method: Method, quantizer: Quantizer, ranks: Mapping[str, int], spectra: DenseSpectra, dense: DenseStatistics) -> None:
+        super().__init__()
+        # In a tuple, so that Lightning neither moves nor registers the model.
+        self._setup = (setup,)
+        self.method, self.quantizer, self.ranks, self.spectra, self.dense = method, quantizer, ranks, spectra, dense
+        self.reports: list[LinearReport] = []
+        self.whiten_streamed = setup.calibration.upstream == "compressed" and bool(method.whitening.needs)
+        self.repair_streamed = method.compensation.upstream == "compressed" and bool(method.compensation.needs)
+        self.stream: HiddenStream | None = None
+
+    def on_predict_start(self) -> None:
+        """Embed the calibration set if anything has to see compressed inputs."""
+        if self.whiten_streamed or self.repair_streamed:
+            self.stream = HiddenStream(self._setup[0])
+
+    @torch.no_grad()
+    def predict_step(self, batch: int, batch_idx: int) -> None:
+        """Compress decoder layer `batch`."""
+        setup = self._setup[0]
+        streamed = self._observe(batch)
+        for linear in setup.linears:
+            if linear.decoder_layer == batch:
+                self.reports.append(self._compress(linear, *streamed))
+        if self.stream is not None:
+            self.stream.advance(batch)
+
+    def _observe(self, index: int) -> tuple[Mapping[str, Tensor], Mapping[str, Tensor]]:
+        """What the still dense decoder layer sees of compressed inputs: for the whitening, and for the repair."""
+        if self.stream is None:
+            return {}, {}
+        whitening, repair = self.method.whitening.needs, self.method.compensation.needs
+        limit = self.method.compensation.num_samples
+        if limit is None:
+            needs = (whitening if self.whiten_streamed else frozenset()) | (repair if self.repair_streamed else frozenset())
+            values = self.stream.observe(index, needs)
+            return values, values
+        first = self.stream.observe(index, whitening) if self.whiten_streamed else {}
+        return first, self.stream.observe(index, repair, limit) if self.repair_streamed else {}
+
+    def _compress(self, linear: LinearSpec, whitening_values: Mapping[str, Tensor], repair_values: Mapping[str, Tensor]) -> LinearReport:
+        start, method, setup = time.perf_counter(), self.method, self._setup[0]
+        rank = self.ranks[linear.name]
+        report = LinearReport(name=linear.name, m=linear.m, n=linear.n, rank=rank, stored=linear.params, dense=True)
+        if not is_low_rank(linear.m, linear.n, rank):
+            return report
+        module = linear_module(setup.model, linear)
+        W = module.weight.detach()
+        whitening_stats = stats_of(linear, whitening_values, method.whitening.needs) if self.whiten_streamed else self.dense(linear.name)
+        target, norm = method.target(W, whitening_stats), method.whitening(whitening_stats)
+        spectrum = norm.decompose(target) if self.whiten_streamed else self.spectra(linear.name)
+        factors = truncate(spectrum, rank)
+        if method.compensation.needs:
+            stats = stats_of(linear, repair_values, method.compensation.needs) if self.repair_streamed else self.dense(linear.name)
+            repaired = method.compensation(target.float(), factors, stats)
+            report = replace(report, compensation_gain=_gain(method, stats, target, factors, repaired))
+            factors = repaired
+        packed = method.packing(module, self.quantizer(factors, whitening_stats))
+        setup.model.get_submodule(linear.name).requires_grad_(False)
+        replace_linear(setup.model, linear.name, packed.requires_grad_(False))
+        return replace(
+            report,
+            dense=False,
+            stored=sum(p.numel() for name, p in packed.named_parameters() if not name.endswith("bias")),
+            damping=spectrum.damping,
+            seconds=time.perf_counter() - start,
+            **_errors(packed.merged_weight().float(), target.float(), norm, spectrum, rank),  # type: ignore[operator]
+        )
+
+
+def _errors(packed: Tensor, target: Tensor, norm: Any, spectrum: Spectrum, rank: int) -> dict[str, float]:
+    """Relative errors of what is actually stored, in its dtype, and the certificate against the Eckart-Young bound."""
+    error = packed - target
+    loss = norm.loss(error)
+    whole = float(spectrum.s.double().square().sum().sqrt())
+    bound = spectrum.tail(rank)
+    return {
+        "weight_error": relative(float(error.norm()), float(target.norm())),
+        "norm_error": relative(loss, whole),
+        # A bound that is rounding noise itself certifies nothing.
+        "loss_over_bound": loss / bound if bound > 1e-6 * whole else 1.0,
+    }
+
+
+def _gain(method: Method, stats: Stats, target: Tensor, before: LowRankFactors, after: LowRankFactors) -> float:
+    norm = GramNorm(next(iter(stats[x] for x in method.compensation.needs)))
+    return relative(norm.loss(after.product() - target.float()), norm.loss(before.product() - target.float()))
+
+
+def compress(setup: Setup, method: Method, quantizer: Quantizer, ranks: Mapping[str, int], spectra: DenseSpectra, dense: DenseStatistics) -> list[LinearReport]:
+    """Replace the model's linears by their packed factors; returns one report per linear."""
+    module = CompressionModule(setup, method, quantizer, ranks, spectra, dense)
+    count = len(setup.layers)
+    predict(setup.trainer, module, range(count), f"compress with {method.name}", count)
+    return module.reports

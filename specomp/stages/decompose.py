@@ -1,0 +1,63 @@
+"""Spectra of the dense model's linears: the expensive part of factorization, cached by content and free of any ratio."""
+
+import logging
+import math
+
+from torch import Tensor
+
+from specomp.cache import digest
+from specomp.factors import Spectrum
+from specomp.linalg import SOLVE_DTYPE
+from specomp.methods.base import Target, Whitening, describe
+from specomp.ratio import break_even_rank
+from specomp.stages.calibrate import DenseStatistics, linear_module, statistic_key
+from specomp.stages.setup import Setup
+
+log = logging.getLogger(__name__)
+# Bumped whenever the same statistics would give another spectrum.
+VERSION = 1
+
+
+class DenseSpectra:
+    """Spectra in the norm of a whitening slot, of statistics of the dense model; computed on first use, then read from the cache."""
+
+    def __init__(self, setup: Setup, target: Target, whitening: Whitening, statistics: DenseStatistics) -> None:
+        self.setup, self.target, self.whitening, self.statistics = setup, target, whitening, statistics
+        self._by_name = {linear.name: linear for linear in setup.linears}
+        self.key = digest(
+            {
+                "version": VERSION,
+                "model": setup.model_key,
+                "target": describe(target),
+                "whitening": describe(whitening),
+                "solve_dtype": str(SOLVE_DTYPE),
+                "statistics": sorted(statistic_key(setup, x) for x in whitening.needs),
+            }
+        )
+        self._last: tuple[str, Spectrum] | None = None
+
+    def __call__(self, name: str) -> Spectrum:
+        """The spectrum of one linear, on its device. Components beyond break-even keep their singular value only: no factor stores them."""
+        if self._last is not None and self._last[0] == name:
+            return self._last[1]
+        cache = self.setup.cache
+        device = linear_module(self.setup.model, self._by_name[name]).weight.device
+        with cache.lock("spectra", digest([self.key, name])):
+            stored = cache.load("spectra", self.key, name)
+            cache.count("spectra", hit=stored is not None)
+            if stored is None:
+                spectrum = self._decompose(name)
+                stored = {"U": spectrum.U, "s": spectrum.s, "rows": spectrum.rows, "damping": spectrum.s.new_tensor([spectrum.damping])}
+                cache.save("spectra", self.key, name, stored)
+        parts: dict[str, Tensor] = {part: tensor.to(device) for part, tensor in stored.items()}
+        spectrum = Spectrum(parts["U"], parts["s"], parts["rows"], float(parts["damping"]))
+        self._last = (name, spectrum)
+        return spectrum
+
+    def _decompose(self, name: str) -> Spectrum:
+        linear = self._by_name[name]
+        W = linear_module(self.setup.model, linear).weight.detach()
+        stats = self.statistics(name)
+        spectrum = self.whitening(stats).decompose(self.target(W, stats))
+        keep = math.ceil(break_even_rank(linear.m, linear.n))
+        return Spectrum(spectrum.U[:, :keep], spectrum.s, spectrum.rows[:keep], spectrum.damping)

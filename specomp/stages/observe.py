@@ -1,0 +1,102 @@
+"""Hooks that feed accumulators while a decoder layer runs, and nothing else: no storage of activations, no change to the model."""
+
+from collections import defaultdict
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from specomp.models.family import LinearSpec, ModelFamily
+from specomp.statistics import Accumulator, Statistic, Stats
+
+
+class LayerObserver:
+    """Accumulates statistics of one decoder layer: site inputs, gradients of its linears, its own input and output."""
+
+    def __init__(
+        self, layer: nn.Module, family: ModelFamily, statistics: Iterable[Statistic], dtype: torch.dtype, num_samples: int
+    ) -> None:
+        self.layer, self.family = layer, family
+        self.accumulators: dict[str, Accumulator] = {}
+        self.statistics = tuple(statistics)
+        self._dtype, self._num_samples = dtype, num_samples
+        self._handles: list[RemovableHandle] = []
+
+    def __enter__(self) -> "LayerObserver":
+        by_scope: dict[str, list[Statistic]] = defaultdict(list)
+        for statistic in self.statistics:
+            by_scope[statistic.scope].append(statistic)
+        if by_scope["site"]:
+            for index, site in enumerate(self.family.sites):
+                feed = self._start(f"site{index}", by_scope["site"])
+                first = self.layer.get_submodule(site.linears[0])
+                self._handles.append(first.register_forward_pre_hook(lambda _, args, feed=feed: _update(feed, args[0])))
+        if by_scope["linear"]:
+            for name in (name for site in self.family.sites for name in site.linears):
+                weight = self.layer.get_submodule(name).weight
+                assert isinstance(weight, nn.Parameter)
+                weight.requires_grad_(True)
+                feed = self._start(name, by_scope["linear"])
+                self._handles.append(weight.register_post_accumulate_grad_hook(lambda p, feed=feed: _consume(feed, p)))
+        if by_scope["decoder_layer"]:
+            feed = self._start("layer", by_scope["decoder_layer"])
+            self._handles.append(
+                self.layer.register_forward_hook(
+                    lambda _, args, kwargs, output, feed=feed: _update(feed, hidden_input(args, kwargs), hidden_output(output)),
+                    with_kwargs=True,
+                )
+            )
+        return self
+
+    def _start(self, place: str, statistics: Iterable[Statistic]) -> list[Accumulator]:
+        started = {f"{place}:{x.name}": x.start(self._dtype, self._num_samples) for x in statistics}
+        self.accumulators |= started
+        return list(started.values())
+
+    def __exit__(self, *_: object) -> None:
+        for handle in self._handles:
+            handle.remove()
+        for name in (name for site in self.family.sites for name in site.linears):
+            weight = getattr(self.layer.get_submodule(name), "weight", None)
+            if isinstance(weight, nn.Parameter):
+                weight.requires_grad_(False)
+                weight.grad = None
+
+    def values(self) -> dict[str, Tensor]:
+        """What was accumulated, by place and statistic; tensors of scalars keep one element."""
+        return {name: accumulator.value() for name, accumulator in self.accumulators.items()}
+
+
+def stats_of(linear: LinearSpec, values: Mapping[str, Tensor], statistics: Iterable[Statistic]) -> Stats:
+    """The statistics of one linear out of its decoder layer's values. Raises KeyError when one was never collected."""
+    place = {"site": f"site{linear.site}", "linear": linear.kind, "decoder_layer": "layer"}
+    return Stats({x: values[f"{place[x.scope]}:{x.name}"] for x in statistics})
+
+
+def hidden_input(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:
+    """The hidden states a decoder layer was called with."""
+    hidden = args[0] if args else kwargs["hidden_states"]
+    assert isinstance(hidden, Tensor)
+    return hidden
+
+
+def hidden_output(output: Any) -> Tensor:
+    """The hidden states a decoder layer returned, whether alone or first of a tuple."""
+    hidden = output[0] if isinstance(output, tuple) else output
+    assert isinstance(hidden, Tensor)
+    return hidden
+
+
+def _update(feed: list[Accumulator], *observation: Tensor) -> None:
+    detached = [tensor.detach() for tensor in observation]
+    for accumulator in feed:
+        accumulator.update(*detached)
+
+
+def _consume(feed: list[Accumulator], weight: Tensor) -> None:
+    # The gradient is used as soon as it is complete and dropped, so that all gradients are never in memory together.
+    assert weight.grad is not None
+    _update(feed, weight.grad)
+    weight.grad = None

@@ -1,0 +1,200 @@
+"""What calibration keeps of the activations: streaming reductions that know no module, no hook, no model.
+
+A statistic is a small frozen description (hashable, so slots can ask for the same one twice and pay once); `start` gives the
+accumulator that sees the data. Shapes: x (batch, length, n) inputs of a site, W (m, n) weight of a linear.
+Scopes: "site" sees x; "linear" sees the gradient of W (m, n); "decoder_layer" sees its input and output hidden states.
+"""
+
+import math
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import ClassVar, Literal, Protocol
+
+import torch
+from torch import Tensor
+
+# Bumped whenever the same data would give other numbers: part of every cache key.
+VERSION = 1
+Scope = Literal["site", "linear", "decoder_layer"]
+# Column blocks of the Gram: 6 of the 9 products of a 3 x 3 grid are computed, the others are their transposes.
+GRAM_BLOCK = 512
+
+
+class Accumulator(Protocol):
+    """The running state of a statistic for one site, linear or decoder layer."""
+
+    def update(self, *observation: Tensor) -> None:
+        """Take in one batch."""
+
+    def value(self) -> Tensor:
+        """The statistic of everything seen so far."""
+
+
+class Statistic(Protocol):
+    """A description of what to accumulate."""
+
+    scope: ClassVar[Scope]
+
+    @property
+    def name(self) -> str:
+        """Unique and stable: part of the cache key."""
+
+    def start(self, dtype: torch.dtype, num_samples: int) -> Accumulator:
+        """A fresh accumulator of this precision for a calibration set of num_samples."""
+
+
+@dataclass(frozen=True)
+class Gram:
+    """(n, n): sum_t x_t x_t^T, uncentred, not divided by the number of tokens."""
+
+    scope: ClassVar[Scope] = "site"
+    name: ClassVar[str] = "gram"
+
+    def start(self, dtype: torch.dtype, num_samples: int) -> Accumulator:
+        """Fresh accumulator."""
+        return _GramSum(dtype)
+
+
+@dataclass(frozen=True)
+class StackedGram:
+    """(n, n): the Gram of bucket means (AdaSVD Sec. 3.1, Eq. 14-15).
+
+    The samples fall into `num_buckets` consecutive buckets of ceil(N / num_buckets) (they are already in random order), whose
+    inputs are averaged position by position before the product. Tilts the Gram toward the mean: see methods/adasvd.py.
+    """
+
+    num_buckets: int
+    scope: ClassVar[Scope] = "site"
+
+    @property
+    def name(self) -> str:
+        """Unique and stable."""
+        return f"stacked_gram_{self.num_buckets}"
+
+    def start(self, dtype: torch.dtype, num_samples: int) -> Accumulator:
+        """Fresh accumulator."""
+        return _BucketMeans(_GramSum(dtype), math.ceil(num_samples / self.num_buckets))
+
+
+@dataclass(frozen=True)
+class AbsMean:
+    """(n,): mean_t |x_t| (ASVD Sec. 3.2)."""
+
+    scope: ClassVar[Scope] = "site"
+    name: ClassVar[str] = "abs_mean"
+
+    def start(self, dtype: torch.dtype, num_samples: int) -> Accumulator:
+        """Fresh accumulator."""
+        return _Mean(lambda x: x.flatten(0, -2).to(dtype).abs())
+
+
+@dataclass(frozen=True)
+class IOCosine:
+    """(): mean_t cos(x_t, y_t) between a decoder layer's input and output (AdaSVD Eq. 17-18; 1 - it is ShortGPT's block influence)."""
+
+    scope: ClassVar[Scope] = "decoder_layer"
+    name: ClassVar[str] = "io_cosine"
+
+    def start(self, dtype: torch.dtype, num_samples: int) -> Accumulator:
+        """Fresh accumulator."""
+        return _Mean(lambda x, y: torch.cosine_similarity(x.to(dtype), y.to(dtype), dim=-1).flatten())
+
+
+@dataclass(frozen=True)
+class Fisher:
+    """(n,) or (m,): mean over sequences of the squared gradient of the language-model loss, summed over the other side (FWSVD)."""
+
+    side: Literal["in", "out"]
+    scope: ClassVar[Scope] = "linear"
+
+    @property
+    def name(self) -> str:
+        """Unique and stable."""
+        return f"fisher_{self.side}"
+
+    def start(self, dtype: torch.dtype, num_samples: int) -> Accumulator:
+        """Fresh accumulator."""
+        # Squares of half-precision gradients underflow: always at least float32.
+        return _Mean(lambda grad: grad.float().square().sum(0 if self.side == "in" else 1)[None].to(dtype))
+
+
+class _GramSum:
+    """x^T x with one triangle of blocks computed, the other mirrored at the end."""
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        self.dtype = dtype
+        self.total: Tensor | None = None
+
+    def update(self, *observation: Tensor) -> None:
+        x = observation[0].flatten(0, -2).to(self.dtype if self.dtype == torch.float64 else torch.float32)
+        n = x.shape[1]
+        if self.total is None:
+            self.total = torch.zeros(n, n, dtype=self.dtype, device=x.device)
+        for start in range(0, n, GRAM_BLOCK):
+            stop = min(start + GRAM_BLOCK, n)
+            self.total[start:stop, :stop] += x[:, start:stop].T @ x[:, :stop]
+
+    def value(self) -> Tensor:
+        assert self.total is not None, "no data"
+        lower = self.total.tril()
+        return lower + lower.tril(-1).T
+
+
+class _BucketMeans:
+    """Averages consecutive samples, then hands each average on."""
+
+    def __init__(self, inner: _GramSum, size: int) -> None:
+        self.inner, self.size = inner, size
+        self.sum: Tensor | None = None
+        self.count = 0
+
+    def update(self, *observation: Tensor) -> None:
+        for sample in observation[0]:
+            self.sum = sample.float() if self.sum is None else self.sum + sample.float()
+            self.count += 1
+            if self.count == self.size:
+                self._flush()
+
+    def _flush(self) -> None:
+        if self.sum is not None:
+            self.inner.update(self.sum / self.count)
+        self.sum, self.count = None, 0
+
+    def value(self) -> Tensor:
+        self._flush()
+        return self.inner.value()
+
+
+class _Mean:
+    """Mean over the first axis of what `reduce` makes of each observation."""
+
+    def __init__(self, reduce: Callable[..., Tensor]) -> None:
+        self.reduce = reduce
+        self.sum: Tensor | None = None
+        self.count = 0
+
+    def update(self, *observation: Tensor) -> None:
+        terms = self.reduce(*observation)
+        total = terms.sum(0)
+        self.sum = total if self.sum is None else self.sum + total
+        self.count += len(terms)
+
+    def value(self) -> Tensor:
+        assert self.sum is not None, "no data"
+        return self.sum / self.count
+
+
+class Stats(Mapping[Statistic, Tensor]):
+    """The statistics of one linear: its site's, its own and its decoder layer's."""
+
+    def __init__(self, values: Mapping[Statistic, Tensor]) -> None:
+        self._values = dict(values)
+
+    def __getitem__(self, statistic: Statistic) -> Tensor:
+        return self._values[statistic]
+
+    def __iter__(self) -> Iterator[Statistic]:
+        return iter(self._values)
+
+    def __len__(self) -> int:
+        return len(self._values)

@@ -1,0 +1,45 @@
+"""Fixtures on tiny models: no network, no accelerator, one thread."""
+
+import os
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # before transformers is imported
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import pytest
+import torch
+from tiny import FAMILY_NAMES, tiny_model, tiny_tokenizer
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
+
+from specomp.cache import Cache
+
+torch.set_num_threads(1)
+
+
+@pytest.fixture
+def cache(tmp_path) -> Cache:
+    """An empty cache."""
+    return Cache(tmp_path / "cache")
+
+
+@pytest.fixture
+def tokenizer() -> PreTrainedTokenizerFast:
+    """The byte-level tokenizer of the tiny models."""
+    return tiny_tokenizer()
+
+
+@pytest.fixture
+def tiny_llama() -> PreTrainedModel:
+    """Three decoder layers, multi-head attention."""
+    return tiny_model("llama")
+
+
+@pytest.fixture
+def tiny_opt() -> PreTrainedModel:
+    """Three decoder layers, biases, tied head."""
+    return tiny_model("opt")
+
+
+@pytest.fixture(params=FAMILY_NAMES)
+def tiny_any(request) -> PreTrainedModel:
+    """One tiny model of every supported architecture in turn."""
+    return tiny_model(request.param)

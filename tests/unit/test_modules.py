@@ -1,0 +1,75 @@
+"""LowRankLinear and replace_linear."""
+
+import pytest
+import torch
+from torch import nn
+
+from specomp.modules import LowRankLinear, replace_linear
+
+M, N, RANK = 6, 10, 3
+
+
+def factors(rank: int = RANK) -> tuple[torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    return torch.randn(M, rank, generator=generator), torch.randn(rank, N, generator=generator)
+
+
+def test_computes_the_product_of_its_factors_plus_bias():
+    U, Vt = factors()
+    bias = torch.arange(M, dtype=torch.float32)
+    module = LowRankLinear.from_factors(U, Vt, bias, dtype=torch.float32, device="cpu")
+    x = torch.randn(4, 5, N)
+    assert torch.allclose(module(x), x @ (U @ Vt).T + bias, atol=1e-5)
+    assert (module.in_features, module.out_features, module.rank) == (N, M, RANK)
+
+
+def test_at_full_rank_equals_the_linear():
+    dense = nn.Linear(N, M, dtype=torch.float64)
+    U, s, Vt = torch.linalg.svd(dense.weight.detach(), full_matrices=False)
+    module = LowRankLinear.from_factors(U * s, Vt, dense.bias, dtype=torch.float64, device="cpu")
+    x = torch.randn(7, N, dtype=torch.float64)
+    assert torch.allclose(module(x), dense(x), atol=1e-12)
+    assert torch.allclose(module.merged_weight(), dense.weight, atol=1e-12)
+
+
+def test_parameters_are_the_factors_and_the_bias_only():
+    U, Vt = factors()
+    names = dict(LowRankLinear.from_factors(U, Vt, None, dtype=torch.float32, device="cpu").named_parameters())
+    assert set(names) == {"v_proj.weight", "u_proj.weight"}
+    assert sum(p.numel() for p in names.values()) == RANK * (M + N)
+
+
+def test_copies_its_input_and_casts_it():
+    U, Vt = factors()
+    module = LowRankLinear.from_factors(U, Vt, None, dtype=torch.bfloat16, device="cpu")
+    before = module.merged_weight()
+    U.zero_()
+    assert before.dtype == torch.bfloat16
+    assert torch.equal(module.merged_weight(), before)
+
+
+def test_merged_weight_multiplies_in_float32():
+    U, Vt = factors()
+    module = LowRankLinear.from_factors(U, Vt, None, dtype=torch.bfloat16, device="cpu")
+    expected = (module.u_proj.weight.float() @ module.v_proj.weight.float()).to(torch.bfloat16)
+    assert torch.equal(module.merged_weight(), expected)
+
+
+def test_repr_says_the_rank():
+    assert "in_features=10, out_features=6, rank=3, bias=True" in repr(LowRankLinear(N, M, RANK, bias=True))
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_replace_linear(training):
+    model = nn.Sequential(nn.Sequential(nn.Linear(N, M)), nn.Linear(M, M)).train(training)
+    replacement = LowRankLinear(N, M, RANK, bias=True)
+    replace_linear(model, "0.0", replacement)
+    assert model[0][0] is replacement
+    assert replacement.training is training
+    replace_linear(model, "1", nn.Identity())  # a direct child has no parent in its name
+    assert isinstance(model[1], nn.Identity)
+
+
+def test_replace_linear_refuses_a_name_that_does_not_exist():
+    with pytest.raises(AttributeError):
+        replace_linear(nn.Sequential(nn.Linear(N, M)), "7", nn.Identity())
