@@ -4,8 +4,12 @@ import logging
 import sys
 
 import hydra
+from hydra.core.hydra_config import HydraConfig
 from hydra.errors import CompactHydraException
+from hydra.types import RunMode
 from omegaconf import DictConfig
+
+log = logging.getLogger("specomp")
 
 
 @hydra.main(version_base="1.3", config_path="conf", config_name="config")
@@ -16,14 +20,19 @@ def main(cfg: DictConfig) -> float | None:
 
     try:
         return run(cfg)
-    except UserError as error:
+    except Exception as error:
+        line = f"specomp: {error}" if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
+        if HydraConfig.get().mode == RunMode.MULTIRUN:
+            log.error("%s", line)  # Hydra tells only the first failure of a sweep, after its last job
+        if not isinstance(error, UserError):
+            raise
         # Hydra prints this class as the one line it is, lets the other jobs of a sweep go on, and exits 1.
-        raise CompactHydraException(f"specomp: {error}") from error
+        raise CompactHydraException(line) from error
 
 
 if __name__ == "__main__":
     try:
         main()
     except KeyboardInterrupt:
-        logging.getLogger("specomp").warning("Interrupted. Finished work is kept; the same command goes on from there.")
+        log.warning("Interrupted. Finished work is kept; the same command goes on from there.")
         sys.exit(130)

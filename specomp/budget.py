@@ -55,7 +55,9 @@ def fill_ranks(linears: Sequence[LinearSpec], retention: Mapping[str, float], ta
     return ranks
 
 
-def water_fill(linears: Sequence[LinearSpec], base: Mapping[str, float], slope: Mapping[str, float], target: float, low: float) -> dict[str, float]:
+def water_fill(
+    linears: Sequence[LinearSpec], base: Mapping[str, float], slope: Mapping[str, float], target: float, low: float
+) -> dict[str, float]:
     """Retentions clip(base + level * slope, low, 1) with the one level that meets the target on average over parameters.
 
     slope must be >= 0 and positive somewhere. Equals AdaSVD Eq. 20 with level = trr - mrr where nothing is clipped and all decoder
@@ -76,7 +78,9 @@ def water_fill(linears: Sequence[LinearSpec], base: Mapping[str, float], slope: 
     while mean(bottom) > target and bottom > -(2**40):
         bottom *= 2
     if mean(top) < target or mean(bottom) > target:
-        raise UserError(f"No allocation with retentions in [{low:.3g}, 1] averages {target:.4g}: change ratio.compression or the minimum retention.")
+        raise UserError(
+            f"No allocation with retentions in [{low:.3g}, 1] averages {target:.4g}: change ratio.compression or the minimum retention."
+        )
     for _ in range(BISECTIONS):
         middle = (bottom + top) / 2
         bottom, top = (middle, top) if mean(middle) < target else (bottom, middle)

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from filelock import FileLock
+from filelock import AcquireReturnProxy, FileLock, Timeout
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -25,6 +25,9 @@ from torch import Tensor
 from specomp.errors import UserError
 
 log = logging.getLogger(__name__)
+
+_FULL = (errno.ENOSPC, errno.EDQUOT)
+_NOT_WRITABLE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST)
 
 
 def digest(description: Any) -> str:
@@ -38,7 +41,7 @@ def _checksum(tensors: Mapping[str, Tensor]) -> str:
     for name in sorted(tensors):
         crc = zlib.crc32(name.encode(), crc)
         flat = tensors[name].contiguous().view(-1)
-        crc = zlib.crc32(flat.view(torch.uint8).numpy(), crc)
+        crc = zlib.crc32(flat.view(torch.uint8).numpy(), crc)  # type: ignore[arg-type]
     return f"{crc:08x}"
 
 
@@ -53,7 +56,7 @@ class Cache:
     def lock(self, kind: str, key: str) -> FileLock:
         """The inter-process lock of an entry; reentrant within this process."""
         folder = self.root / "locks"
-        _make_folder(folder)
+        make_folder(folder)
         return FileLock(folder / f"{kind}-{key[:24]}.lock", is_singleton=True)
 
     def count(self, kind: str, *, hit: bool) -> None:
@@ -68,10 +71,22 @@ class Cache:
     def save(self, kind: str, key: str, part: str, tensors: Mapping[str, Tensor]) -> None:
         """Write one part atomically. Raises UserError when the disk is full."""
         path = self.path(kind, key, part)
-        _make_folder(path.parent)
+        make_folder(path.parent)
         payload = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
         with atomic_path(path) as temporary:
             save_file(payload, temporary, metadata={"key": key, "checksum": _checksum(payload)})
+
+    def has(self, kind: str, key: str, part: str) -> bool:
+        """Whether a part is there and whole, by its header alone: finds truncation, not flipped bits, which `load` does."""
+        path = self.path(kind, key, part)
+        if not path.exists():
+            return False
+        try:
+            with safe_open(path, framework="pt") as file:  # type: ignore[no-untyped-call]
+                return (file.metadata() or {}).get("key") == key
+        except (SafetensorError, OSError) as error:
+            log.warning("Cache entry %s is damaged (%s): computing it again.", path, error)
+            return False
 
     def load(self, kind: str, key: str, part: str) -> dict[str, Tensor] | None:
         """One part, or None when it is absent or damaged (which is logged, and the file removed)."""
@@ -94,14 +109,13 @@ class Cache:
         """A folder made once by `build(temporary_folder)`; readers only ever see it complete."""
         final = self.root / kind / key[:24]
         if not final.exists():
-            with self.lock(kind, key):
+            with disk_errors(final), self.lock(kind, key):
                 if not final.exists():
                     self.count(kind, hit=False)
-                    _make_folder(final.parent)
+                    make_folder(final.parent)
                     temporary = Path(tempfile.mkdtemp(dir=final.parent, prefix=".making-"))
                     try:
-                        with disk_errors(final):
-                            build(temporary)
+                        build(temporary)
                         os.replace(temporary, final)
                     finally:
                         shutil.rmtree(temporary, ignore_errors=True)
@@ -110,8 +124,23 @@ class Cache:
         return final
 
 
+def waiting(lock: FileLock, what: str) -> AcquireReturnProxy:
+    """Acquire a lock (use as `with waiting(...)`), saying so when another process holds it: waiting can take hours."""
+    try:
+        return lock.acquire(timeout=0)
+    except Timeout:
+        log.info("Waiting: another process %s.", what)
+        return lock.acquire()
+
+
+def make_folder(folder: Path) -> None:
+    """Create a folder and its parents. Raises UserError where that is not possible."""
+    with disk_errors(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+
+
 class disk_errors:  # noqa: N801 (a context manager used like a function)
-    """Turns 'no space left' while writing `path` into one actionable line."""
+    """Turns a full disk, or a place that cannot be written, into one actionable line about `path`."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -119,16 +148,18 @@ class disk_errors:  # noqa: N801 (a context manager used like a function)
     def __enter__(self) -> None: ...
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: object) -> None:
-        full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
+        full = isinstance(error, OSError) and error.errno in _FULL
         # safetensors reports I/O errors as text
         full = full or (isinstance(error, SafetensorError) and "No space left" in str(error))
         if full:
-            free = shutil.disk_usage(self.path.parent).free / 2**20
+            existing = next(folder for folder in self.path.absolute().parents if folder.exists())
+            free = shutil.disk_usage(existing).free / 2**20
             raise UserError(
                 f"No space left while writing {self.path} ({free:.0f} MiB free): free some, or point paths.cache / paths.outputs elsewhere."
             ) from error
-        if isinstance(error, PermissionError):
-            raise UserError(f"Cannot write {self.path}: permission denied; point paths.cache / paths.outputs elsewhere.") from error
+        if isinstance(error, OSError) and error.errno in _NOT_WRITABLE:
+            reason = (error.strerror or str(error)).lower()
+            raise UserError(f"Cannot write {self.path}: {reason}; point paths.cache / paths.outputs elsewhere.") from error
 
 
 class atomic_path:  # noqa: N801
@@ -140,17 +171,15 @@ class atomic_path:  # noqa: N801
         self.errors = disk_errors(final)
 
     def __enter__(self) -> Path:
-        _make_folder(self.final.parent)
+        make_folder(self.final.parent)
         return self.temporary
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: object) -> None:
-        if error is None:
-            os.replace(self.temporary, self.final)
-        else:
+        try:
+            if error is None:
+                with self.errors:
+                    os.replace(self.temporary, self.final)
+            else:
+                self.errors.__exit__(kind, error, trace)
+        finally:
             self.temporary.unlink(missing_ok=True)
-            self.errors.__exit__(kind, error, trace)
-
-
-def _make_folder(folder: Path) -> None:
-    with disk_errors(folder / "."):
-        folder.mkdir(parents=True, exist_ok=True)

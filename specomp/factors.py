@@ -65,15 +65,17 @@ def balanced(U: Tensor, Vt: Tensor) -> LowRankFactors:
 
     Product unchanged, and independent of the scale of the activations, so that low-precision storage is safe.
     """
-    scale = (Vt.norm(dim=1) / U.norm(dim=0).clamp_min(torch.finfo(U.dtype).tiny)).sqrt()
-    return LowRankFactors(U * scale, Vt / torch.where(scale > 0, scale, torch.ones_like(scale))[:, None])
+    left, right = U.norm(dim=0), Vt.norm(dim=1)
+    # A component that is zero on one side (a refit on inputs that never excite it) stays as it is.
+    scale = torch.where((left > 0) & (right > 0), right.sqrt() / left.sqrt(), 1)
+    return LowRankFactors(U * scale, Vt / scale[:, None])
 
 
 class Norm(Protocol):
     """The error that matters: ||D (W' - T) S||_F. The papers' S is the whitening matrix, D the identity."""
 
-    def decompose(self, target: Tensor) -> Spectrum:
-        """Every component of target (m, n) in this norm."""
+    def decompose(self, target: Tensor, keep: int | None = None) -> Spectrum:
+        """The components of target (m, n) in this norm: all singular values, vectors of the first `keep` (default: all)."""
 
     def loss(self, error: Tensor) -> float:
         """||D error S||_F for an error (m, n)."""
@@ -90,39 +92,47 @@ class GramNorm:
     left: Tensor | None = None
     solve: SolveDtype = "auto"
 
-    def decompose(self, target: Tensor) -> Spectrum:
-        """Inverse-free and Cholesky-free: eigenvectors of R G R^T (k, k). Exact to the tolerance above, whichever precision `auto` takes."""
+    def decompose(self, target: Tensor, keep: int | None = None) -> Spectrum:
+        """Inverse-free and Cholesky-free: eigenvectors of R G R^T (k, k). Exact to the tolerance above in either precision."""
         if self.solve != "float64":
-            spectrum, rounding = self._decompose(target, torch.float32)
+            spectrum, rounding = self._decompose(target, torch.float32, keep)
             m, n = target.shape
             # Factors beyond the break-even rank are never stored, so that tail is the smallest loss that has to be resolved.
             resolved = rounding <= RESOLUTION * spectrum.tail(math.ceil(break_even_rank(m, n))) ** 2
             if self.solve == "float32" or resolved:
                 return spectrum
-        return self._decompose(target, SOLVE_DTYPE)[0]
+        return self._decompose(target, SOLVE_DTYPE, keep)[0]
 
-    def _decompose(self, target: Tensor, dtype: torch.dtype) -> tuple[Spectrum, float]:
+    def _decompose(self, target: Tensor, dtype: torch.dtype, keep: int | None) -> tuple[Spectrum, float]:
         """The spectrum, and the size of the rounding errors in its squared singular values."""
         weighted = target.to(dtype)
         if self.left is not None:
             weighted = self.left.to(dtype)[:, None] * weighted
         m, n = weighted.shape
-        basis, reduced = torch.linalg.qr(weighted) if m > n else (None, weighted)
+        reflectors, reduced = (torch.geqrf(weighted), weighted) if m > n else (None, weighted)
+        if reflectors is not None:
+            reduced = reflectors[0][:n].triu()
         values, vectors = eigh_descending(weigh(reduced, self.gram) @ reduced.T)
-        U = vectors if basis is None else basis @ vectors
+        vectors = vectors[:, :keep]
+        U = vectors
+        if reflectors is not None:
+            # Q P without ever forming Q.
+            U = torch.ormqr(*reflectors, torch.nn.functional.pad(vectors, (0, 0, 0, m - n)))
         if self.left is not None:
             U = U / self.left.to(dtype)[:, None]
         # Every entry of R G R^T sums terms as large as those of the Gram's diagonal allow, even where they cancel.
-        diagonal = None if self.gram is None else self.gram.diagonal() if self.gram.ndim == 2 else self.gram
-        terms = float((weigh(reduced, diagonal) * reduced).sum(dtype=SOLVE_DTYPE))
-        rounding = torch.finfo(dtype).eps * max(terms, float(values.sum(dtype=SOLVE_DTYPE)))
+        energy = reduced.square().sum(0)
+        if self.gram is not None:
+            energy = energy * (self.gram.diagonal() if self.gram.ndim == 2 else self.gram)
+        terms = float(energy.sum())
+        rounding = torch.finfo(dtype).eps * max(terms, float(values.sum()))
         return Spectrum(U.float(), values.sqrt().float(), (vectors.T @ reduced).float()), rounding
 
     def loss(self, error: Tensor) -> float:
         """sqrt(trace(E G E^T)) in the dtype of error."""
         if self.left is not None:
             error = self.left.to(error.dtype)[:, None] * error
-        return float((weigh(error, self.gram) * error).sum(dtype=SOLVE_DTYPE).clamp_min(0).sqrt())
+        return float((weigh(error, self.gram) * error).sum(1).double().sum().clamp_min(0).sqrt())
 
 
 def weigh(matrix: Tensor, gram: Tensor | None) -> Tensor:
@@ -141,12 +151,12 @@ class CholeskyNorm:
     start_damping: float
     max_damping: float
 
-    def decompose(self, target: Tensor) -> Spectrum:
+    def decompose(self, target: Tensor, keep: int | None = None) -> Spectrum:
         """SVD-LLM, Algorithm 1. Raises ValueError when the Gram cannot be made positive definite."""
         S, damping = cholesky_damped(self.gram, self.start_damping, self.max_damping)
         U, s, Vt = torch.linalg.svd(target.to(SOLVE_DTYPE) @ S, full_matrices=False)
-        rows = torch.linalg.solve_triangular(S, s[:, None] * Vt, upper=False, left=False)
-        return Spectrum(U.float(), s.float(), rows.float(), damping)
+        rows = torch.linalg.solve_triangular(S, s[:keep, None] * Vt[:keep], upper=False, left=False)
+        return Spectrum(U[:, :keep].float(), s.float(), rows.float(), damping)
 
     def loss(self, error: Tensor) -> float:
         """In the undamped norm."""

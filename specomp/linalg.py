@@ -34,7 +34,9 @@ def cholesky_damped(gram: Tensor, start: float, limit: float) -> tuple[Tensor, f
             return factor, damping
         damping = max(start, damping * 10)
         if damping > limit:
-            raise ValueError(f"Gram matrix ({len(gram)} x {len(gram)}) is not positive definite after damping {limit:g} of its mean diagonal")
+            raise ValueError(
+                f"Gram matrix ({len(gram)} x {len(gram)}) is not positive definite after damping {limit:g} of its mean diagonal"
+            )
 
 
 def relative(part: float, whole: float) -> float:

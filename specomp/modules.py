@@ -39,12 +39,12 @@ class LowRankLinear(nn.Module):
     ) -> "LowRankLinear":
         """The linear of weight U Vt, from U (m r), Vt (r n) and the bias (m) of the linear it replaces; all are copied."""
         (m, rank), (_, n) = U.shape, Vt.shape
-        module = cls(n, m, rank, bias=bias is not None, dtype=dtype, device=device)
-        with torch.no_grad():
-            module.v_proj.weight.copy_(Vt)
-            module.u_proj.weight.copy_(U)
-            if bias is not None:
-                module.u_proj.bias.copy_(bias)
+        # On the meta device nothing is drawn that would be overwritten at once.
+        module = cls(n, m, rank, bias=bias is not None, dtype=dtype, device="meta")
+        for owner, name, value in ((module.v_proj, "weight", Vt), (module.u_proj, "weight", U), (module.u_proj, "bias", bias)):
+            if value is not None:
+                copy = value.detach().to(device=device, dtype=dtype, copy=True, memory_format=torch.contiguous_format)
+                setattr(owner, name, nn.Parameter(copy))
         return module
 
     def forward(self, x: Tensor) -> Tensor:
@@ -54,10 +54,10 @@ class LowRankLinear(nn.Module):
 
     @torch.no_grad()
     def merged_weight(self) -> Tensor:
-        """U Vt (m n), multiplied in at least float32, in the dtype of the factors."""
+        """U Vt (m n), multiplied in at least float32 and returned so."""
         U, Vt = self.u_proj.weight, self.v_proj.weight
         wide = torch.promote_types(U.dtype, torch.float32)
-        return (U.to(wide) @ Vt.to(wide)).to(U.dtype)
+        return U.to(wide) @ Vt.to(wide)
 
     def extra_repr(self) -> str:
         """Sizes, as nn.Linear prints them, plus the rank."""

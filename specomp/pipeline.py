@@ -4,24 +4,19 @@ Build and check everything that is cheap; stop if the record says it is done; th
 """
 
 import logging
-import re
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import lightning as L
 import torch
 from hydra.core.hydra_config import HydraConfig
-from hydra.errors import InstantiationException
-from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
-from pydantic import ValidationError
 
 from specomp.budget import full_rank
-from specomp.cache import Cache, digest
+from specomp.cache import Cache, digest, waiting
+from specomp.checks import actionable, check_budget, check_machine, make
 from specomp.data.calibration import CalibrationSet, CalibrationSpec
 from specomp.errors import UserError
 from specomp.evaluation.suite import Benchmark, Suite
@@ -29,6 +24,7 @@ from specomp.ledger import ledger, measure
 from specomp.methods.base import Method, Quantizer, describe
 from specomp.models.export import load as load_folder
 from specomp.models.export import save_compressed
+from specomp.models.files import checked_folder, first_line
 from specomp.models.load import torch_device
 from specomp.models.sources import Source
 from specomp.options import Options
@@ -36,8 +32,8 @@ from specomp.ratio import Ratio
 from specomp.results.record import Record, RecordStore, provenance, record_key
 from specomp.results.summary import show
 from specomp.results.tracking import Tracking
-from specomp.stages.calibrate import dense_statistics
-from specomp.stages.compress import LinearReport, compress
+from specomp.stages.calibrate import DenseStatistics, dense_statistics
+from specomp.stages.compress import LinearReport, compress, dense_needs
 from specomp.stages.decompose import DenseSpectra
 from specomp.stages.probe import make_probe
 from specomp.stages.setup import Setup
@@ -87,15 +83,21 @@ def run(cfg: DictConfig) -> float | None:
     """One experiment. Returns the first benchmark's first metric, or None without benchmarks. Raises UserError."""
     experiment = build(cfg)
     key = record_key(experiment.identity())
-    with experiment.records.lock(key):
+    with waiting(experiment.records.lock(key), f"works on record {key[:12]}"):
         record = resume(experiment, key)
         try:
             execute(experiment, record)
             record.status, record.error = "ok", None
+        except KeyboardInterrupt:
+            # Unfinished, which is not a failure of the experiment; anything else is, and the record says what.
+            record.status, record.error = "running", "interrupted"
+            raise
         except BaseException as error:
-            # Ctrl-C is not a failure of the experiment; anything else is, and the record says what.
-            record.status, record.error = "failed", f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}"
-            raise _disk_full(error, experiment) or error
+            record.status, record.error = "failed", f"{type(error).__name__}: {first_line(error)}"
+            remedy = actionable(error)
+            if remedy is not None:
+                raise remedy from error
+            raise
         finally:
             experiment.records.save(record)
     show(record)
@@ -111,7 +113,9 @@ def build(cfg: DictConfig) -> Experiment:
     outputs = Path(str(cfg.paths.outputs)).expanduser().absolute()
     cache = Cache(str(cfg.paths.cache))
     parts = {name: make(cfg, name) for name in ("method", "ratio", "calibration", "quantizer", "trainer", "tracking")}
+    dense_needs(parts["method"], parts["calibration"].upstream)
     source, suite = make(cfg, "model"), make(cfg, "benchmark")
+    check_machine(source, parts["trainer"])
     context = source.max_length(cache)
     suite.validate(context)
     tokenizer = source.tokenizer(cache)
@@ -128,26 +132,6 @@ def build(cfg: DictConfig) -> Experiment:
         config={**OmegaConf.to_container(cfg, resolve=True), "overrides": list(HydraConfig.get().overrides.task)},  # type: ignore[dict-item]
         **parts,
     )
-
-
-def make(cfg: DictConfig, group: str) -> Any:
-    """Instantiate one group, turning what is wrong with it into one line that names the key."""
-    try:
-        return instantiate(cfg[group])
-    except InstantiationException as error:
-        cause = error.__cause__ or error
-        where = re.search(r"full_key: (\S+)", str(error))
-        prefix = where.group(1) if where else group
-        if isinstance(cause, ValidationError):
-            problems = [
-                f"{'.'.join([prefix, *(str(x) for x in problem['loc'])])}={problem['input']!r}: {problem['msg']}" for problem in cause.errors()
-            ]
-            raise UserError("; ".join(problems) + ".") from error
-        if isinstance(cause, UserError):
-            raise cause from error
-        raise UserError(f"{prefix}: {str(cause).splitlines()[0]}") from error
-    except OmegaConfBaseException as error:
-        raise UserError(f"{group}: {str(error).splitlines()[0]}") from error
 
 
 def resume(experiment: Experiment, key: str) -> Record:
@@ -173,34 +157,42 @@ def execute(experiment: Experiment, record: Record) -> None:
     """Bring a record up to what was asked: compressed, saved, evaluated; whatever it already has is not done again."""
     missing = [b for b in experiment.suite.benchmarks if b.id not in record.metrics]
     folder = model_folder(experiment, record)
-    lost = experiment.options.save and folder is not None and not (folder / "config.json").exists()
+    usable = folder is not None and _usable(folder)
+    lost = experiment.options.save and folder is not None and not usable
     if record.ledger and not missing and not lost:
         log.info("Record %s is complete.", record.key[:12])
         return
     linears: list[dict[str, Any]] = []
-    if record.ledger and not lost and folder is not None and (folder / "config.json").exists():
+    if record.ledger and folder is not None and usable:
+        if experiment.options.reference and any(b.id not in _dense_metrics(experiment) for b in missing):
+            setup = load_dense(experiment, record)
+            with record.stage("evaluate dense"):
+                reference(experiment, setup)
+            del setup  # not both models in memory
         with record.stage("load"):
             source = experiment.source
             model, tokenizer = load_folder(folder, dtype=source.dtype, device_map=source.device_map).model, experiment.tokenizer
             if source.device_map is None:
-                model.to(torch_device(source.device, None))
+                model.to(torch_device(source.device, None))  # type: ignore[arg-type]
     else:
         model, tokenizer, linears = produce(experiment, record)
         experiment.records.save(record)
     for benchmark in missing:
         with record.stage("evaluate"):
             evaluate(record.metrics, benchmark, model, tokenizer)
-        record.dense_metrics |= {b: v for b, v in _dense_metrics(experiment).items() if b in record.metrics and b not in record.dense_metrics}
+        record.dense_metrics |= {
+            b: v for b, v in _dense_metrics(experiment).items() if b in record.metrics and b not in record.dense_metrics
+        }
         experiment.records.save(record)
     record.cache = {"hits": experiment.cache.hits, "misses": experiment.cache.misses}
     experiment.tracking.publish(record, linears)
 
 
-def produce(experiment: Experiment, record: Record) -> tuple[Any, Any, list[dict[str, Any]]]:
-    """Load the dense model, evaluate it for reference, compress it in place, count and save it."""
+def load_dense(experiment: Experiment, record: Record) -> Setup:
+    """The dense model with what the stages need around it."""
     with record.stage("load"):
         loaded = experiment.source.load(experiment.cache)
-    setup = Setup(
+    return Setup(
         model=loaded.model,
         tokenizer=loaded.tokenizer,
         family=loaded.family,
@@ -211,9 +203,15 @@ def produce(experiment: Experiment, record: Record) -> tuple[Any, Any, list[dict
         model_key=digest(experiment.source.fingerprint(experiment.cache)),
         trainer=experiment.trainer,
     )
+
+
+def produce(experiment: Experiment, record: Record) -> tuple[Any, Any, list[dict[str, Any]]]:
+    """Load the dense model, evaluate it for reference, compress it in place, count and save it."""
+    setup = load_dense(experiment, record)
     before = measure(setup.model, setup.linears)
     reports: list[LinearReport] = []
     target = 1.0 if experiment.method.is_dense else experiment.ratio.retention
+    check_budget(setup.linears, target)
     if not experiment.method.is_dense:
         if experiment.options.reference:
             with record.stage("evaluate dense"):
@@ -221,7 +219,11 @@ def produce(experiment: Experiment, record: Record) -> tuple[Any, Any, list[dict
         reports = factorize(experiment, setup, record)
     after = measure(setup.model, setup.linears)
     balance = ledger(target, before, after)
-    record.ledger = balance.as_dict() | {"target_compression": 1 - target, "num_linears": len(setup.linears), "num_dense": sum(x.dense for x in reports)}
+    record.ledger = balance.as_dict() | {
+        "target_compression": 1 - target,
+        "num_linears": len(setup.linears),
+        "num_dense": sum(x.dense for x in reports),
+    }
     if abs(balance.deviation) > 1e-3:
         record.note(
             f"measured retention {balance.measured_retention:.4f}, target {target:.4f} ({balance.deviation:+.2%}): whole ranks, as "
@@ -232,7 +234,12 @@ def produce(experiment: Experiment, record: Record) -> tuple[Any, Any, list[dict
     folder = model_folder(experiment, record)
     if experiment.options.save and folder is not None:
         with record.stage("save"):
-            info = {"method": experiment.method.name, "compression": experiment.ratio.compression, "record": record.key, "specomp": record.identity}
+            info = {
+                "method": experiment.method.name,
+                "compression": experiment.ratio.compression,
+                "record": record.key,
+                "specomp": record.identity,
+            }
             save_compressed(setup.model, setup.tokenizer, folder, form=experiment.options.export, info=info)
         record.model_folder = str(folder)
     return setup.model, setup.tokenizer, linears
@@ -240,17 +247,12 @@ def produce(experiment: Experiment, record: Record) -> tuple[Any, Any, list[dict
 
 def factorize(experiment: Experiment, setup: Setup, record: Record) -> list[LinearReport]:
     """Calibrate, allocate, compress: the method itself."""
-    method = experiment.method
-    needs = method.allocation.needs
-    if experiment.calibration.upstream == "dense":
-        needs |= method.whitening.needs
-    if method.compensation.upstream == "dense":
-        if method.compensation.num_samples is not None and method.compensation.needs:
-            raise UserError("A compensation on dense inputs reads every sample: set method.compensation.num_samples=null, or upstream=compressed.")
-        needs |= method.compensation.needs
+    method, upstream = experiment.method, experiment.calibration.upstream
     with record.stage("calibrate"):
-        dense = dense_statistics(setup, needs)
-    spectra = DenseSpectra(setup, method.target, method.whitening, dense)
+        dense = dense_statistics(setup, dense_needs(method, upstream))
+    # An allocation may ask for dense spectra although the whitening will see compressed inputs: made when asked for.
+    spectra_statistics = dense if upstream == "dense" else DenseStatistics(setup, method.whitening.needs)
+    spectra = DenseSpectra(setup, method.target, method.whitening, spectra_statistics)
     with record.stage("allocate"):
         ranks = method.allocation(setup.linears, experiment.ratio, dense, spectra, make_probe(setup, spectra, method.packing))
         ranks = {x.name: min(ranks[x.name], full_rank(x)) for x in setup.linears}
@@ -258,7 +260,10 @@ def factorize(experiment: Experiment, setup: Setup, record: Record) -> list[Line
         reports = compress(setup, method, experiment.quantizer, ranks, spectra, dense)
     damped = [x for x in reports if x.damping > 0]
     if damped:
-        record.note(f"{len(damped)} of {len(reports)} Gram matrices needed damping, at most {max(x.damping for x in damped):.1e} of their mean diagonal")
+        record.note(
+            f"{len(damped)} of {len(reports)} Gram matrices needed damping, "
+            f"at most {max(x.damping for x in damped):.1e} of their mean diagonal"
+        )
     worst = max(reports, key=lambda x: x.loss_over_bound)
     if not method.compensation.needs and setup.model.dtype == torch.float32 and worst.loss_over_bound > 1.01:
         record.note(f"{worst.name} loses {worst.loss_over_bound:.3f} times its Eckart-Young bound: try method.whitening.solve=float64")
@@ -268,13 +273,25 @@ def factorize(experiment: Experiment, setup: Setup, record: Record) -> list[Line
 def reference(experiment: Experiment, setup: Setup) -> dict[str, dict[str, float]]:
     """The dense model's metrics: from its own record where they are, measured now where not (timings always)."""
     key = record_key(experiment.identity(dense=True))
-    with experiment.records.lock(key):
+    with waiting(experiment.records.lock(key), "evaluates the dense model"):
         record = experiment.records.load(key)
         if record is None or not record.ledger:
             size = measure(setup.model, setup.linears)
-            counts = ledger(1.0, size, size).as_dict() | {"target_compression": 0.0, "num_linears": len(setup.linears), "num_dense": len(setup.linears)}
+            counts = ledger(1.0, size, size).as_dict() | {
+                "target_compression": 0.0,
+                "num_linears": len(setup.linears),
+                "num_dense": len(setup.linears),
+            }
             choices = experiment.choices | {"method": "dense", "ratio": "dense"}
-            record = Record(key=key, status="ok", identity=experiment.identity(dense=True), choices=choices, config=experiment.config, ledger=counts, provenance=provenance())
+            record = Record(
+                key=key,
+                status="ok",
+                identity=experiment.identity(dense=True),
+                choices=choices,
+                config=experiment.config,
+                ledger=counts,
+                provenance=provenance(),
+            )
         for benchmark in experiment.suite.benchmarks:
             if benchmark.id not in record.metrics or getattr(benchmark, "volatile", False):
                 evaluate(record.metrics, benchmark, setup.model, setup.tokenizer)
@@ -302,7 +319,13 @@ def model_folder(experiment: Experiment, record: Record) -> Path | None:
     return experiment.outputs / "models" / f"{experiment.choices['model']}-{experiment.method.name}-{record.key[:12]}{suffix}"
 
 
-def _disk_full(error: BaseException, experiment: Experiment) -> UserError | None:
-    if isinstance(error, OSError) and not isinstance(error, UserError) and error.errno == 28:
-        return UserError(f"No space left on the device: free some, or point paths.cache ({experiment.cache.root}) / paths.outputs ({experiment.outputs}) elsewhere.")
-    return None
+def _usable(folder: Path) -> bool:
+    """Whether a compressed model is there, and whole: reads headers only."""
+    if not folder.exists():
+        return False
+    try:
+        checked_folder(str(folder))
+    except UserError as error:
+        log.warning("%s Compressing again.", error)
+        return False
+    return True

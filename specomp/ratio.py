@@ -7,7 +7,7 @@ from pydantic import Field
 
 from specomp.settings import configurable
 
-# 0.6 * 500 must floor to 300 although the product is 299.99999999999994 in binary.
+# A compression of 0.8 leaves a 100 x 100 matrix rank 10, although 1 - 0.8 is 0.19999999999999996 in binary.
 _ROUNDING = 1e-9
 
 

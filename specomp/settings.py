@@ -15,7 +15,5 @@ def configurable(cls: type[C]) -> type[C]:
 
     Ranges are written on the field: `compression: Annotated[float, Field(ge=0, lt=1)]`. Defaults live in the yaml, not here.
     """
-    make: Callable[[type], Any] = dataclass(
-        frozen=True, kw_only=True, config=ConfigDict(extra="forbid", arbitrary_types_allowed=True)
-    )
+    make: Callable[[type], Any] = dataclass(frozen=True, kw_only=True, config=ConfigDict(extra="forbid", arbitrary_types_allowed=True))
     return make(cls)  # type: ignore[no-any-return]

@@ -16,8 +16,18 @@ from torch import Tensor
 # Bumped whenever the same data would give other numbers: part of every cache key.
 VERSION = 1
 Scope = Literal["site", "linear", "decoder_layer"]
-# Column blocks of the Gram: 6 of the 9 products of a 3 x 3 grid are computed, the others are their transposes.
-GRAM_BLOCK = 512
+# One triangle of the Gram is computed, in blocks of this many columns.
+GRAM_BLOCK = 192
+# Tokens per half-precision product: on a CPU each is rounded once, and the rounding errors of many average out.
+PRODUCT_TOKENS = 512
+
+
+@dataclass(frozen=True)
+class Precision:
+    """dtype of the running sums, and of the products of activations that are added to them."""
+
+    sums: torch.dtype
+    products: torch.dtype
 
 
 class Accumulator(Protocol):
@@ -39,7 +49,7 @@ class Statistic(Protocol):
     def name(self) -> str:
         """Unique and stable: part of the cache key."""
 
-    def start(self, dtype: torch.dtype, num_samples: int) -> Accumulator:
+    def start(self, precision: Precision, num_samples: int) -> Accumulator:
         """A fresh accumulator of this precision for a calibration set of num_samples."""
 
 
@@ -50,9 +60,9 @@ class Gram:
     scope: ClassVar[Scope] = "site"
     name: ClassVar[str] = "gram"
 
-    def start(self, dtype: torch.dtype, num_samples: int) -> Accumulator:
+    def start(self, precision: Precision, num_samples: int) -> Accumulator:
         """Fresh accumulator."""
-        return _GramSum(dtype)
+        return _GramSum(precision)
 
 
 @dataclass(frozen=True)
@@ -71,9 +81,9 @@ class StackedGram:
         """Unique and stable."""
         return f"stacked_gram_{self.num_buckets}"
 
-    def start(self, dtype: torch.dtype, num_samples: int) -> Accumulator:
+    def start(self, precision: Precision, num_samples: int) -> Accumulator:
         """Fresh accumulator."""
-        return _BucketMeans(_GramSum(dtype), math.ceil(num_samples / self.num_buckets))
+        return _BucketMeans(_GramSum(precision), math.ceil(num_samples / self.num_buckets))
 
 
 @dataclass(frozen=True)
@@ -83,9 +93,9 @@ class AbsMean:
     scope: ClassVar[Scope] = "site"
     name: ClassVar[str] = "abs_mean"
 
-    def start(self, dtype: torch.dtype, num_samples: int) -> Accumulator:
+    def start(self, precision: Precision, num_samples: int) -> Accumulator:
         """Fresh accumulator."""
-        return _Mean(lambda x: x.flatten(0, -2).to(dtype).abs())
+        return _Mean(lambda x: x.flatten(0, -2).to(precision.sums).abs())
 
 
 @dataclass(frozen=True)
@@ -95,9 +105,9 @@ class IOCosine:
     scope: ClassVar[Scope] = "decoder_layer"
     name: ClassVar[str] = "io_cosine"
 
-    def start(self, dtype: torch.dtype, num_samples: int) -> Accumulator:
+    def start(self, precision: Precision, num_samples: int) -> Accumulator:
         """Fresh accumulator."""
-        return _Mean(lambda x, y: torch.cosine_similarity(x.to(dtype), y.to(dtype), dim=-1).flatten())
+        return _Mean(lambda x, y: torch.cosine_similarity(x.to(precision.sums), y.to(precision.sums), dim=-1).flatten())
 
 
 @dataclass(frozen=True)
@@ -112,27 +122,31 @@ class Fisher:
         """Unique and stable."""
         return f"fisher_{self.side}"
 
-    def start(self, dtype: torch.dtype, num_samples: int) -> Accumulator:
+    def start(self, precision: Precision, num_samples: int) -> Accumulator:
         """Fresh accumulator."""
         # Squares of half-precision gradients underflow: always at least float32.
-        return _Mean(lambda grad: grad.float().square().sum(0 if self.side == "in" else 1)[None].to(dtype))
+        return _Mean(lambda grad: grad.float().square().sum(0 if self.side == "in" else 1)[None].to(precision.sums))
 
 
 class _GramSum:
     """x^T x with one triangle of blocks computed, the other mirrored at the end."""
 
-    def __init__(self, dtype: torch.dtype) -> None:
-        self.dtype = dtype
+    def __init__(self, precision: Precision) -> None:
+        self.precision = precision
         self.total: Tensor | None = None
 
     def update(self, *observation: Tensor) -> None:
-        x = observation[0].flatten(0, -2).to(self.dtype if self.dtype == torch.float64 else torch.float32)
+        x = observation[0].flatten(0, -2).to(self.precision.products)
         n = x.shape[1]
         if self.total is None:
-            self.total = torch.zeros(n, n, dtype=self.dtype, device=x.device)
-        for start in range(0, n, GRAM_BLOCK):
-            stop = min(start + GRAM_BLOCK, n)
-            self.total[start:stop, :stop] += x[:, start:stop].T @ x[:, :stop]
+            self.total = torch.zeros(n, n, dtype=self.precision.sums, device=x.device)
+        half = x.dtype in (torch.bfloat16, torch.float16)
+        for tokens in x.split(PRODUCT_TOKENS if half and not x.is_cuda else len(x)):
+            for start in range(0, n, GRAM_BLOCK):
+                stop = min(start + GRAM_BLOCK, n)
+                left, right = tokens[:, start:stop].T, tokens[:, :stop]
+                # Only CUDA multiplies in half precision into a float32 result.
+                self.total[start:stop, :stop] += torch.mm(left, right, out_dtype=torch.float32) if half and x.is_cuda else left @ right
 
     def value(self) -> Tensor:
         assert self.total is not None, "no data"

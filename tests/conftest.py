@@ -8,7 +8,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 import pytest
 import torch
 from tiny import FAMILY_NAMES, tiny_model, tiny_tokenizer
-from transformers import PreTrainedModel, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
 from specomp.cache import Cache
 
@@ -43,3 +43,14 @@ def tiny_opt() -> PreTrainedModel:
 def tiny_any(request) -> PreTrainedModel:
     """One tiny model of every supported architecture in turn."""
     return tiny_model(request.param)
+
+
+@pytest.fixture
+def no_weights_read(monkeypatch):
+    """Fails the test if weights are opened or drawn."""
+
+    def refuse(*args, **options):
+        raise AssertionError("weights were opened")
+
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", refuse)
+    monkeypatch.setattr(AutoModelForCausalLM, "from_config", refuse)

@@ -70,7 +70,7 @@ class CalibrationSpec(ABC):
     upstream: Literal["dense", "compressed"]  # what the activations passed through before a decoder layer
     window: Annotated[int, Field(ge=1)] | None  # decoder layers whose statistics are in memory at once; null: all
     accumulate: Literal["float32", "float64"]  # dtype of the running sums
-    precision: Literal["float32", "bfloat16"]  # products of a float32 model's calibration passes; sums stay in `accumulate`
+    precision: Literal["float32", "mixed", "bfloat16"]  # products of a float32 model's calibration passes; sums stay in `accumulate`
 
     def build(self, tokenizer: PreTrainedTokenizerBase, *, max_length: int, vocab_size: int | None = None) -> CalibrationSet:
         """Draw the samples.

@@ -7,6 +7,7 @@ by one); the head is not compressed, as everywhere here. Reference code: hahnyua
 """
 
 import logging
+import math
 from collections.abc import Sequence
 from typing import Annotated, ClassVar
 
@@ -63,7 +64,8 @@ def cut(trials: Sequence[tuple[float, LinearSpec, int]], linears: Sequence[Linea
     budget = target * sum(linear.params for linear in linears)
     ranks = {linear.name: full_rank(linear) for linear in linears}
     used = sum(linear.params for linear in linears)
-    for loss, linear, rank in sorted(trials, key=lambda trial: trial[0]):
+    # A cut that breaks the model has no loss to compare (NaN): tried last.
+    for loss, linear, rank in sorted(trials, key=lambda trial: (math.isnan(trial[0]), trial[0])):
         if used <= budget:
             break
         lower = min(rank, ranks[linear.name])

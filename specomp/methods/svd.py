@@ -88,6 +88,4 @@ class Factors:
 
     def __call__(self, linear: nn.Linear, factors: LowRankFactors) -> nn.Module:
         """A LowRankLinear in the linear's dtype, on its device."""
-        return LowRankLinear.from_factors(
-            factors.U, factors.Vt, linear.bias, dtype=linear.weight.dtype, device=linear.weight.device
-        )
+        return LowRankLinear.from_factors(factors.U, factors.Vt, linear.bias, dtype=linear.weight.dtype, device=linear.weight.device)

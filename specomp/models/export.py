@@ -25,7 +25,8 @@ from specomp import __version__
 from specomp.cache import disk_errors
 from specomp.errors import UserError
 from specomp.models.families import COMPRESSED_PREFIX, base_model_type, family_of
-from specomp.models.load import LoadedModel, checked_folder, open_model, quiet
+from specomp.models.files import checked_folder
+from specomp.models.load import LoadedModel, open_model, quiet
 from specomp.models.remote import low_rank_config, low_rank_model
 from specomp.models.sources import folder_config, folder_tokenizer
 from specomp.modules import LowRankLinear
@@ -65,6 +66,8 @@ def save_compressed(
         _write_json(target / "config.json", kept | _identity(base, ranks, form))
         if form == "factors":
             (target / f"{_file_stem(base)}.py").write_text(modelling_source(base))
+        for shard in target.glob("*.safetensors"):
+            shutil.copymode(target / "config.json", shard)  # safetensors makes files that only their owner can read
         _write_json(target / INFO_FILE, {"specomp": __version__, "form": form, **info})
 
 
@@ -91,7 +94,7 @@ def merged_state(model: nn.Module) -> dict[str, Tensor]:
     state = dict(model.state_dict())
     for name, module in low_rank_linears(model).items():
         del state[f"{name}.v_proj.weight"], state[f"{name}.u_proj.weight"]
-        state[f"{name}.weight"] = module.merged_weight()
+        state[f"{name}.weight"] = module.merged_weight().to(module.u_proj.weight.dtype)
         if module.u_proj.bias is not None:
             state[f"{name}.bias"] = state.pop(f"{name}.u_proj.bias")
     return state
@@ -101,9 +104,10 @@ def modelling_source(base: str) -> str:
     """The Python file that goes with the weights of a compressed `base` model: the classes of this package, copied, and two lines."""
     config, model = _class_names(base)
     copied = "\n\n".join(inspect.getsource(item) for item in (LowRankLinear, low_rank_config, low_rank_model))
-    return f'''"""A {base} model whose listed linears (config.json: lowrank_ranks) are products of two factors. Written by specomp {__version__}.
+    return f'''"""A {base} model whose linears listed in config.json (lowrank_ranks) are products of two factors.
 
-Loads with AutoModelForCausalLM.from_pretrained(FOLDER, trust_remote_code=True), or after `import specomp` without that option.
+Written by specomp {__version__}. Loads with AutoModelForCausalLM.from_pretrained(FOLDER, trust_remote_code=True), or after
+`import specomp` without that option.
 """
 
 from typing import Any

@@ -57,10 +57,11 @@ class ModelFamily:
         """
         specs = []
         for index, decoder_layer in enumerate(self.layers(model)):
-            for site, kind in ((number, kind) for number, site in enumerate(self.sites) for kind in site.linears):
-                name = f"{self.decoder_layers}.{index}.{kind}"
-                linear = self._checked_linear(decoder_layer, kind, name)
-                specs.append(LinearSpec(name, linear.out_features, linear.in_features, index, site, kind))
+            for number, site in enumerate(self.sites):
+                for kind in site.linears:
+                    name = f"{self.decoder_layers}.{index}.{kind}"
+                    linear = self._checked_linear(decoder_layer, kind, name)
+                    specs.append(LinearSpec(name, linear.out_features, linear.in_features, index, number, kind))
         return specs
 
     def windows(self, model: nn.Module, size: int | None) -> Iterator[range]:

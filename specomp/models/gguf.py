@@ -17,7 +17,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig, PreTra
 
 from specomp.cache import Cache, digest
 from specomp.errors import UserError
-from specomp.models.load import LoadedModel, checked_folder, content_hash, quiet
+from specomp.models.files import checked_folder, content_hash
+from specomp.models.load import LoadedModel, quiet
 from specomp.models.sources import LocalModel, Source
 from specomp.settings import configurable
 

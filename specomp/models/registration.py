@@ -70,7 +70,7 @@ def _register_stand_ins() -> None:
 
     for name in (COMPRESSED_PREFIX + base for base in FAMILY_OF_TYPE):
         if name not in CONFIG_MAPPING:
-            CONFIG_MAPPING.register(name, type("StandIn", (_StandIn,), {"model_type": name}))  # type: ignore[arg-type]
+            CONFIG_MAPPING.register(name, type("StandIn", (_StandIn,), {"model_type": name}))
 
 
 class _WatchAutoConfig(importlib.abc.MetaPathFinder):

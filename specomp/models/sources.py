@@ -1,6 +1,7 @@
 """Where models come from: one class per source, named by the `_target_` of conf/model/*.yaml. The embedded default is in gguf.py."""
 
 import logging
+import os
 import re
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -15,14 +16,13 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 
 from specomp.cache import Cache
 from specomp.errors import UserError
+from specomp.models.files import checked_folder, folder_hashes, one_line
 from specomp.models.hub import hub_errors
 from specomp.models.load import (
     LoadedModel,
     cast_weights,
-    checked_folder,
     context_length,
     dense_family,
-    folder_hashes,
     open_model,
     quiet,
     read_config,
@@ -43,6 +43,22 @@ class Source:
     dtype: Literal["float32", "bfloat16", "float16"]
     device: Annotated[str, Field(pattern=r"^(auto|cpu|mps|cuda(:\d+)?)$")]
     device_map: str | None  # transformers' device_map, to spread over several devices; then device must be auto
+
+    def fingerprint(self, cache: Cache) -> dict[str, Any]:
+        """JSON-able: what determines the weights. Never a path or a device; loads no model."""
+        raise AssertionError("abstract")
+
+    def max_length(self, cache: Cache) -> int:
+        """Context of the model in tokens; loads no model."""
+        raise AssertionError("abstract")
+
+    def tokenizer(self, cache: Cache) -> PreTrainedTokenizerBase:
+        """The model's tokenizer; loads no model."""
+        raise AssertionError("abstract")
+
+    def load(self, cache: Cache) -> LoadedModel:
+        """The model in eval mode on its device."""
+        raise AssertionError("abstract")
 
 
 @configurable
@@ -67,15 +83,15 @@ class HubModel(Source):
     def tokenizer(self, cache: Cache) -> PreTrainedTokenizerBase:
         """The tokenizer of the repository."""
         with hub_errors(self.repo, self.revision), quiet():
-            return AutoTokenizer.from_pretrained(  # type: ignore[no-any-return]
-                self.repo, revision=self.revision, trust_remote_code=self.trust_remote_code
-            )
+            return AutoTokenizer.from_pretrained(self.repo, revision=self.revision, trust_remote_code=self.trust_remote_code)
 
     def load(self, cache: Cache) -> LoadedModel:
         """Download (once, into the hub's own cache) and open. Raises UserError offline, without access, or if unsupported."""
         config = self._config()
         family = dense_family(config, self.repo)
         tokenizer = self.tokenizer(cache)
+        # without it transformers may fetch the weights of another commit (a conversion bot's), or ask the hub for such a conversion
+        os.environ["DISABLE_SAFETENSORS_CONVERSION"] = "1"
         with hub_errors(self.repo, self.revision):
             model = open_model(
                 self.repo,
@@ -156,8 +172,8 @@ class RandomModel(Source):
         target = torch_device(self.device, self.device_map)
         with torch.random.fork_rng(devices=[]), quiet():
             torch.manual_seed(self.seed)
-            model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-        model = cast_weights(model, getattr(torch, self.dtype)).to(target).eval()
+            model: Any = AutoModelForCausalLM.from_config(config, dtype=torch.float32)  # type: ignore[no-untyped-call]
+        model = cast_weights(model, getattr(torch, self.dtype)).to(target).eval()  # type: ignore[arg-type]
         return LoadedModel(model, self.tokenizer(cache), family)
 
     def _config(self) -> PreTrainedConfig:
@@ -169,9 +185,7 @@ class RandomModel(Source):
         try:
             return AutoConfig.for_model(self.architecture, **fields)
         except (TypeError, ValueError, StrictDataclassError) as error:
-            raise UserError(
-                f"model.architecture={self.architecture} with this model.config is refused: {' '.join(str(error).split())}"
-            ) from error
+            raise UserError(f"model.architecture={self.architecture} with this model.config is refused: {one_line(error)}") from error
 
 
 def byte_tokenizer() -> PreTrainedTokenizerFast:
@@ -181,7 +195,9 @@ def byte_tokenizer() -> PreTrainedTokenizerFast:
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     backend.decoder = decoders.ByteLevel()
     specials = {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>"}
-    return PreTrainedTokenizerFast(tokenizer_object=backend, padding_side="left", clean_up_tokenization_spaces=False, **specials)
+    return PreTrainedTokenizerFast(  # type: ignore[no-untyped-call]
+        tokenizer_object=backend, padding_side="left", clean_up_tokenization_spaces=False, **specials
+    )
 
 
 def folder_config(folder: Path, *, trust_remote_code: bool) -> PreTrainedConfig:
@@ -189,14 +205,15 @@ def folder_config(folder: Path, *, trust_remote_code: bool) -> PreTrainedConfig:
     try:
         return read_config(folder, trust_remote_code=trust_remote_code)
     except (OSError, ValueError, TypeError, StrictDataclassError) as error:
-        raise UserError(f"{folder / 'config.json'} cannot be used: {' '.join(str(error).split())[:300]}") from error
+        raise UserError(f"{folder / 'config.json'} cannot be used: {one_line(error)}") from error
 
 
 def folder_tokenizer(folder: Path, *, trust_remote_code: bool) -> PreTrainedTokenizerBase:
     """The tokenizer of a local folder. Raises UserError when it is absent or unreadable."""
     try:
         with quiet():
-            return AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)  # type: ignore[no-any-return]
+            return AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
     except (OSError, ValueError, KeyError, TypeError) as error:
-        reason = " ".join(str(error).split())[:300]
-        raise UserError(f"{folder} has no usable tokenizer ({reason}): copy the tokenizer files of the original model into it.") from error
+        raise UserError(
+            f"{folder} has no usable tokenizer ({one_line(error)}): copy the tokenizer files of the original model into it."
+        ) from error

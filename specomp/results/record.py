@@ -23,7 +23,7 @@ from typing import Any, Literal
 import torch
 from filelock import FileLock
 
-from specomp.cache import atomic_path, digest
+from specomp.cache import atomic_path, digest, make_folder
 from specomp.errors import UserError
 
 log = logging.getLogger(__name__)
@@ -98,7 +98,7 @@ class RecordStore:
 
     def lock(self, key: str) -> FileLock:
         """Held while a job works on a record: a second process that wants the same waits, and then finds it done."""
-        (self.folder / ".locks").mkdir(parents=True, exist_ok=True)
+        make_folder(self.folder / ".locks")
         return FileLock(self.folder / ".locks" / f"{key[:12]}.lock", is_singleton=True)
 
     def load(self, key: str) -> Record | None:
@@ -114,9 +114,12 @@ class RecordStore:
         return record if record.key == key else None
 
     def save(self, record: Record) -> None:
-        """Write atomically."""
-        with atomic_path(self.path(record.key)) as temporary:
-            temporary.write_text(json.dumps(asdict(record), indent=1, default=str, allow_nan=True) + "\n")
+        """Write atomically; what is stored already is left alone, so that a file's time says when something was last added."""
+        path, text = self.path(record.key), json.dumps(asdict(record), indent=1, default=str, allow_nan=True) + "\n"
+        if path.exists() and path.read_text() == text:
+            return
+        with atomic_path(path) as temporary:
+            temporary.write_text(text)
 
     def save_linears(self, key: str, reports: Sequence[Mapping[str, Any]]) -> None:
         """One csv line per linear."""

@@ -15,7 +15,9 @@ def show(record: Record, *, console: Console | None = None) -> None:
     console = console or Console(width=None)
     choice = record.choices
     ledger = record.ledger
-    table = Table(title=f"{choice['model']}, {choice['method']}, compression {ledger['target_compression']:.0%}", box=SIMPLE, title_justify="left")
+    table = Table(
+        title=f"{choice['model']}, {choice['method']}, compression {ledger['target_compression']:.0%}", box=SIMPLE, title_justify="left"
+    )
     table.add_column("")
     for column in ("dense", "compressed", "compressed / dense"):
         table.add_column(column, justify="right")
@@ -35,7 +37,14 @@ def rows(record: Record) -> list[tuple[str, str, str, str]]:
     """(label, dense, compressed, quotient) for the sizes and every metric."""
     ledger, lines = record.ledger, []
     dense, compressed = ledger["dense"], ledger["compressed"]
-    lines.append(_row(f"parameters of the {ledger['num_linears']} compressible linears", dense["linear_params"], compressed["linear_params"], "{:,.0f}"))
+    lines.append(
+        _row(
+            f"parameters of the {ledger['num_linears']} compressible linears",
+            dense["linear_params"],
+            compressed["linear_params"],
+            "{:,.0f}",
+        )
+    )
     lines.append(_row("parameters of the whole model", dense["model_params"], compressed["model_params"], "{:,.0f}"))
     lines.append(_row("bytes in memory", dense["model_bytes"], compressed["model_bytes"], "{:,.0f}"))
     lines.append(_row("multiply-adds per token (linears and head)", dense["macs_per_token"], compressed["macs_per_token"], "{:,.0f}"))

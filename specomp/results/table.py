@@ -44,8 +44,8 @@ def flatten(record: Record) -> dict[str, Any]:
 
 def variant(record: Record) -> str:
     """What the command line changed inside the method: slot choices and settings, as typed."""
-    overrides = record.config.get("overrides") or []
-    return " ".join(x.removeprefix("+") for x in overrides if x.startswith(("method.", "method/", "calibration.upstream", "calibration.precision")))
+    overrides = [x.lstrip("+") for x in record.config.get("overrides") or []]
+    return " ".join(x for x in overrides if x.startswith(("method.", "method/", "calibration.upstream", "calibration.precision")))
 
 
 def select(rows: Sequence[Mapping[str, Any]], where: Mapping[str, str]) -> list[Mapping[str, Any]]:
@@ -95,10 +95,20 @@ def render(rows: Sequence[Mapping[str, Any]], columns: Sequence[str], form: str)
     if form == "latex":
         escape = str.maketrans({"_": r"\_", "%": r"\%", "&": r"\&", "#": r"\#"})
         lines = [" & ".join(x.translate(escape) for x in line) + r" \\" for line in [list(columns), *body]]
-        rules = [r"\begin{tabular}{" + "l" * len(columns) + "}", r"\toprule", lines[0], r"\midrule", *lines[1:], r"\bottomrule", r"\end{tabular}"]
+        rules = [
+            r"\begin{tabular}{" + "l" * len(columns) + "}",
+            r"\toprule",
+            lines[0],
+            r"\midrule",
+            *lines[1:],
+            r"\bottomrule",
+            r"\end{tabular}",
+        ]
         return "\n".join(rules) + "\n"
     widths = [max(len(line[i]) for line in [list(columns), *body]) for i in range(len(columns))]
-    aligned = ["| " + " | ".join(text.ljust(width) for text, width in zip(line, widths, strict=True)) + " |" for line in [list(columns), *body]]
+    aligned = [
+        "| " + " | ".join(text.ljust(width) for text, width in zip(line, widths, strict=True)) + " |" for line in [list(columns), *body]
+    ]
     return "\n".join([aligned[0], "|" + "|".join("-" * (width + 2) for width in widths) + "|", *aligned[1:]]) + "\n"
 
 
@@ -120,6 +130,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if malformed:
             raise UserError(f"--where {malformed[0]}: expected COLUMN=VALUE.")
         chosen = select(rows, dict(x.split("=", 1) for x in options.where))
+        unknown = [x for x in options.columns or [] if x not in columns_of(rows)]
+        if unknown:
+            raise UserError(f"--columns {unknown[0]}: no such column; there are {', '.join(columns_of(rows))}.")
         sys.stdout.write(render(chosen, options.columns or default_columns(rows), options.format))
     except UserError as error:
         logging.getLogger("specomp").error("%s", error)

@@ -1,4 +1,4 @@
-"""Weights & Biases, the only file that knows it. A record is complete without it: losing the server loses nothing, and never stops a run."""
+"""Weights & Biases, the only file that knows it. A record is complete without it: losing the server loses nothing."""
 
 import logging
 from collections.abc import Mapping, Sequence
@@ -45,8 +45,10 @@ class WandbTracking:
             try:
                 self._publish(record, linears, mode)
                 return
-            except Exception as error:  # noqa: BLE001 (whatever the service raises must not cost a finished result)
-                log.warning("W&B (%s) failed: %s. The record itself is complete.", mode, str(error).splitlines()[0] if str(error) else repr(error))
+            except Exception as error:
+                log.warning(
+                    "W&B (%s) failed: %s. The record itself is complete.", mode, str(error).splitlines()[0] if str(error) else repr(error)
+                )
 
     def _publish(self, record: Record, linears: Sequence[Mapping[str, Any]], mode: str) -> None:
         import wandb
@@ -66,7 +68,9 @@ class WandbTracking:
             settings=wandb.Settings(init_timeout=self.init_timeout, silent=True),
         )
         try:
-            summary: dict[str, Any] = {f"{name}/{metric}": value for name, values in record.metrics.items() for metric, value in values.items()}
+            summary: dict[str, Any] = {
+                f"{name}/{metric}": value for name, values in record.metrics.items() for metric, value in values.items()
+            }
             summary |= {f"seconds/{stage}": value for stage, value in record.seconds.items()}
             summary |= {name: value for name, value in record.ledger.items() if isinstance(value, float)}
             run.log(summary)
@@ -74,4 +78,4 @@ class WandbTracking:
                 columns = list(linears[0])
                 run.log({"linears": wandb.Table(columns=columns, data=[[row[c] for c in columns] for row in linears])})
         finally:
-            run.finish(quiet=True)
+            run.finish()

@@ -4,6 +4,8 @@ The forward pass stops at the last hidden state (no logits), except for gradient
 """
 
 import logging
+import signal
+import threading
 import warnings
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack, nullcontext
@@ -13,7 +15,8 @@ import lightning as L
 import torch
 from torch import Tensor, nn
 
-from specomp.cache import digest
+from specomp.cache import digest, waiting
+from specomp.errors import UserError
 from specomp.models.family import LinearSpec
 from specomp.progress import track
 from specomp.stages.observe import LayerObserver, stats_of
@@ -24,7 +27,7 @@ log = logging.getLogger(__name__)
 
 
 class CalibrationModule(L.LightningModule):
-    """Predict-only: runs batches of token ids (batch, length) through the model while observers listen. No optimizer, no parameter changes."""
+    """Predict-only: runs batches of token ids (batch, length) through the model while observers listen. Changes no parameter."""
 
     def __init__(self, setup: Setup, observers: Sequence[LayerObserver], *, gradients: bool) -> None:
         super().__init__()
@@ -47,7 +50,7 @@ class CalibrationModule(L.LightningModule):
 
 def forward_precision(setup: Setup) -> Any:
     """bfloat16 products in the forward pass where asked for; the residual stream and the norms keep the model's precision."""
-    if setup.calibration.precision == "bfloat16" and setup.model.dtype == torch.float32:
+    if setup.half_forward:
         return torch.autocast(setup.model.device.type, torch.bfloat16)
     return nullcontext()
 
@@ -67,12 +70,20 @@ class DenseStatistics:
         return stats_of(linear, self.layer(linear.decoder_layer), self.statistics)
 
     def layer(self, index: int) -> dict[str, Tensor]:
-        """All values of one decoder layer, on the device its linears will be worked on; recomputed when the cache lost them."""
+        """All values of one decoder layer, on the device its linears will be worked on; recomputed when the cache lost them.
+
+        Raises UserError when they are lost after the first linear was replaced: what the model sees now is not what the dense one saw.
+        """
         if index != self._layer:
             self._values = {}
             for statistic in self.statistics:
                 part = self._load(statistic, index)
                 if part is None:
+                    if not self.setup.is_dense:
+                        raise UserError(
+                            f"The cache in {self.setup.cache.root} lost the statistics of decoder layer {index} while the model was being "
+                            "compressed: run the same command again, which computes them anew."
+                        )
                     collect(self.setup, self.statistics)
                     part = self._load(statistic, index)
                     assert part is not None, "just computed"
@@ -110,7 +121,8 @@ def dense_statistics(setup: Setup, statistics: Iterable[Statistic]) -> DenseStat
     wanted = DenseStatistics(setup, statistics)
     if wanted.statistics:
         # One lock per model and calibration set: a second job waits and then finds everything.
-        with setup.cache.lock("statistics", digest([setup.model_key, setup.samples.hash])):
+        lock = setup.cache.lock("statistics", digest([setup.model_key, setup.samples.hash]))
+        with waiting(lock, "calibrates this model"):
             missing = [x for x in wanted.statistics if not _complete(setup, x)]
             for statistic in wanted.statistics:
                 setup.cache.count(f"statistics/{statistic.name}", hit=statistic not in missing)
@@ -121,7 +133,7 @@ def dense_statistics(setup: Setup, statistics: Iterable[Statistic]) -> DenseStat
 
 def _complete(setup: Setup, statistic: Statistic) -> bool:
     key = statistic_key(setup, statistic)
-    return all(setup.cache.path("statistics", key, part_name(i)).exists() for i in range(len(setup.layers)))
+    return all(setup.cache.has("statistics", key, part_name(i)) for i in range(len(setup.layers)))
 
 
 def collect(setup: Setup, statistics: Iterable[Statistic]) -> None:
@@ -143,7 +155,7 @@ def _collect_window(setup: Setup, statistics: list[Statistic], window: range, *,
         parameter.requires_grad_(False)
     with ExitStack() as stack:
         observers = {
-            i: stack.enter_context(LayerObserver(layers[i], setup.family, statistics, setup.accumulate, samples.num_samples)) for i in window
+            i: stack.enter_context(LayerObserver(layers[i], setup.family, statistics, setup.precision, samples.num_samples)) for i in window
         }
         loader = samples.predict_dataloader()
         module = CalibrationModule(setup, list(observers.values()), gradients=gradients)
@@ -156,12 +168,28 @@ def _collect_window(setup: Setup, statistics: list[Statistic], window: range, *,
             setup.cache.save("statistics", statistic_key(setup, statistic), part_name(i), part)
 
 
+class _Terminable(L.Callback):
+    """Lightning swallows SIGTERM outside of fitting; a scheduler that sends it must be obeyed. What is on disk is complete either way."""
+
+    def on_predict_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
 def predict(trainer: Callable[..., L.Trainer], module: L.LightningModule, items: Iterable[Any], label: str, total: int) -> None:
     """Drive a predict-only module over items, with progress and without keeping outputs."""
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)  # hardware announcements and advertising, once per loop
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*(LeafSpec|predict returned None).*")
-        trainer().predict(module, _Tracked(items, label, total), return_predictions=False)
+        interrupt = signal.getsignal(signal.SIGINT)
+        try:
+            trainer(callbacks=[_Terminable()]).predict(module, _Tracked(items, label, total), return_predictions=False)
+        except SystemExit as error:
+            if not isinstance(error.__context__, KeyboardInterrupt):
+                raise
+            # Lightning turns Ctrl-C off and exits with 1; a sweep and the record must see what it was.
+            signal.signal(signal.SIGINT, interrupt)
+            raise KeyboardInterrupt from error
 
 
 class _Tracked:

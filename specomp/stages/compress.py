@@ -13,18 +13,19 @@ import lightning as L
 import torch
 from torch import Tensor
 
+from specomp.errors import UserError
 from specomp.factors import GramNorm, LowRankFactors, Spectrum, truncate
 from specomp.linalg import relative
-from specomp.methods.base import Method, Quantizer
+from specomp.methods.base import Method, Quantizer, Upstream
 from specomp.models.family import LinearSpec
 from specomp.modules import replace_linear
 from specomp.ratio import is_low_rank
 from specomp.stages.calibrate import DenseStatistics, linear_module, predict
-from specomp.stages.decompose import DenseSpectra
+from specomp.stages.decompose import DenseSpectra, decompose
 from specomp.stages.observe import stats_of
 from specomp.stages.setup import Setup
 from specomp.stages.stream import HiddenStream
-from specomp.statistics import Stats
+from specomp.statistics import Statistic, Stats
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,7 +55,9 @@ class LinearReport:
 class CompressionModule(L.LightningModule):
     """One predict step per decoder layer: observe it (if it must see compressed inputs), factorize its linears, pack, move on."""
 
-    def __init__(self, setup: Setup, method: Method, quantizer: Quantizer, ranks: Mapping[str, int], spectra: DenseSpectra, dense: DenseStatistics) -> None:
+    def __init__(
+        self, setup: Setup, method: Method, quantizer: Quantizer, ranks: Mapping[str, int], spectra: DenseSpectra, dense: DenseStatistics
+    ) -> None:
         super().__init__()
         # In a tuple, so that Lightning neither moves nor registers the model.
         self._setup = (setup,)
@@ -103,7 +106,7 @@ class CompressionModule(L.LightningModule):
         W = module.weight.detach()
         whitening_stats = stats_of(linear, whitening_values, method.whitening.needs) if self.whiten_streamed else self.dense(linear.name)
         target, norm = method.target(W, whitening_stats), method.whitening(whitening_stats)
-        spectrum = norm.decompose(target) if self.whiten_streamed else self.spectra(linear.name)
+        spectrum = decompose(norm, target, linear.name) if self.whiten_streamed else self.spectra(linear.name)
         factors = truncate(spectrum, rank)
         if method.compensation.needs:
             stats = stats_of(linear, repair_values, method.compensation.needs) if self.repair_streamed else self.dense(linear.name)
@@ -119,8 +122,24 @@ class CompressionModule(L.LightningModule):
             stored=sum(p.numel() for name, p in packed.named_parameters() if not name.endswith("bias")),
             damping=spectrum.damping,
             seconds=time.perf_counter() - start,
-            **_errors(packed.merged_weight().float(), target.float(), norm, spectrum, rank),  # type: ignore[operator]
+            **_errors(packed.merged_weight(), target.float(), norm, spectrum, rank),  # type: ignore[operator, arg-type]
         )
+
+
+def dense_needs(method: Method, upstream: Upstream) -> frozenset[Statistic]:
+    """Statistics of the dense model that a method reads; the others are taken on the way. Raises UserError where that cannot be."""
+    repair, needs = method.compensation, method.allocation.needs
+    if upstream == "dense":
+        needs |= method.whitening.needs
+    elif any(x.scope == "linear" for x in method.whitening.needs):
+        raise UserError("The Fisher information is a gradient of the dense model's loss: set calibration.upstream=dense.")
+    if repair.upstream == "dense" and repair.needs:
+        if repair.num_samples is not None:
+            raise UserError(
+                "A compensation on dense inputs reads every sample: set method.compensation.num_samples=null, or upstream=compressed."
+            )
+        needs |= repair.needs
+    return needs
 
 
 def _errors(packed: Tensor, target: Tensor, norm: Any, spectrum: Spectrum, rank: int) -> dict[str, float]:
@@ -142,8 +161,11 @@ def _gain(method: Method, stats: Stats, target: Tensor, before: LowRankFactors, 
     return relative(norm.loss(after.product() - target.float()), norm.loss(before.product() - target.float()))
 
 
-def compress(setup: Setup, method: Method, quantizer: Quantizer, ranks: Mapping[str, int], spectra: DenseSpectra, dense: DenseStatistics) -> list[LinearReport]:
+def compress(
+    setup: Setup, method: Method, quantizer: Quantizer, ranks: Mapping[str, int], spectra: DenseSpectra, dense: DenseStatistics
+) -> list[LinearReport]:
     """Replace the model's linears by their packed factors; returns one report per linear."""
+    setup.model.requires_grad_(False)  # also where every statistic came from the cache and no calibration pass did it
     module = CompressionModule(setup, method, quantizer, ranks, spectra, dense)
     count = len(setup.layers)
     predict(setup.trainer, module, range(count), f"compress with {method.name}", count)

@@ -6,7 +6,8 @@ import math
 from torch import Tensor
 
 from specomp.cache import digest
-from specomp.factors import Spectrum
+from specomp.errors import UserError
+from specomp.factors import Norm, Spectrum
 from specomp.linalg import SOLVE_DTYPE
 from specomp.methods.base import Target, Whitening, describe
 from specomp.ratio import break_even_rank
@@ -48,6 +49,8 @@ class DenseSpectra:
             if stored is None:
                 spectrum = self._decompose(name)
                 stored = {"U": spectrum.U, "s": spectrum.s, "rows": spectrum.rows, "damping": spectrum.s.new_tensor([spectrum.damping])}
+                # Laid out as it comes back from the cache: sums over another layout round differently.
+                stored = {part: tensor.contiguous() for part, tensor in stored.items()}
                 cache.save("spectra", self.key, name, stored)
         parts: dict[str, Tensor] = {part: tensor.to(device) for part, tensor in stored.items()}
         spectrum = Spectrum(parts["U"], parts["s"], parts["rows"], float(parts["damping"]))
@@ -58,6 +61,15 @@ class DenseSpectra:
         linear = self._by_name[name]
         W = linear_module(self.setup.model, linear).weight.detach()
         stats = self.statistics(name)
-        spectrum = self.whitening(stats).decompose(self.target(W, stats))
-        keep = math.ceil(break_even_rank(linear.m, linear.n))
-        return Spectrum(spectrum.U[:, :keep], spectrum.s, spectrum.rows[:keep], spectrum.damping)
+        return decompose(self.whitening(stats), self.target(W, stats), name, keep=math.ceil(break_even_rank(linear.m, linear.n)))
+
+
+def decompose(norm: Norm, target: Tensor, name: str, keep: int | None = None) -> Spectrum:
+    """norm.decompose, with what is numerically impossible said of the linear it concerns. Raises UserError."""
+    try:
+        return norm.decompose(target, keep=keep)
+    except ValueError as error:
+        raise UserError(
+            f"{name}: {error}: calibrate on more tokens or with calibration.precision=float32, raise method.whitening.max_damping, "
+            "or use method/whitening=gram, which needs no damping."
+        ) from error

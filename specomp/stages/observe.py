@@ -4,35 +4,36 @@ from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from specomp.models.family import LinearSpec, ModelFamily
-from specomp.statistics import Accumulator, Statistic, Stats
+from specomp.statistics import Accumulator, Precision, Statistic, Stats
 
 
 class LayerObserver:
     """Accumulates statistics of one decoder layer: site inputs, gradients of its linears, its own input and output."""
 
     def __init__(
-        self, layer: nn.Module, family: ModelFamily, statistics: Iterable[Statistic], dtype: torch.dtype, num_samples: int
+        self, layer: nn.Module, family: ModelFamily, statistics: Iterable[Statistic], precision: Precision, num_samples: int
     ) -> None:
         self.layer, self.family = layer, family
         self.accumulators: dict[str, Accumulator] = {}
         self.statistics = tuple(statistics)
-        self._dtype, self._num_samples = dtype, num_samples
+        self._precision, self._num_samples = precision, num_samples
         self._handles: list[RemovableHandle] = []
+        self._batch: tuple[int, ...] = ()
 
     def __enter__(self) -> "LayerObserver":
         by_scope: dict[str, list[Statistic]] = defaultdict(list)
         for statistic in self.statistics:
             by_scope[statistic.scope].append(statistic)
         if by_scope["site"]:
+            self._handles.append(self.layer.register_forward_pre_hook(self._remember_batch, with_kwargs=True))
             for index, site in enumerate(self.family.sites):
                 feed = self._start(f"site{index}", by_scope["site"])
                 first = self.layer.get_submodule(site.linears[0])
-                self._handles.append(first.register_forward_pre_hook(lambda _, args, feed=feed: _update(feed, args[0])))
+                self._handles.append(first.register_forward_pre_hook(lambda _, args, feed=feed: _update(feed, self._by_sample(args[0]))))
         if by_scope["linear"]:
             for name in (name for site in self.family.sites for name in site.linears):
                 weight = self.layer.get_submodule(name).weight
@@ -51,9 +52,16 @@ class LayerObserver:
         return self
 
     def _start(self, place: str, statistics: Iterable[Statistic]) -> list[Accumulator]:
-        started = {f"{place}:{x.name}": x.start(self._dtype, self._num_samples) for x in statistics}
+        started = {f"{place}:{x.name}": x.start(self._precision, self._num_samples) for x in statistics}
         self.accumulators |= started
         return list(started.values())
+
+    def _remember_batch(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self._batch = tuple(hidden_input(args, kwargs).shape[:-1])
+
+    def _by_sample(self, x: Tensor) -> Tensor:
+        # OPT's MLP runs on (batch x length, n).
+        return x.reshape(*self._batch, x.shape[-1])
 
     def __exit__(self, *_: object) -> None:
         for handle in self._handles:

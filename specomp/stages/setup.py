@@ -11,6 +11,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from specomp.cache import Cache
 from specomp.data.calibration import CalibrationSet, CalibrationSpec
 from specomp.models.family import LinearSpec, ModelFamily
+from specomp.statistics import Precision
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,6 +34,18 @@ class Setup:
         return self.family.layers(self.model)
 
     @property
-    def accumulate(self) -> torch.dtype:
-        """Precision of the running sums."""
-        return torch.float64 if self.calibration.accumulate == "float64" else torch.float32
+    def is_dense(self) -> bool:
+        """Whether every linear is still the dense one."""
+        return all(isinstance(self.model.get_submodule(x.name), nn.Linear) for x in self.linears)
+
+    @property
+    def half_forward(self) -> bool:
+        """Whether a float32 model runs its calibration passes in bfloat16."""
+        return self.calibration.precision == "bfloat16" and self.model.dtype == torch.float32
+
+    @property
+    def precision(self) -> Precision:
+        """Of the statistics: sums in `accumulate`, products in float32 unless less was asked for, or float64 sums were."""
+        if self.calibration.accumulate == "float64":
+            return Precision(torch.float64, torch.float64)
+        return Precision(torch.float32, torch.float32 if self.calibration.precision == "float32" else torch.bfloat16)

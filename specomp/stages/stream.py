@@ -81,7 +81,7 @@ class HiddenStream:
     def observe(self, index: int, statistics: Iterable[Statistic], num_samples: int | None = None) -> dict[str, Tensor]:
         """Statistics of decoder layer `index` on the hidden states before it."""
         total = min(num_samples or self.setup.samples.num_samples, self.setup.samples.num_samples)
-        with LayerObserver(self.setup.layers[index], self.setup.family, statistics, self.setup.accumulate, total) as observer:
+        with LayerObserver(self.setup.layers[index], self.setup.family, statistics, self.setup.precision, total) as observer:
             for _ in self.run(index, num_samples=num_samples):
                 pass
             return observer.values()

@@ -275,7 +275,7 @@ def test_ids_must_be_in_the_vocabulary(tmp_path: Path, tokenizer: Any) -> None:
 def test_yaml(name: str) -> None:
     settings = composed(f"+calibration={name}", "+paths.data=null", *(["calibration.path=ids.npy"] if name == "token_ids" else []))
     assert isinstance(settings, CalibrationSpec)
-    assert (settings.upstream, settings.window, settings.accumulate, settings.precision) == ("dense", None, "float32", "bfloat16")
+    assert (settings.upstream, settings.window, settings.accumulate, settings.precision) == ("dense", None, "float32", "float32")
 
 
 def test_yaml_of_the_papers() -> None:

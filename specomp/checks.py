@@ -1,0 +1,93 @@
+"""What users get wrong, found before hours are spent and told in one line that names the key."""
+
+import errno
+import inspect
+import logging
+import re
+import warnings
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+import lightning as L
+import torch
+from hydra.errors import InstantiationException
+from hydra.utils import instantiate
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from omegaconf import DictConfig
+from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
+from pydantic import ValidationError
+
+from specomp.errors import UserError
+from specomp.models.family import LinearSpec
+from specomp.models.files import first_line, one_line
+from specomp.models.load import torch_device
+from specomp.models.sources import Source
+from specomp.ratio import retained
+
+
+def make(cfg: DictConfig, group: str) -> Any:
+    """Instantiate one group, turning what is wrong with it into one line that names the key."""
+    try:
+        made = instantiate(cfg[group])
+        if isinstance(made, partial):  # a misspelt keyword would otherwise show when it is called, with the model loaded
+            inspect.signature(made.func).bind_partial(**made.keywords)
+        return made
+    except TypeError as error:
+        raise UserError(f"{group}: {error}.") from error
+    except InstantiationException as error:
+        cause = error.__cause__ or error
+        where = re.search(r"full_key: (\S+)", str(error))
+        prefix = where.group(1) if where else group
+        if isinstance(cause, ValidationError):
+            problems = [f"{'.'.join([prefix, *map(str, x['loc'])])}={_typed(x['input'])}: {x['msg']}" for x in cause.errors()]
+            raise UserError("; ".join(problems) + ".") from error
+        if isinstance(cause, UserError):
+            raise cause from error
+        raise UserError(f"{prefix}: {one_line(cause)}") from error
+    except MissingMandatoryValue as error:
+        raise UserError(f"{error.full_key} has no default: give it a value, {error.full_key}=VALUE.") from error
+    except OmegaConfBaseException as error:
+        raise UserError(f"{error.full_key or group}: {first_line(error)}") from error
+
+
+def _typed(value: Any) -> str:
+    """A refused value as it would be typed; objects by their class."""
+    if value is None or isinstance(value, bool):
+        return {None: "null", True: "true", False: "false"}[value]
+    return str(value) if isinstance(value, (str, int, float)) else f"<{type(value).__name__}>"
+
+
+def check_machine(source: Source, trainer: Callable[..., L.Trainer]) -> None:
+    """Device and loop, before the model is loaded. Raises UserError."""
+    torch_device(source.device, source.device_map)
+    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # that an accelerator is left idle is meant, see conf/trainer
+            trainer()
+    except (MisconfigurationException, ValueError, TypeError, RuntimeError) as error:
+        raise UserError(f"trainer: {one_line(error)}") from error
+
+
+def check_budget(linears: Sequence[LinearSpec], retention: float) -> None:
+    """Before calibration: no allocation helps when the budget cannot pay rank 1 everywhere. Raises UserError."""
+    kept, least = retention * sum(x.params for x in linears), sum(min(x.m + x.n, x.params) for x in linears)
+    if kept < least:
+        raise UserError(
+            f"ratio.compression={retained(retention):.6g} keeps {kept:.0f} parameters of the {len(linears)} linears, "
+            f"rank 1 in each takes {least}: lower ratio.compression."
+        )
+
+
+def actionable(error: BaseException) -> UserError | None:
+    """What to do about an exhausted resource, or None for other errors."""
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return UserError("No space left on the device: free some, or point paths.cache or paths.outputs elsewhere.")
+    # torch tells of exhausted CPU memory by the text alone
+    if isinstance(error, (torch.OutOfMemoryError, MemoryError)) or (isinstance(error, RuntimeError) and "allocate memory" in str(error)):
+        return UserError(
+            f"Out of memory ({one_line(error, 120)}): lower calibration.batch_size or benchmark.batch_size, set calibration.window, "
+            "or use model.dtype=bfloat16."
+        )
+    return None

@@ -1,0 +1,234 @@
+"""Every yaml composes, builds without a network, says what it is, and names nothing that its class does not know."""
+
+import importlib
+import inspect
+from dataclasses import MISSING, fields, is_dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from hydra import compose, initialize_config_dir
+from hydra.errors import ConfigCompositionException
+from omegaconf import DictConfig, OmegaConf
+from running import CONF, compose_config
+
+from specomp.checks import make
+from specomp.errors import UserError
+from specomp.pipeline import build
+from specomp.ratio import Ratio
+
+FILES = sorted(CONF.rglob("*.yaml"))
+# What a choice cannot do without on the command line.
+REQUIRED = {
+    ("model", "local"): ["model.path=some/folder"],
+    ("calibration", "token_ids"): ["calibration.path=ids.npy"],
+    ("benchmark", "token_ids"): ["benchmark.path=ids.npy"],
+}
+GROUPS = ("model", "method", "ratio", "calibration", "benchmark", "quantizer", "trainer", "tracking")
+SLOTS = sorted(path.name for path in (CONF / "method").iterdir() if path.is_dir())
+CHOICES = [(group, path.stem) for group in GROUPS for path in sorted((CONF / group).glob("[!_]*.yaml"))]
+SLOT_CHOICES = [(slot, path.stem) for slot in SLOTS for path in sorted((CONF / "method" / slot).glob("*.yaml"))]
+
+
+def name(path: Path) -> str:
+    return path.relative_to(CONF).as_posix()
+
+
+def composed(*overrides: str) -> DictConfig:
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        return compose("config", overrides=["paths.data=null", *overrides])
+
+
+def targets(node: Any, path: str = "") -> list[tuple[str, dict[str, Any]]]:
+    """(place, mapping) of everything with a `_target_` inside a composed group."""
+    found = []
+    if isinstance(node, dict):
+        if "_target_" in node:
+            found.append((path, node))
+        for key, value in node.items():
+            found += targets(value, f"{path}.{key}")
+    return found
+
+
+def resolve(target: str) -> Any:
+    module, _, attribute = target.rpartition(".")
+    return getattr(importlib.import_module(module), attribute)
+
+
+def parameters(cls: Any) -> tuple[set[str], set[str]]:
+    """(all, required) constructor parameters."""
+    if is_dataclass(cls):
+        known = [field for field in fields(cls) if field.init]
+        return {x.name for x in known}, {x.name for x in known if x.default is MISSING and x.default_factory is MISSING}
+    signature = inspect.signature(cls).parameters.values()
+    return {x.name for x in signature}, {x.name for x in signature if x.default is inspect.Parameter.empty}
+
+
+def check_parameters(place: str, node: dict[str, Any]) -> None:
+    known, required = parameters(resolve(node["_target_"]))
+    given = {key for key in node if not key.startswith("_")}
+    assert given <= known, f"{place}: {node['_target_']} does not know {sorted(given - known)}"
+    if not node.get("_partial_"):
+        assert required <= given, f"{place}: {node['_target_']} also needs {sorted(required - given)}"
+
+
+@pytest.mark.parametrize("path", FILES, ids=name)
+def test_first_line_says_what_it_is(path):
+    lines = path.read_text().splitlines()
+    if lines[0].startswith("# @package"):
+        lines = lines[1:]
+    assert lines[0].startswith("# ")
+    assert len(lines[0]) > 10
+
+
+@pytest.mark.parametrize("path", FILES, ids=name)
+def test_every_parameter_says_what_it_means(path):
+    """In the groups that explain their numbers line by line; values inside `config`, `hub` and the like have a comment of their own."""
+    lines = path.read_text().splitlines()
+    content = yaml.safe_load(path.read_text()) or {}
+    if path.parent.name in SLOTS or path.parent.name in {"model", "tracking", "ratio"}:
+        for key in content:
+            if not key.startswith("_"):
+                line = next(x for x in lines if x.startswith(f"{key}:"))
+                assert " # " in line, f"{name(path)}: {key} has no comment"
+
+
+@pytest.mark.parametrize("path", [p for p in FILES if p.parent.name != "debug" and p.stem != "none"], ids=name)
+def test_no_file_is_empty(path):
+    assert yaml.safe_load(path.read_text())
+
+
+def test_nothing_is_a_named_class_everywhere():
+    """An empty none.yaml composes to {}, which is not None."""
+    none = [path for path in FILES if path.stem == "none"]
+    assert len(none) >= 6
+    for path in none:
+        if path.parent.name != "debug":
+            assert "_target_" in yaml.safe_load(path.read_text()), name(path)
+
+
+@pytest.mark.parametrize("path", [p for p in FILES if "\n_target_:" in p.read_text()], ids=name)
+def test_targets_can_be_imported(path):
+    assert callable(resolve(yaml.safe_load(path.read_text())["_target_"]))
+
+
+@pytest.mark.parametrize(("group", "choice"), CHOICES)
+def test_every_choice_composes_and_builds_without_a_network(group, choice, no_weights_read):
+    cfg = composed(f"{group}={choice}", *REQUIRED.get((group, choice), []))
+    for place, node in targets(OmegaConf.to_container(cfg[group], resolve=False), group):
+        if node["_target_"] != "specomp.evaluation.suite.Suite":
+            check_parameters(place, node)
+    made = make(cfg, group)
+    assert made is not None
+    assert type(made).__name__ != "DictConfig"
+
+
+@pytest.mark.parametrize(("slot", "choice"), SLOT_CHOICES)
+def test_every_slot_choice_fits_into_every_method(slot, choice):
+    """Swapping one slot leaves nothing of the former choice behind (the reason for the slot rule)."""
+    for method in ("svd", "adasvd"):
+        cfg = composed(f"method={method}", f"method/{slot}={choice}")
+        node = OmegaConf.to_container(cfg.method[slot])
+        check_parameters(f"method.{slot}", node)
+        alone = yaml.safe_load((CONF / "method" / slot / f"{choice}.yaml").read_text())
+        assert node == alone
+        assert make(cfg, "method").name == method
+
+
+@pytest.mark.parametrize("path", sorted((CONF / "method").glob("*.yaml")), ids=name)
+def test_a_method_selects_slots_and_sets_nothing_inside_them(path):
+    content = yaml.safe_load(path.read_text())
+    assert set(content) == {"defaults", "_target_", "name"}
+    assert content["name"] == path.stem
+    chosen = {key: value for entry in content["defaults"] if isinstance(entry, dict) for key, value in entry.items()}
+    assert sorted(chosen) == SLOTS, "every slot is chosen, by name"
+    assert content["defaults"][-1] == "_self_"
+
+
+@pytest.mark.parametrize("path", sorted((CONF / "ratio").glob("cr*.yaml")), ids=name)
+def test_a_ratio_is_what_its_name_says(path):
+    ratio = make(composed(f"ratio={path.stem}"), "ratio")
+    assert isinstance(ratio, Ratio)
+    assert ratio.compression == pytest.approx(int(path.stem[2:]) / 100)
+
+
+@pytest.mark.parametrize("path", sorted((CONF / "model").glob("*.yaml")), ids=name)
+def test_a_model_is_called_by_its_file(path):
+    assert yaml.safe_load(path.read_text())["name"] == path.stem
+
+
+@pytest.mark.parametrize("path", sorted((CONF / "model").glob("*.yaml")), ids=name)
+def test_hub_models_are_pinned_and_run_no_foreign_code(path):
+    content = yaml.safe_load(path.read_text())
+    if "repo" in content:
+        assert len(content["revision"]) == 40
+    assert content.get("trust_remote_code", False) is False
+
+
+@pytest.mark.parametrize("group", [*(g for g in GROUPS if g != "trainer"), "options"])
+def test_unknown_keys_fail(group):
+    with pytest.raises(ConfigCompositionException, match="nonsense"):
+        composed(f"{group}.nonsense=1")  # a typo on the command line
+    with pytest.raises(UserError, match="nonsense") as caught:
+        make(composed(f"+{group}.nonsense=1"), group)  # insisted on
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("slot", SLOTS)
+def test_unknown_keys_inside_a_slot_fail(slot):
+    with pytest.raises(UserError, match=rf"method\.{slot}.*nonsense"):
+        make(composed(f"+method.{slot}.nonsense=1"), "method")
+
+
+def test_an_unknown_key_of_the_trainer_fails_before_a_model_is_loaded(tmp_path, no_weights_read):
+    with pytest.raises(UserError, match="nonsense"):
+        build(compose_config(tmp_path, "+trainer.nonsense=1"))
+
+
+@pytest.mark.parametrize(
+    ("override", "key"),
+    [
+        ("ratio.compression=1.0", "ratio.compression"),
+        ("ratio.compression=-0.1", "ratio.compression"),
+        ("calibration.num_samples=0", "calibration.num_samples"),
+        ("calibration.upstream=sideways", "calibration.upstream"),
+        ("method.compensation.iterations=0", "method.compensation.iterations"),
+        ("method.allocation.min_retention_gap=lots", "method.allocation.min_retention_gap"),
+        ("options.threads=0", "options.threads"),
+        ("options.export=pickle", "options.export"),
+        ("seed=-1", "options.seed"),
+        ("model.dtype=int8", "model.dtype"),
+        ("benchmark.window=0", "benchmark"),
+    ],
+)
+def test_a_wrong_value_is_one_line_with_its_key_before_anything_is_loaded(tmp_path, no_weights_read, override, key):
+    with pytest.raises(UserError) as caught:
+        build(compose_config(tmp_path, "method=adasvd", override))
+    message = str(caught.value)
+    assert key in message
+    assert "\n" not in message
+    assert override.split("=")[1] in message
+
+
+def test_a_wrong_slot_object_is_refused():
+    """A whitening where a target belongs is noticed when the method is built."""
+    with pytest.raises(UserError, match="compensation"):
+        make(composed("method=svd", "method.compensation._target_=specomp.methods.svd.NoTraining"), "method")
+
+
+def test_config_yaml_explains_every_option():
+    text = (CONF / "config.yaml").read_text()
+    known, _ = parameters(resolve("specomp.options.Options"))
+    content = yaml.safe_load(text)["options"]
+    assert set(content) - {"_target_"} == known
+    for key in known - {"seed"}:
+        assert any(line.strip().startswith(f"{key}:") and " # " in line for line in text.splitlines()), key
+
+
+def test_the_defaults_are_the_readme_ones():
+    """The bare command is offline: the embedded model, the text Python brings along, no tracking."""
+    cfg = composed()
+    assert cfg.model._target_ == "specomp.models.gguf.PackagedGGUF"
+    assert cfg.calibration.corpus._target_ == cfg.benchmark.parts.pydocs.corpus._target_ == "specomp.data.pydocs.PyDocs"
+    assert cfg.tracking._target_ == "specomp.results.tracking.NoTracking"

@@ -1,0 +1,61 @@
+"""What the README says can be typed can be typed, and its example of a new method runs."""
+
+import re
+import shlex
+import sys
+import types
+
+import pytest
+from hydra import compose, initialize_config_dir
+from hydra.utils import instantiate
+from running import CONF, ROOT, compose_run
+
+README = (ROOT / "README.md").read_text()
+COMMANDS = [line.split("#")[0].strip() for line in README.splitlines() if re.match(r"    python run\.py ", line)]
+PLACEHOLDERS = {"FOLDER": "folder", "F": "calibration.npy", "G": "test.npy"}
+
+
+def overrides(command: str) -> list[str]:
+    """The overrides of a command line; of a sweep, its first job."""
+    words = [word for word in shlex.split(command)[2:] if word != "-m"]
+    chosen = []
+    for word in words:
+        key, _, value = word.partition("=")
+        value = value.split(",")[0] if "-m" in shlex.split(command) else value
+        chosen.append(f"{key}={PLACEHOLDERS.get(value, value)}")
+    return chosen
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_commands_compose(command: str) -> None:
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        cfg = compose("config", overrides=[*overrides(command), "paths.data=null"], return_hydra_config=True)
+    for group in ("method", "ratio", "calibration", "benchmark", "quantizer", "options"):
+        assert instantiate(cfg[group]) is not None
+
+
+def test_commands_were_found() -> None:
+    assert len(COMMANDS) >= 8
+
+
+def test_methods_table_is_complete() -> None:
+    for path in (CONF / "method").glob("*.yaml"):
+        assert f"`{path.stem}`" in README, path.stem
+
+
+def test_example_method_runs(tmp_path, monkeypatch) -> None:
+    source = re.search(r"```python\n# specomp/methods/clipped\.py\n(.*?)```", README, re.S)
+    yaml = re.search(r"```yaml\n# conf/method/clipped\.yaml\n(.*?)```", README, re.S)
+    assert source
+    assert yaml
+    module = types.ModuleType("specomp.methods.clipped")
+    monkeypatch.setitem(sys.modules, module.__name__, module)
+    exec(compile(source.group(1), "clipped.py", "exec", dont_inherit=True), module.__dict__)
+    monkeypatch.setattr(sys.modules["specomp.methods"], "clipped", module, raising=False)
+    folder = tmp_path / "conf" / "method"
+    folder.mkdir(parents=True)
+    (folder / "clipped.yaml").write_text(yaml.group(1))
+    record = compose_run(tmp_path, f"hydra.searchpath=[file://{tmp_path / 'conf'}]", "method=clipped", "ratio=cr20")
+    assert record.status == "ok"
+    assert record.choices["method"] == "clipped"
+    assert 0.75 < record.ledger["measured_retention"] <= 0.8

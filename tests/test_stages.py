@@ -1,0 +1,569 @@
+"""The stages against whole forward passes and hand-made gradients: streaming, windows, cache, passes counted, nothing trained."""
+
+import logging
+from collections import Counter
+
+import pytest
+import torch
+from running import make_setup, random_tokens
+from tiny import FAMILY_NAMES
+
+from specomp.budget import full_rank
+from specomp.cache import Cache
+from specomp.data.calibration import CalibrationSet
+from specomp.errors import UserError
+from specomp.methods.adasvd import AdaComp, AdaCR
+from specomp.methods.base import Method
+from specomp.methods.fwsvd import FisherWhitening
+from specomp.methods.svd import Factors, NoCompensation, NoTraining, NoWhitening, UniformAllocation, Weight
+from specomp.methods.svd_llm import GramWhitening, UpdateU
+from specomp.modules import LowRankLinear
+from specomp.quantization.none import NoQuantizer
+from specomp.ratio import Ratio
+from specomp.stages.calibrate import CalibrationModule, DenseStatistics, dense_statistics, part_name, statistic_key
+from specomp.stages.compress import CompressionModule, compress, dense_needs
+from specomp.stages.decompose import DenseSpectra
+from specomp.stages.observe import LayerObserver
+from specomp.stages.probe import make_probe
+from specomp.stages.stream import HiddenStream
+from specomp.statistics import AbsMean, Fisher, Gram, IOCosine, StackedGram
+
+SITE_STATISTICS = (Gram(), AbsMean(), StackedGram(2), IOCosine())
+
+
+def method(**slots) -> Method:
+    """SVD-LLM with slots exchanged."""
+    plain = {
+        "name": "test",
+        "target": Weight(),
+        "whitening": GramWhitening(solve="float64"),
+        "allocation": UniformAllocation(exact_budget=False),
+        "compensation": NoCompensation(),
+        "training": NoTraining(),
+        "packing": Factors(),
+    }
+    return Method(**plain | slots)
+
+
+ADACOMP = AdaComp(iterations=1, update="pseudo_inverse", stack_of_batch="gram", num_buckets=2, upstream="compressed")
+ADACR = AdaCR(min_retention_gap=0.1, importance="block_influence", budget="water_filling")
+
+
+def run_method(setup, chosen: Method, compression: float = 0.4, ranks: dict[str, int] | None = None):
+    """What pipeline.factorize does, without a record."""
+    dense = dense_statistics(setup, dense_needs(chosen, setup.calibration.upstream))
+    spectra = DenseSpectra(setup, chosen.target, chosen.whitening, dense)
+    if ranks is None:
+        ranks = chosen.allocation(setup.linears, Ratio(compression=compression), dense, spectra, make_probe(setup, spectra, chosen.packing))
+    return compress(setup, chosen, NoQuantizer(), ranks, spectra, dense)
+
+
+def ranks_of(setup, rank: int) -> dict[str, int]:
+    return {x.name: rank for x in setup.linears}
+
+
+def count_layers(setup) -> Counter:
+    """Executions of each decoder layer from now on."""
+    counts: Counter = Counter()
+    for index, layer in enumerate(setup.layers):
+        layer.register_forward_hook(lambda *_, index=index: counts.update([index]))
+    return counts
+
+
+def all_values(setup, statistics) -> dict[str, torch.Tensor]:
+    dense = DenseStatistics(setup, statistics)
+    return {f"{index}/{name}": value.clone() for index in range(len(setup.layers)) for name, value in dense.layer(index).items()}
+
+
+def assert_close(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor], tolerance: float) -> None:
+    assert found.keys() == expected.keys()
+    assert found
+    for name, value in expected.items():
+        assert found[name].shape == value.shape
+        assert (found[name] - value).norm() <= tolerance * value.norm(), name
+
+
+# --- streaming -----------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("num_samples", "batch_size"), [(4, 2), (5, 2), (3, 1), (3, 8)])
+@pytest.mark.parametrize("family_name", FAMILY_NAMES)
+def test_decoder_layer_by_decoder_layer_equals_the_whole_forward(cache, family_name, num_samples, batch_size):
+    """Length 40 is beyond the sliding windows (16) of mistral and gemma2, so their masks matter."""
+    setup = make_setup(family_name, cache, num_samples=num_samples, batch_size=batch_size, length=40)
+    with torch.no_grad():
+        whole = setup.family.decoder(setup.model)(input_ids=setup.samples.tokens, use_cache=False, output_hidden_states=True).hidden_states
+    stream = HiddenStream(setup)
+    assert torch.equal(torch.cat(stream.hidden), whole[0])
+    for index in range(len(setup.layers)):
+        if index + 1 < len(setup.layers):  # the last of the whole forward's is after the final norm
+            assert (torch.cat(list(stream.run(index))) - whole[index + 1]).abs().max() <= 1e-6
+        stream.advance(index)
+    with torch.no_grad():
+        decoder = setup.family.decoder(setup.model)
+        norm = getattr(decoder, "norm", None) or decoder.final_layer_norm
+        assert (norm(torch.cat(stream.hidden)) - whole[-1]).abs().max() <= 1e-6
+
+
+def test_masks_matter_in_that_test(cache):
+    """Without its sliding window mistral gives something else, so the recorded masks were needed."""
+    setup = make_setup("mistral", cache, length=40)
+    stream = HiddenStream(setup)
+    masked = torch.cat(list(stream.run(0)))
+    for calls in stream.calls.values():
+        for _, kwargs in calls:
+            kwargs["attention_mask"] = None
+    assert (torch.cat(list(stream.run(0))) - masked).abs().max() > 1e-3
+
+
+def test_the_model_is_untouched_by_recording(cache):
+    setup = make_setup("gemma2", cache)
+    layers, state = setup.layers, {name: value.clone() for name, value in setup.model.state_dict().items()}
+    HiddenStream(setup)
+    assert all(before is after for before, after in zip(layers, setup.layers, strict=True))
+    assert all(torch.equal(value, setup.model.state_dict()[name]) for name, value in state.items())
+
+
+def test_the_model_gets_its_layers_back_when_recording_fails(cache, monkeypatch):
+    setup = make_setup("llama", cache)
+    layers = setup.layers
+    monkeypatch.setattr(type(setup.samples), "predict_dataloader", lambda _: iter([torch.full((1, 4), 10**6)]))
+    with pytest.raises(IndexError):
+        HiddenStream(setup)
+    assert all(before is after for before, after in zip(layers, setup.layers, strict=True))
+
+
+@pytest.mark.parametrize("family_name", FAMILY_NAMES)
+def test_streamed_statistics_of_the_dense_model_equal_the_dense_pass(cache, family_name):
+    setup = make_setup(family_name, cache, length=40)
+    dense_statistics(setup, SITE_STATISTICS)
+    expected = all_values(setup, SITE_STATISTICS)
+    stream = HiddenStream(setup)
+    found = {}
+    for index in range(len(setup.layers)):
+        found |= {f"{index}/{name}": value for name, value in stream.observe(index, SITE_STATISTICS).items()}
+        stream.advance(index)
+    assert_close(found, expected, 1e-5)
+
+
+@pytest.mark.parametrize(
+    ("limit", "batch_size", "length"), [(1, 2, 24), (3, 2, 24), (4, 2, 24), (5, 2, 24), (3, 8, 24), (3, 5, 5), (1, 5, 5)]
+)
+@pytest.mark.parametrize("family_name", ["llama", "mistral", "opt"])
+def test_the_first_samples_are_the_first_samples(cache, family_name, limit, batch_size, length):
+    """A limit inside a batch cuts hidden states and masks alike, also where the length equals the batch size."""
+    setup = make_setup(family_name, cache, num_samples=5, batch_size=batch_size, length=length)
+    stream = HiddenStream(setup)
+    whole = torch.cat(list(stream.run(0)))
+    part = torch.cat(list(stream.run(0, num_samples=limit)))
+    assert part.shape[0] == limit
+    assert (part - whole[:limit]).abs().max() <= 1e-6
+
+
+# --- windows and dtypes --------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("family_name", ["llama", "opt", "gemma2"])
+def test_windows_of_any_size_give_the_same_statistics(tmp_path, family_name):
+    statistics = (*SITE_STATISTICS, Fisher("in"), Fisher("out"))
+    found = {}
+    for window in (None, 1, 2, 7):
+        setup = make_setup(family_name, Cache(tmp_path / str(window)), window=window)
+        dense_statistics(setup, statistics)
+        found[window] = all_values(setup, statistics)
+    for window in (1, 2, 7):
+        assert_close(found[window], found[None], 1e-6)
+
+
+def test_a_window_costs_one_pass_each(tmp_path):
+    for window, passes in ((None, 1), (2, 2), (1, 3)):
+        setup = make_setup("llama", Cache(tmp_path / str(window)), window=window)
+        counts = count_layers(setup)
+        dense_statistics(setup, {Gram()})
+        assert counts == dict.fromkeys(range(3), 3 * passes)  # 5 samples in batches of 2
+
+
+def test_grams_are_what_their_definition_says(cache):
+    """Against inputs recorded by hand from one whole forward."""
+    setup = make_setup("llama_gqa", cache)
+    seen = {}
+    names = [x.name for x in setup.linears]
+    handles = [
+        setup.model.get_submodule(name).register_forward_pre_hook(lambda _, args, name=name: seen.update({name: args[0].flatten(0, 1)}))
+        for name in names
+    ]
+    with torch.no_grad():
+        setup.model(input_ids=setup.samples.tokens)
+    for handle in handles:
+        handle.remove()
+    dense = dense_statistics(setup, {Gram(), AbsMean()})
+    for name in names:
+        stats, x = dense(name), seen[name]
+        assert (stats[Gram()] - x.T @ x).norm() <= 1e-5 * stats[Gram()].norm()
+        assert (stats[AbsMean()] - x.abs().mean(0)).norm() <= 1e-5 * stats[AbsMean()].norm()
+
+
+def test_bfloat16_products_agree_with_float32_to_a_percent(tmp_path):
+    values = {}
+    for precision in ("float32", "bfloat16"):
+        setup = make_setup("llama", Cache(tmp_path / precision), precision=precision, num_samples=16, length=64)
+        dense_statistics(setup, {Gram()})
+        values[precision] = all_values(setup, {Gram()})
+    assert_close(values["bfloat16"], values["float32"], 1e-2)
+    assert any(not torch.equal(value, values["float32"][name]) for name, value in values["bfloat16"].items())
+    assert all(value.dtype == torch.float32 for value in values["bfloat16"].values())
+
+
+def test_float64_sums_are_float64(cache):
+    setup = make_setup("llama", cache, accumulate="float64")
+    dense_statistics(setup, {Gram()})
+    assert all(value.dtype == torch.float64 for value in all_values(setup, {Gram()}).values())
+
+
+# --- gradients -----------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("family_name", ["llama_gqa", "opt", "phi3"])
+def test_fisher_is_the_mean_squared_gradient_of_the_shifted_loss(cache, family_name):
+    setup = make_setup(family_name, cache, num_samples=3)
+    dense = dense_statistics(setup, {Fisher("in"), Fisher("out")})
+    expected = {x.name: 0.0 for x in setup.linears}
+    for x in setup.linears:
+        setup.model.get_submodule(x.name).weight.requires_grad_(True)
+    for sequence in setup.samples.tokens.split(1):
+        logits = setup.model(input_ids=sequence).logits
+        loss = torch.nn.functional.cross_entropy(logits[0, :-1], sequence[0, 1:])  # token t predicts t + 1, once
+        gradients = torch.autograd.grad(loss, [setup.model.get_submodule(x.name).weight for x in setup.linears])
+        for x, gradient in zip(setup.linears, gradients, strict=True):
+            expected[x.name] = expected[x.name] + gradient.square() / 3
+    for x in setup.linears:
+        stats = dense(x.name)
+        assert stats[Fisher("in")].shape == (x.n,)
+        assert stats[Fisher("out")].shape == (x.m,)
+        assert (stats[Fisher("in")] - expected[x.name].sum(0)).norm() <= 1e-4 * stats[Fisher("in")].norm()
+        assert (stats[Fisher("out")] - expected[x.name].sum(1)).norm() <= 1e-4 * stats[Fisher("out")].norm()
+
+
+def test_no_gradient_and_no_trainable_parameter_is_left(cache):
+    setup = make_setup("llama", cache)
+    before = {name: value.clone() for name, value in setup.model.state_dict().items()}
+    dense_statistics(setup, {Fisher("in"), Gram()})
+    assert not any(p.requires_grad or p.grad is not None for p in setup.model.parameters())
+    assert all(torch.equal(value, setup.model.state_dict()[name]) for name, value in before.items())
+
+
+def test_gradient_statistics_do_not_exist_for_compressed_inputs():
+    fisher = FisherWhitening(side="in", eps=1e-6, solve="auto")
+    assert dense_needs(method(whitening=fisher), "dense") == {Fisher("in")}
+    with pytest.raises(UserError, match=r"calibration\.upstream=dense"):
+        dense_needs(method(whitening=fisher), "compressed")
+
+
+def test_dense_needs_are_the_union_of_what_is_read_from_the_dense_model():
+    whole = method(allocation=ADACR, compensation=ADACOMP)
+    assert dense_needs(whole, "dense") == {Gram(), IOCosine()}
+    assert dense_needs(whole, "compressed") == {IOCosine()}
+    assert dense_needs(method(compensation=UpdateU(upstream="dense", num_samples=None)), "compressed") == {Gram()}
+    with pytest.raises(UserError, match="num_samples=null"):
+        dense_needs(method(compensation=UpdateU(upstream="dense", num_samples=2)), "dense")
+
+
+# --- compressed upstream -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def observed(monkeypatch):
+    """Everything HiddenStream.observe returned, by decoder layer."""
+    found: dict[int, dict[str, torch.Tensor]] = {}
+    original = HiddenStream.observe
+
+    def remember(self, index, *args, **options):
+        found[index] = original(self, index, *args, **options)
+        return found[index]
+
+    monkeypatch.setattr(HiddenStream, "observe", remember)
+    return found
+
+
+@pytest.mark.parametrize("family_name", ["llama", "opt", "mistral"])
+def test_a_compression_that_keeps_everything_streams_the_dense_statistics(cache, observed, family_name):
+    setup = make_setup(family_name, cache, upstream="compressed", length=40)
+    dense_statistics(setup, {Gram()})
+    reports = run_method(setup, method(), ranks={x.name: full_rank(x) for x in setup.linears})
+    assert all(x.dense for x in reports)
+    found = {f"{index}/{name}": value for index, values in observed.items() for name, value in values.items()}
+    assert_close(found, all_values(setup, {Gram()}), 1e-5)
+
+
+def test_an_exact_low_rank_compression_streams_the_dense_statistics(cache, observed):
+    """Weights of rank 6 are cut at rank 6: modules are replaced and still nothing changes for the decoder layers behind them."""
+    setup = make_setup("llama_gqa", cache, upstream="compressed")
+    with torch.no_grad():
+        for x in setup.linears:
+            weight = setup.model.get_submodule(x.name).weight
+            U, s, Vt = torch.linalg.svd(weight, full_matrices=False)
+            weight.copy_(U[:, :6] * s[:6] @ Vt[:6])
+        before = setup.model(input_ids=setup.samples.tokens).logits
+    dense_statistics(setup, {Gram()})
+    expected = all_values(setup, {Gram()})
+    reports = run_method(setup, method(compensation=ADACOMP), ranks=ranks_of(setup, 6))
+    assert not any(x.dense for x in reports)
+    assert all(isinstance(setup.model.get_submodule(x.name), LowRankLinear) for x in setup.linears)
+    found = {f"{index}/{name}": value for index, values in observed.items() for name, value in values.items()}
+    assert_close(found, expected, 1e-3)
+    with torch.no_grad():
+        assert (setup.model(input_ids=setup.samples.tokens).logits - before).abs().max() < 1e-3 * before.abs().max()
+
+
+def test_a_lossy_compression_streams_other_statistics_behind_the_first_decoder_layer(cache, observed):
+    setup = make_setup("llama", cache, upstream="compressed")
+    dense_statistics(setup, {Gram()})
+    expected = all_values(setup, {Gram()})
+    run_method(setup, method(), ranks=ranks_of(setup, 4))
+    relative = {
+        (index, name): float((value - expected[f"{index}/{name}"]).norm() / value.norm())
+        for index, values in observed.items()
+        for name, value in values.items()
+    }
+    assert max(value for (index, _), value in relative.items() if index == 0) < 1e-5
+    assert min(value for (index, _), value in relative.items() if index > 0) > 1e-3
+
+
+def test_whitening_on_compressed_inputs_sees_what_the_compressed_model_feeds(cache, observed):
+    """The Gram used for decoder layer 1 is that of the finished compressed model's own input to it."""
+    setup = make_setup("llama", cache, upstream="compressed")
+    run_method(setup, method(), ranks=ranks_of(setup, 5))
+    seen = {}
+    linear = next(x for x in setup.linears if x.decoder_layer == 1)
+    module = setup.model.get_submodule(linear.name)
+    module.register_forward_pre_hook(lambda _, args: seen.update(x=args[0].flatten(0, 1)))
+    with torch.no_grad():
+        setup.model(input_ids=setup.samples.tokens)
+    gram = seen["x"].T @ seen["x"]
+    assert (observed[1][f"site{linear.site}:gram"] - gram).norm() <= 1e-5 * gram.norm()
+
+
+def test_whitening_on_compressed_inputs_gives_other_weights_than_on_dense_ones(tmp_path):
+    weights = {}
+    for upstream in ("dense", "compressed"):
+        setup = make_setup("llama", Cache(tmp_path / upstream), upstream=upstream)
+        run_method(setup, method(), ranks=ranks_of(setup, 5))
+        weights[upstream] = [setup.model.get_submodule(x.name).merged_weight() for x in setup.linears]
+    pairs = list(zip(setup.linears, weights["dense"], weights["compressed"], strict=True))
+    assert all(torch.allclose(a, b, atol=1e-5) for x, a, b in pairs if x.decoder_layer == 0 and x.site == 0)
+    assert all((a - b).norm() > 1e-4 * a.norm() for x, a, b in pairs if x.decoder_layer > 0)
+
+
+def test_a_repair_reads_only_the_samples_it_asks_for(cache, observed):
+    """SVD-LLM's update of U on two samples equals the same update with a calibration set of those two."""
+    setup = make_setup("llama", cache, num_samples=5)
+    run_method(setup, method(compensation=UpdateU(upstream="compressed", num_samples=2)), ranks=ranks_of(setup, 4))
+    first = dict(observed)
+    observed.clear()
+    setup = make_setup("llama", cache, num_samples=5)
+    run_method(setup, method(compensation=UpdateU(upstream="compressed", num_samples=None)), ranks=ranks_of(setup, 4))
+    token_share = {
+        index: float(first[index]["site0:gram"].trace() / observed[index]["site0:gram"].trace()) for index in range(len(setup.layers))
+    }
+    assert all(share == pytest.approx(2 / 5, abs=0.05) for share in token_share.values())
+
+
+@pytest.mark.parametrize(
+    ("chosen", "upstream", "streams"),
+    [
+        (method(), "dense", 0),
+        (method(whitening=NoWhitening(solve="auto")), "compressed", 0),
+        (method(), "compressed", 2),
+        (method(allocation=ADACR, compensation=ADACOMP), "dense", 2),
+        (method(allocation=ADACR, compensation=ADACOMP), "compressed", 2),
+        (method(compensation=AdaComp(**{**vars(ADACOMP), "upstream": "dense"})), "dense", 0),
+    ],
+)
+def test_decoder_layers_run_once_for_dense_statistics_and_twice_along_the_stream(cache, chosen, upstream, streams):
+    setup = make_setup("llama", cache, upstream=upstream)
+    counts = count_layers(setup)
+    batches = len(setup.samples.predict_dataloader())
+    needs = dense_needs(chosen, upstream)
+    run_method(setup, chosen)
+    dense_passes = 1 if needs else 0
+    assert counts.total() <= (dense_passes + streams) * len(setup.layers) * batches
+    assert counts.total() >= (dense_passes + bool(streams)) * len(setup.layers) * batches - batches
+    assert max(counts.values(), default=0) - min(counts.values(), default=0) <= batches, "no decoder layer is favoured: no quadratic cost"
+
+
+@pytest.mark.parametrize("stack_of_batch", ["mean", "off"])
+def test_both_other_readings_of_stack_of_batch_run_on_the_stream(cache, stack_of_batch):
+    setup = make_setup("llama", cache)
+    repair = AdaComp(**{**vars(ADACOMP), "stack_of_batch": stack_of_batch})
+    reports = run_method(setup, method(compensation=repair), compression=0.6)
+    gains = [x.compensation_gain for x in reports if not x.dense]
+    assert gains
+    # adaComp's U step alone is a least-squares optimum, so it cannot lose on what it was fitted to
+    assert max(gains) <= 1 + 1e-3
+
+
+# --- cache ---------------------------------------------------------------------------------------------------------------------------
+
+
+def test_the_second_call_computes_nothing(cache):
+    setup = make_setup("llama", cache)
+    dense_statistics(setup, {Gram(), Fisher("in")})
+    counts = count_layers(setup)
+    again = dense_statistics(setup, {Gram(), Fisher("in")})
+    assert again(setup.linears[0].name)[Gram()].shape == (32, 32)
+    assert counts.total() == 0
+    assert cache.hits == {"statistics/gram": 1, "statistics/fisher_in": 1}
+    assert cache.misses == {"statistics/gram": 1, "statistics/fisher_in": 1}
+
+
+def test_only_what_is_missing_is_computed(cache):
+    setup = make_setup("llama", cache)
+    dense_statistics(setup, {Gram()})
+    stamp = cache.path("statistics", statistic_key(setup, Gram()), part_name(0)).stat().st_mtime_ns
+    dense_statistics(setup, {Gram(), AbsMean()})
+    assert cache.path("statistics", statistic_key(setup, Gram()), part_name(0)).stat().st_mtime_ns == stamp
+    assert cache.misses == {"statistics/gram": 1, "statistics/abs_mean": 1}
+
+
+@pytest.mark.parametrize("damage", ["truncate", "flip", "delete"])
+def test_a_damaged_entry_is_logged_and_made_again(cache, caplog, damage):
+    setup = make_setup("llama", cache)
+    dense_statistics(setup, {Gram()})
+    expected = all_values(setup, {Gram()})
+    path = cache.path("statistics", statistic_key(setup, Gram()), part_name(1))
+    content = path.read_bytes()
+    if damage == "truncate":
+        path.write_bytes(content[: len(content) // 2])
+    elif damage == "flip":
+        path.write_bytes(content[:-3] + bytes([content[-3] ^ 1]) + content[-2:])
+    else:
+        path.unlink()
+    counts = count_layers(setup)
+    dense = dense_statistics(setup, {Gram()})
+    found = {f"{i}/{name}": value.clone() for i in range(3) for name, value in dense.layer(i).items()}
+    assert_close(found, expected, 0.0)
+    assert counts.total() > 0
+    assert cache.load("statistics", statistic_key(setup, Gram()), part_name(1)) is not None
+    if damage != "delete":
+        assert f"{path} is damaged" in caplog.text
+
+
+def test_methods_that_need_the_same_statistic_share_it(tmp_path):
+    first = make_setup("llama", Cache(tmp_path))
+    run_method(first, method())
+    second = make_setup("llama", Cache(tmp_path))
+    counts = count_layers(second)
+    run_method(second, method(name="other", allocation=UniformAllocation(exact_budget=True)), compression=0.7)
+    assert counts.total() == 0
+    assert second.cache.hits["statistics/gram"] == 1
+    assert second.cache.hits["spectra"] == len(second.linears), "spectra know no ratio"
+    assert "spectra" not in second.cache.misses
+
+
+@pytest.mark.parametrize(
+    ("change", "shared"),
+    [
+        ({"num_samples": 4}, False),
+        ({"length": 23}, False),
+        ({"seed": 1}, False),
+        ({"precision": "bfloat16"}, False),
+        ({"accumulate": "float64"}, False),
+        ({"family_name": "llama_gqa"}, False),
+        ({"batch_size": 3}, True),
+        ({"window": 1}, True),
+        ({"upstream": "compressed"}, True),
+    ],
+)
+def test_what_a_cached_statistic_depends_on(tmp_path, change, shared):
+    dense_statistics(make_setup("llama", Cache(tmp_path)), {Gram()})
+    other = make_setup(**{"family_name": "llama", "cache": Cache(tmp_path)} | change)
+    dense_statistics(other, {Gram()})
+    assert other.cache.hits == ({"statistics/gram": 1} if shared else {})
+
+
+def test_other_tokens_of_the_same_shape_are_another_calibration_set(cache):
+    keys = set()
+    for seed in (0, 1):
+        setup = make_setup("llama", cache)
+        tokens = random_tokens(5, 24, seed=seed)
+        samples = CalibrationSet(tokens, description={"tokenizer": {"sha256": "tiny"}}, batch_size=2)
+        keys.add(statistic_key(type(setup)(**{**vars(setup), "samples": samples}), Gram()))
+    assert len(keys) == 2
+
+
+def test_warm_and_cold_caches_give_the_same_bits(tmp_path):
+    """A spectrum from the cache and a fresh one truncate to the same factors: nothing depends on what ran before."""
+    states = []
+    for _ in range(2):
+        setup = make_setup("opt", Cache(tmp_path))
+        run_method(setup, method(compensation=ADACOMP), compression=0.5)
+        states.append(setup.model.state_dict())
+    assert states[0].keys() == states[1].keys()
+    assert all(torch.equal(value, states[1][name]) for name, value in states[0].items())
+
+
+# --- calibration only ----------------------------------------------------------------------------------------------------------------
+
+
+def test_neither_module_has_an_optimizer_or_parameters_of_its_own(cache):
+    setup = make_setup("llama", cache)
+    chosen = method(compensation=ADACOMP)
+    dense = dense_statistics(setup, {Gram()})
+    spectra = DenseSpectra(setup, chosen.target, chosen.whitening, dense)
+    for module in (
+        CalibrationModule(setup, [], gradients=True),
+        CompressionModule(setup, chosen, NoQuantizer(), ranks_of(setup, 4), spectra, dense),
+    ):
+        with pytest.warns(UserWarning, match="`configure_optimizers` must be implemented"):
+            assert module.configure_optimizers() is None
+        assert not {"training_step", "configure_optimizers"} & set(vars(type(module)))
+        assert list(module.parameters()) == []
+
+
+@pytest.mark.parametrize("chosen", [method(whitening=NoWhitening(solve="auto")), method(allocation=ADACR, compensation=ADACOMP)])
+def test_nothing_is_trainable_afterwards_whatever_the_cache_held(tmp_path, chosen):
+    for _ in ("cold", "warm"):
+        setup = make_setup("llama", Cache(tmp_path))
+        run_method(setup, chosen)
+        assert not any(p.requires_grad or p.grad is not None for p in setup.model.parameters())
+        assert not setup.model.training
+
+
+def test_no_hook_stays_behind(cache):
+    setup = make_setup("llama", cache)
+    run_method(setup, method(allocation=ADACR, compensation=ADACOMP))
+    for module in setup.model.modules():
+        assert not module._forward_hooks
+        assert not module._forward_pre_hooks
+
+
+def test_the_observer_removes_its_hooks_after_an_error(cache):
+    setup = make_setup("llama", cache)
+    layer = setup.layers[0]
+    with pytest.raises(RuntimeError, match="stop"), LayerObserver(layer, setup.family, {Gram(), Fisher("in")}, setup.precision, 5):
+        raise RuntimeError("stop")
+    assert not any(module._forward_pre_hooks for module in layer.modules())
+    assert not any(p.requires_grad for name, p in layer.named_parameters() if "proj" in name)
+
+
+def test_the_probe_puts_the_linear_back(cache):
+    setup = make_setup("llama", cache)
+    chosen = method()
+    spectra = DenseSpectra(setup, chosen.target, chosen.whitening, dense_statistics(setup, {Gram()}))
+    probe = make_probe(setup, spectra, chosen.packing)
+    linear = setup.linears[3]
+    module = setup.model.get_submodule(linear.name)
+    whole, cut = probe("", 0), probe(linear.name, 1)
+    assert setup.model.get_submodule(linear.name) is module
+    assert probe("", 0) == whole
+    assert cut != whole
+    with torch.no_grad():
+        expected = [float(setup.model(input_ids=x, labels=x).loss) for x in setup.samples.tokens.split(1)]
+    assert whole == pytest.approx(sum(expected) / len(expected), rel=1e-5)
+
+
+def test_progress_is_logged_with_what_is_computed(cache, caplog):
+    setup = make_setup("llama", cache)
+    with caplog.at_level(logging.INFO, logger="specomp"):
+        dense_statistics(setup, {Gram()})
+    assert "calibrate gram, decoder layers 0-2: 5 samples of 24 tokens" in caplog.text

@@ -1,0 +1,217 @@
+"""Whitened truncation on random matrices: it is the optimum, whichever way it is computed, and it has the right symmetries."""
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from problems import SHAPES, STORED, Problem, by_root, eigen_root, examples, make, optimum, problems, product, stats, symmetric_root
+from torch import Tensor
+
+import specomp.factors
+from specomp.factors import CholeskyNorm, GramNorm, LowRankFactors, Norm, truncate
+from specomp.methods.asvd import ActivationWhitening
+from specomp.methods.fwsvd import FisherWhitening
+from specomp.methods.svd import NoWhitening
+from specomp.methods.svd_llm import CholeskyWhitening, GramWhitening
+from specomp.ratio import is_low_rank
+from specomp.statistics import Fisher
+
+# The whitened truncation is the optimum, whichever root of the Gram whitens (SVD-LLM, Theorem 3.2).
+
+
+@examples
+@given(problems())
+def test_every_root_of_the_gram_gives_the_same_optimum(problem):
+    references = [by_root(problem, root(problem.gram)) for root in (torch.linalg.cholesky, symmetric_root, eigen_root)]
+    for norm in (GramNorm(problem.gram, solve="float64"), CholeskyNorm(problem.gram, 1e-8, 1e-2)):
+        spectrum = norm.decompose(problem.W)
+        found = truncate(spectrum, problem.rank)
+        for reference in references:
+            assert float((product(found) - reference).norm()) <= 1e-5 * float(problem.W.norm())
+        for loss in (problem.loss(found), spectrum.tail(problem.rank), norm.loss(problem.W - product(found))):
+            assert loss == pytest.approx(problem.bound, rel=1e-5, abs=STORED * problem.size)
+
+
+@examples
+@given(problems(singular=True))
+def test_fewer_tokens_than_features_still_attain_the_bound(problem):
+    spectrum = GramNorm(problem.gram, solve="float64").decompose(problem.W)
+    assert spectrum.tail(problem.rank) == pytest.approx(problem.bound, rel=1e-5, abs=STORED * problem.size)
+    assert problem.loss(truncate(spectrum, problem.rank)) == pytest.approx(problem.bound, rel=1e-5, abs=5 * STORED * problem.size)
+
+
+@examples
+@given(problems(), st.sampled_from(["float32", "auto", "float64"]))
+def test_every_precision_attains_the_bound_as_far_as_it_can(problem, solve):
+    spectrum = GramNorm(problem.gram, solve=solve).decompose(problem.W)
+    # A float32 eigenproblem knows the squared loss to its rounding, relative to the largest squared singular value.
+    unresolved = 0.0 if solve == "float64" else 1e-5 * problem.size**2
+    assert problem.loss(truncate(spectrum, problem.rank)) <= (problem.bound**2 * (1 + 1e-5) + unresolved) ** 0.5 + STORED * problem.size
+
+
+@examples
+@given(problems())
+def test_auto_is_exact_at_every_rank_that_can_be_stored(problem):
+    if not is_low_rank(*problem.W.shape, problem.rank):
+        problem = Problem(problem.W, problem.X, 1)
+    if is_low_rank(*problem.W.shape, problem.rank):
+        found = truncate(GramNorm(problem.gram, solve="auto").decompose(problem.W), problem.rank)
+        assert problem.loss(found) == pytest.approx(problem.bound, rel=1e-3)
+
+
+@pytest.fixture
+def solved(monkeypatch) -> list[torch.dtype]:
+    """The dtype of every eigenproblem solved."""
+    dtypes = []
+    original = specomp.factors.eigh_descending
+
+    def spy(matrix: Tensor) -> tuple[Tensor, Tensor]:
+        dtypes.append(matrix.dtype)
+        return original(matrix)
+
+    monkeypatch.setattr(specomp.factors, "eigh_descending", spy)
+    return dtypes
+
+
+def rotated(n: int, scales: Tensor) -> Tensor:
+    """Inputs (n, n) whose Gram has the eigenvalues scales^2."""
+    return torch.linalg.qr(make(n, n, 1, 3, n).W)[0] * scales
+
+
+@pytest.mark.parametrize(("m", "n"), [(16, 16), (12, 20), (24, 14)])
+@pytest.mark.parametrize("kind", ["graded", "outlier", "cancelling"])
+def test_auto_falls_to_float64_where_float32_cannot_resolve_the_loss(solved, m, n, kind):
+    scales = torch.logspace(0, -6, n, dtype=torch.float64)  # the Gram's condition number is 1e12
+    if kind != "graded":
+        scales = torch.linspace(1, 0.5, n, dtype=torch.float64)
+        scales[0] = 1e4
+    X, W = rotated(n, scales), make(m, n, 1, 4, n).W
+    if kind == "cancelling":  # the weight is blind to the massive direction, which only rounding knows of
+        massive = X[:, 0] / X[:, 0].norm()
+        W = W - torch.outer(W @ massive, massive)
+    spectrum = GramNorm(X @ X.T, solve="auto").decompose(W)
+    assert solved == [torch.float32, torch.float64]
+    ranks = [rank for rank in range(1, min(m, n)) if is_low_rank(m, n, rank)]
+    for rank in ranks:
+        problem = Problem(W, X, rank)
+        assert problem.loss(truncate(spectrum, rank)) == pytest.approx(problem.bound, rel=1e-4)
+    if kind != "graded":  # the fallback is not idle
+        single = GramNorm(X @ X.T, solve="float32").decompose(W)
+        assert problem.loss(truncate(single, ranks[-1])) > 1.01 * problem.bound
+
+
+@pytest.mark.parametrize(("m", "n"), SHAPES)
+def test_auto_stays_in_float32_on_a_benign_gram(solved, m, n):
+    problem = make(m, n, 2, 0, 4 * n)
+    X = problem.X / problem.X.norm(dim=1, keepdim=True)
+    GramNorm(X @ X.T, solve="auto").decompose(problem.W)
+    assert solved == [torch.float32]
+
+
+# Nothing that only knows a diagonal of the inputs can do better on the inputs.
+
+
+@examples
+@given(problems(), st.sampled_from(["auto", "float64"]))
+def test_no_other_whitening_loses_less_on_the_inputs(problem, solve):
+    others = [
+        NoWhitening(solve=solve),
+        ActivationWhitening(alpha=0.5, eps=1e-6, solve=solve),
+        FisherWhitening(side="in", eps=1e-6, solve=solve),
+        FisherWhitening(side="out", eps=1e-6, solve=solve),
+    ]
+    known = stats(problem)
+    best = problem.loss(truncate(GramWhitening(solve=solve)(known).decompose(problem.W), problem.rank))
+    for other in others:
+        norm: Norm = other(known)
+        spectrum = norm.decompose(problem.W)
+        found = truncate(spectrum, problem.rank)
+        assert best <= problem.loss(found) * (1 + 1e-4) + 1e-4 * problem.size * (solve == "auto") + STORED * problem.size
+        # It is the optimum of its own loss.
+        own = norm.loss(problem.W - product(found))
+        assert own == pytest.approx(spectrum.tail(problem.rank), rel=1e-3, abs=1e-3 * norm.loss(problem.W))
+
+
+@pytest.mark.parametrize(("m", "n"), SHAPES)
+def test_whitening_with_the_gram_is_a_real_gain(m, n):
+    problem = make(m, n, 3, 5, 4 * n)
+    known = stats(problem)
+    best = problem.loss(truncate(GramWhitening(solve="auto")(known).decompose(problem.W), 3))
+    for other in (NoWhitening(solve="auto"), ActivationWhitening(alpha=0.5, eps=1e-6, solve="auto")):
+        assert best < 0.99 * problem.loss(truncate(other(known).decompose(problem.W), 3))
+    cholesky = CholeskyWhitening(start_damping=1e-8, max_damping=1e-2)(known)
+    assert problem.loss(truncate(cholesky.decompose(problem.W), 3)) == pytest.approx(best, rel=1e-4)
+
+
+# FWSVD and ASVD are the same truncation with a diagonal in place of the Gram's root.
+
+
+@examples
+@given(problems(), st.sampled_from(["in", "out"]))
+def test_fwsvd_weighs_rows_or_columns(problem, side):
+    importance = stats(problem)[Fisher(side)]
+    D = (importance + 1e-6 * importance.mean()).sqrt()
+    norm = FisherWhitening(side=side, eps=1e-6, solve="float64")(stats(problem))
+    weigh = (lambda error: error * D) if side == "in" else (lambda error: D[:, None] * error)
+    singular = torch.linalg.svdvals(weigh(problem.W))
+    found = product(truncate(norm.decompose(problem.W), problem.rank))
+    attained = float(weigh(problem.W - found).norm())
+    assert attained == pytest.approx(float(singular[problem.rank :].norm()), rel=1e-5, abs=STORED * float(singular.norm()))
+    assert norm.loss(problem.W - found) == pytest.approx(attained, rel=1e-6)
+
+
+@examples
+@given(problems(), st.sampled_from([0.5, 1.0]))
+def test_asvd_weighs_columns_by_mean_activation(problem, alpha):
+    S = (problem.X.abs().mean(1) ** alpha + 1e-6).diag()
+    norm = ActivationWhitening(alpha=alpha, eps=1e-6, solve="float64")(stats(problem))
+    found = product(truncate(norm.decompose(problem.W), problem.rank))
+    assert float((found - by_root(problem, S)).norm()) <= 1e-5 * float(problem.W.norm())
+
+
+@examples
+@given(problems())
+def test_two_sided_norm_is_the_truncation_of_the_weighted_matrix(problem):
+    left = torch.logspace(0, 1, len(problem.W), dtype=torch.float64)
+    D, S = left.diag(), torch.linalg.cholesky(problem.gram)
+    reference = torch.linalg.inv(D) @ by_root(Problem(D @ problem.W, problem.X, problem.rank), S)
+    found = product(truncate(GramNorm(problem.gram, left=left, solve="float64").decompose(problem.W), problem.rank))
+    assert float((found - reference).norm()) <= 2e-5 * float(problem.W.norm())
+
+
+# Invariances.
+
+
+def components(factors: LowRankFactors) -> Tensor:
+    """The r rank-one terms (r, m, n): what factors are, up to the sign of each pair of vectors."""
+    return torch.einsum("mi,in->imn", factors.U.double(), factors.Vt.double())
+
+
+@examples
+@given(problems(), st.sampled_from([1e-3, 0.3, 8.0, 1e4]))
+def test_scale_of_the_activations_leaves_the_factors_unchanged(problem, c):
+    one = truncate(GramNorm(problem.gram, solve="float64").decompose(problem.W), problem.rank)
+    other = truncate(GramNorm(c**2 * problem.gram, solve="float64").decompose(problem.W), problem.rank)
+    torch.testing.assert_close(components(one), components(other), rtol=0, atol=1e-5)
+    torch.testing.assert_close(one.U.abs(), other.U.abs(), rtol=0, atol=1e-5)
+    torch.testing.assert_close(other.U.norm(dim=0), other.Vt.norm(dim=1), rtol=1e-5, atol=0)
+
+
+@examples
+@given(problems())
+def test_permuting_the_inputs_permutes_vt(problem):
+    order = torch.randperm(problem.W.shape[1], generator=torch.Generator().manual_seed(1))
+    permuted = Problem(problem.W[:, order], problem.X[order], problem.rank)
+    one, other = optimum(problem), optimum(permuted)
+    torch.testing.assert_close(components(one)[:, :, order], components(other), rtol=0, atol=1e-5)
+    torch.testing.assert_close(one.Vt[:, order].abs(), other.Vt.abs(), rtol=0, atol=1e-5)
+
+
+@examples
+@given(problems())
+def test_rotating_the_outputs_rotates_u(problem):
+    m = len(problem.W)
+    Q = torch.linalg.qr(torch.randn(m, m, generator=torch.Generator().manual_seed(1), dtype=torch.float64))[0]
+    one, other = optimum(problem), optimum(Problem(Q @ problem.W, problem.X, problem.rank))
+    torch.testing.assert_close(Q @ components(one), components(other), rtol=0, atol=1e-5)
+    torch.testing.assert_close(one.Vt.abs(), other.Vt.abs(), rtol=0, atol=1e-5)

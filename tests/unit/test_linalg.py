@@ -1,0 +1,78 @@
+"""Eigenvectors, damped Cholesky, and safe quotients."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from specomp.linalg import cholesky_damped, eigh_descending, relative
+
+examples = settings(deadline=None, max_examples=50, derandomize=True, database=None)
+
+
+def semidefinite(n: int, rank: int, seed: int = 0) -> Tensor:
+    factor = torch.randn(n, rank, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    return factor @ factor.T
+
+
+@examples
+@given(st.integers(1, 24), st.integers(1, 24), st.integers(0, 999), st.sampled_from([torch.float32, torch.float64]))
+def test_eigenvectors_rebuild_the_matrix_in_descending_order(n, rank, seed, dtype):
+    matrix = semidefinite(n, min(rank, n), seed).to(dtype)
+    values, vectors = eigh_descending(matrix)
+    tolerance = 100 * torch.finfo(dtype).eps * float(matrix.norm())
+    assert values.dtype == vectors.dtype == dtype
+    assert bool((values[:-1] >= values[1:]).all())
+    assert bool((values >= 0).all())
+    torch.testing.assert_close((vectors * values) @ vectors.T, matrix, rtol=0, atol=tolerance)
+    torch.testing.assert_close(vectors.T @ vectors, torch.eye(n, dtype=dtype), rtol=0, atol=100 * torch.finfo(dtype).eps)
+
+
+def test_rounding_below_zero_becomes_zero():
+    values, _ = eigh_descending(torch.diag(torch.tensor([1.0, -1e-9, 2.0], dtype=torch.float64)))
+    assert values.tolist() == [2.0, 1.0, 0.0]
+
+
+def test_only_the_symmetric_part_counts():
+    matrix = semidefinite(5, 5)
+    skew = torch.randn(5, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    assert torch.allclose(eigh_descending(matrix + skew - skew.T)[0], eigh_descending(matrix)[0], atol=1e-10)
+
+
+def test_a_positive_definite_gram_is_not_damped():
+    gram = semidefinite(6, 12).float()
+    factor, damping = cholesky_damped(gram, 1e-8, 1e-2)
+    assert damping == 0
+    assert factor.dtype == torch.float64
+    assert torch.equal(factor, factor.tril())
+    torch.testing.assert_close(factor @ factor.T, gram.double(), rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("missing", [5e-8, 5e-7, 5e-6, 5e-5])
+def test_a_singular_gram_gets_the_first_damping_that_works(missing):
+    identity = torch.eye(8, dtype=torch.float64)
+    gram = semidefinite(8, 3) - missing * identity
+    unit = float(gram.diagonal().mean())
+    factor, damping = cholesky_damped(gram, 1e-8, 1e-2)
+    assert damping in [pytest.approx(1e-8 * 10**k) for k in range(7)]
+    assert damping * unit > missing > damping * unit / 10 * 0.99  # ten times less was not enough
+    torch.testing.assert_close(factor @ factor.T, gram + damping * unit * identity, rtol=1e-9, atol=1e-9)
+
+
+def test_the_gram_is_not_changed():
+    gram = semidefinite(8, 3)
+    before = gram.clone()
+    cholesky_damped(gram, 1e-4, 1e-2)
+    assert torch.equal(gram, before)
+
+
+def test_beyond_the_limit_is_an_error_with_the_numbers():
+    gram = torch.diag(torch.tensor([1.0, -1.0, 2.0, 2.0], dtype=torch.float64))
+    with pytest.raises(ValueError, match=r"4 x 4.*not positive definite after damping 0\.01"):
+        cholesky_damped(gram, 1e-8, 1e-2)
+
+
+def test_relative():
+    assert relative(1.0, 4.0) == 0.25
+    assert relative(0.0, 0.0) == 0.0

@@ -1,0 +1,185 @@
+"""Records: a round trip, damage, schema, what a key depends on, timings."""
+
+import csv
+import json
+import logging
+import math
+import time
+
+import pytest
+
+from specomp.errors import UserError
+from specomp.results.record import SCHEMA, Record, RecordStore, peak_memory, provenance, read_record, record_key
+
+KEY = record_key({"model": "m", "method": "svd"})
+
+
+def full_record(**changes) -> Record:
+    fields = {
+        "key": KEY,
+        "status": "ok",
+        "choices": {"model": "tiny_llama", "method": "svd", "ratio": "cr40"},
+        "identity": {"model": {"source": "random"}, "compression": 0.4},
+        "config": {"overrides": ["method=svd"]},
+        "calibration": {"hash": "h"},
+        "ledger": {"target_retention": 0.6, "measured_retention": 0.5875},
+        "metrics": {"wikitext2@1": {"ppl": 14.75, "tokens": 100.0}, "piqa@1": {"acc": 1 / 3}},
+        "dense_metrics": {"wikitext2@1": {"ppl": 7.0}},
+        "seconds": {"compress": 1.5},
+        "notes": ["ranks are whole, größer"],
+        "model_folder": "models/x",
+    }
+    return Record(**(fields | changes))
+
+
+@pytest.fixture
+def store(tmp_path) -> RecordStore:
+    return RecordStore(tmp_path / "records")
+
+
+def test_round_trip_keeps_everything_to_the_last_bit(store):
+    record = full_record()
+    store.save(record)
+    assert store.load(KEY) == record
+    assert store.all() == [record]
+    assert store.path(KEY).name == f"{KEY[:12]}.json"
+
+
+def test_a_perplexity_that_overflowed_survives_the_round_trip(store):
+    store.save(full_record(metrics={"wikitext2@1": {"ppl": math.inf}}))
+    assert store.load(KEY).metrics["wikitext2@1"]["ppl"] == math.inf
+
+
+def test_saving_the_same_again_leaves_the_file_alone(store):
+    record = full_record()
+    store.save(record)
+    before = store.path(KEY).stat()
+    time.sleep(0.01)
+    store.save(record)
+    assert store.path(KEY).stat().st_mtime_ns == before.st_mtime_ns
+    assert store.path(KEY).stat().st_ino == before.st_ino
+    record.metrics["new@1"] = {"ppl": 1.0}
+    store.save(record)
+    assert store.path(KEY).stat().st_mtime_ns > before.st_mtime_ns
+    assert store.load(KEY).metrics["new@1"] == {"ppl": 1.0}
+
+
+def test_no_temporary_file_stays(store):
+    store.save(full_record())
+    store.save(full_record(status="failed", error="x"))
+    assert [path.name for path in store.folder.iterdir()] == [f"{KEY[:12]}.json"]
+
+
+def test_absent_is_none(store):
+    assert store.load(KEY) is None
+    assert store.all() == []
+
+
+@pytest.mark.parametrize("content", ["", '{"schema": 1, "key": "abc', "[]", "null", '{"schema": 1}', '{"key": "x"}', "\x00\x01"])
+def test_a_damaged_record_is_reported_and_made_again(store, caplog, content):
+    store.save(full_record())
+    store.path(KEY).write_text(content)
+    with caplog.at_level(logging.WARNING):
+        assert store.load(KEY) is None
+    assert "not a readable record" in caplog.text
+    assert "made again" in caplog.text
+    with pytest.raises(UserError, match="not a readable record"):
+        read_record(store.path(KEY))
+
+
+def test_a_damaged_record_does_not_hide_the_others(store, caplog):
+    store.save(full_record())
+    (store.folder / "broken.json").write_text("{")
+    assert [record.key for record in store.all()] == [KEY]
+    assert "broken.json" in caplog.text
+    assert "Skipped" in caplog.text
+
+
+def test_another_schema_is_not_read(store, caplog):
+    store.save(full_record())
+    content = json.loads(store.path(KEY).read_text())
+    assert content["schema"] == SCHEMA
+    store.path(KEY).write_text(json.dumps(content | {"schema": SCHEMA + 1}))
+    assert store.load(KEY) is None
+    assert f"schema {SCHEMA + 1}, expected {SCHEMA}" in caplog.text
+
+
+def test_fields_of_a_later_minor_version_are_ignored(store):
+    store.save(full_record())
+    content = json.loads(store.path(KEY).read_text())
+    store.path(KEY).write_text(json.dumps(content | {"invented": 1}))
+    assert store.load(KEY) == full_record()
+
+
+def test_a_file_of_another_key_is_not_taken_for_this_one(store):
+    """Twelve characters name the file; the whole key decides."""
+    other = KEY[:12] + "0" * (len(KEY) - 12)
+    store.save(full_record(key=other))
+    assert store.load(other) is not None
+    assert store.load(KEY) is None
+
+
+def test_records_come_oldest_first(store):
+    for index in range(3):
+        store.save(full_record(key=record_key({"index": index})))
+        time.sleep(0.01)
+    assert [record.key for record in store.all()] == [record_key({"index": index}) for index in range(3)]
+
+
+def test_key_depends_on_content_only():
+    assert record_key({"a": 1, "b": {"c": 2, "d": 3}}) == record_key({"b": {"d": 3, "c": 2}, "a": 1})
+    assert record_key({"a": 1}) != record_key({"a": 2})
+    assert len(record_key({})) == 64
+
+
+def test_one_line_per_linear(store):
+    reports = [{"name": "q", "rank": 3, "dense": False}, {"name": "k", "rank": 32, "dense": True}]
+    store.save_linears(KEY, reports)
+    with (store.folder / f"{KEY[:12]}.linears.csv").open() as file:
+        assert list(csv.DictReader(file)) == [{"name": "q", "rank": "3", "dense": "False"}, {"name": "k", "rank": "32", "dense": "True"}]
+
+
+def test_no_linears_no_file(store):
+    store.save_linears(KEY, [])
+    assert not store.folder.exists()
+
+
+def test_stage_times_add_up_and_survive_errors():
+    record = full_record(seconds={})
+    with record.stage("evaluate"):
+        time.sleep(0.02)
+    first = record.seconds["evaluate"]
+    with pytest.raises(ValueError, match="boom"), record.stage("evaluate"):
+        time.sleep(0.02)
+        raise ValueError("boom")
+    assert 0.02 <= first < record.seconds["evaluate"] < 5
+    assert record.peak_memory_mib["evaluate"] > 50
+
+
+def test_a_note_is_kept_once_and_logged(caplog):
+    record = full_record(notes=[])
+    record.note("three ranks cut")
+    record.note("three ranks cut")
+    assert record.notes == ["three ranks cut"]
+    assert "three ranks cut" in caplog.text
+
+
+def test_peak_memory_is_in_bytes():
+    assert 50 * 2**20 < peak_memory() < 2**40
+
+
+def test_provenance_names_what_could_change_the_numbers(monkeypatch):
+    found = provenance()
+    assert {"time", "git", "git_dirty", "python", "packages", "machine", "device", "threads", "cpus"} <= set(found)
+    assert all(found["packages"][name] for name in ("torch", "transformers", "lightning"))
+    json.dumps(found)
+    monkeypatch.setenv("PATH", "")  # no git
+    assert provenance()["git"] is None
+
+
+def test_two_processes_cannot_work_on_one_record(store):
+    with store.lock(KEY):
+        assert store.lock(KEY).is_locked
+        with store.lock(record_key({"other": 1})):
+            pass
+    assert not store.lock(KEY).is_locked

@@ -1,0 +1,214 @@
+"""The table of records: rows, filters, three formats, and honest cells."""
+
+import csv
+import io
+import math
+import subprocess
+import sys
+
+import pytest
+
+from specomp.errors import UserError
+from specomp.results.record import Record, RecordStore, record_key
+from specomp.results.table import MISSING, cell, columns_of, default_columns, flatten, main, render, select, variant
+
+
+def record(method="svd", compression=0.4, ppl=12.345, *, model="llama", overrides=(), status="ok", **values) -> Record:
+    metrics = {"wikitext2@1": {"ppl": ppl, **values}} if ppl is not None else {}
+    return Record(
+        key=record_key({"model": model, "method": method, "compression": compression, "overrides": list(overrides)}),
+        status=status,
+        choices={"model": model, "method": method, "calibration": "wikitext2"},
+        config={"overrides": list(overrides)},
+        ledger={
+            "target_retention": 1 - compression,
+            "measured_retention": 0.98 * (1 - compression),
+            "target_compression": compression,
+            "compressed": {"model_bytes": 1000},
+        },
+        metrics=metrics,
+        seconds={"load": 100.0, "calibrate": 2.0, "allocate": 0.5, "compress": 3.0, "evaluate": 50.0},
+    )
+
+
+@pytest.fixture
+def folder(tmp_path):
+    store = RecordStore(tmp_path / "records")
+    failed = Record(key=record_key({"failed": 1}), status="failed", error="UserError: rank 0", choices={"model": "llama", "method": "asvd"})
+    rows = [
+        record("svd_llm", 0.6, 20.5, acc=0.25),
+        record("svd", 0.4, 11.25),
+        record("svd", 0.6, 31.0),
+        record("svd", 0.4, 9.0, model="bert_like"),
+        failed,
+    ]
+    for row in rows:
+        store.save(row)
+    return store.folder
+
+
+def run(capsys, *arguments):
+    code = main([str(x) for x in arguments])
+    return code, capsys.readouterr().out
+
+
+def test_flatten_names_metrics_by_benchmark():
+    row = flatten(record(acc=0.5))
+    assert row["wikitext2@1 ppl"] == 12.345
+    assert row["wikitext2@1 acc"] == 0.5
+    assert row["wikitext2@1 collapsed"] is False
+    assert row["compression"] == 0.4
+    assert row["bytes"] == 1000
+    assert row["seconds"] == 5.5, "what the method costs, without loading and evaluation"
+    assert row["record"] == record(acc=0.5).key[:12]
+
+
+def test_variant_is_what_was_changed_inside_the_method():
+    overrides = ["method=adasvd", "method.allocation.budget=raw", "+method/whitening=none", "ratio=cr40", "calibration.upstream=compressed"]
+    assert variant(record(overrides=overrides)) == "method.allocation.budget=raw method/whitening=none calibration.upstream=compressed"
+    assert variant(record()) == ""
+
+
+def test_rows_are_sorted_by_model_compression_and_method(folder):
+    rows = select([flatten(x) for x in RecordStore(folder).all()], {})
+    assert [(row["model"], row["compression"], row["method"]) for row in rows] == [
+        ("bert_like", 0.4, "svd"),
+        ("llama", None, "asvd"),
+        ("llama", 0.4, "svd"),
+        ("llama", 0.6, "svd"),
+        ("llama", 0.6, "svd_llm"),
+    ]
+
+
+def test_markdown(folder, capsys):
+    code, out = run(capsys, folder, "--where", "model=llama", "compression=0.6")
+    assert code == 0
+    lines = out.splitlines()
+    assert len(lines) == 4
+    assert [x.strip() for x in lines[0].strip("|").split("|")][:3] == ["model", "method", "compression"]
+    assert set(lines[1]) <= set("|-")
+    assert len({len(line) for line in lines}) == 1, "aligned"
+    assert "31.00" in lines[2]
+    assert "20.50" in lines[3]
+    assert "0.2500" in lines[3]
+    assert MISSING in lines[2], "svd has no accuracy"
+
+
+def test_csv_reads_back(folder, capsys):
+    code, out = run(capsys, folder, "--format", "csv", "--columns", "method", "compression", "wikitext2@1 ppl", "status")
+    assert code == 0
+    rows = list(csv.DictReader(io.StringIO(out)))
+    assert len(rows) == 5
+    assert {"method": "svd_llm", "compression": "60%", "wikitext2@1 ppl": "20.50", "status": "ok"} in rows
+    assert {"method": "asvd", "compression": MISSING, "wikitext2@1 ppl": MISSING, "status": "failed"} in rows
+
+
+def test_latex_escapes_and_has_rules(folder, capsys):
+    code, out = run(capsys, folder, "--format", "latex", "--columns", "model", "method", "compression")
+    assert code == 0
+    assert out.startswith("\\begin{tabular}{lll}\n\\toprule\nmodel & method & compression \\\\\n\\midrule\n")
+    assert out.endswith("\\bottomrule\n\\end{tabular}\n")
+    assert "llama & svd\\_llm & 60\\% \\\\" in out
+    assert "svd_llm" not in out.replace("svd\\_llm", "")
+
+
+def test_a_failed_run_is_a_row_without_numbers(folder, capsys):
+    _, out = run(capsys, folder, "--where", "status=failed")
+    assert "asvd" in out
+    assert "failed" in out
+    assert "nan" not in out
+
+
+def test_where_values_are_texts_and_filters_combine(folder, capsys):
+    _, out = run(capsys, folder, "--where", "method=svd", "model=bert_like")
+    assert len(out.splitlines()) == 3
+    assert "9.00" in out
+
+
+@pytest.mark.parametrize(("where", "message"), [("rank=3", "no such column; there are model, method"), ("model", "expected COLUMN=VALUE")])
+def test_where_errors_are_one_line_and_exit_1(folder, capsys, caplog, where, message):
+    code, out = run(capsys, folder, "--where", where)
+    assert code == 1
+    assert out == ""
+    assert message in caplog.text
+    assert "\n" not in caplog.records[-1].getMessage()
+
+
+def test_where_that_keeps_nothing_prints_an_empty_table(folder, capsys):
+    code, out = run(capsys, folder, "--where", "method=never")
+    assert code == 0
+    assert len(out.splitlines()) == 2
+
+
+def test_unknown_columns_are_refused(folder, capsys, caplog):
+    code, out = run(capsys, folder, "--columns", "model", "pplx")
+    assert code == 1
+    assert out == ""
+    assert "--columns pplx: no such column" in caplog.text
+
+
+@pytest.mark.parametrize("exists", [True, False])
+def test_no_records_is_said(tmp_path, capsys, caplog, exists):
+    folder = tmp_path / "records"
+    if exists:
+        folder.mkdir()
+    code, out = run(capsys, folder)
+    assert code == 1
+    assert out == ""
+    assert "run `python run.py` first" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("row", "expected"),
+    [
+        ({"x ppl": 1234.5, "x collapsed": True}, "1.23e+03 (collapsed)"),
+        ({"x ppl": math.inf}, "inf (collapsed)"),
+        ({"x ppl": math.nan}, "nan (collapsed)"),
+        ({"x ppl": 14.756, "x collapsed": False}, "14.76"),
+        ({}, MISSING),
+    ],
+)
+def test_a_collapsed_perplexity_is_labelled(row, expected):
+    assert cell(row, "x ppl") == expected
+
+
+def test_cells_have_the_digits_their_column_needs():
+    row = {"compression": 0.4, "measured": 0.58754, "piqa@1 acc": 0.33333, "seconds": 3.14159, "method": "svd", "zero": 0.0}
+    assert [cell(row, x) for x in row] == ["40%", "0.5875", "0.3333", "3.14", "svd", "0.00"]
+
+
+def test_the_variant_column_appears_only_when_there_is_one():
+    plain, changed = flatten(record()), flatten(record(overrides=["method.allocation.exact_budget=true"]))
+    assert "variant" not in default_columns([plain])
+    assert "variant" in default_columns([plain, changed])
+
+
+def test_default_columns_hold_perplexity_and_accuracy_only():
+    row = flatten(record(acc=0.5, acc_norm=0.6, tokens=10.0))
+    assert [x for x in default_columns([row]) if x.startswith("wikitext2")] == ["wikitext2@1 ppl", "wikitext2@1 acc"]
+    assert "wikitext2@1 acc_norm" in columns_of([row])
+
+
+def test_select_refuses_a_column_by_name():
+    with pytest.raises(UserError, match="--where nonsense"):
+        select([flatten(record())], {"nonsense": "1"})
+
+
+def test_render_of_nothing_has_a_header():
+    assert render([], ["model", "method"], "markdown") == "| model | method |\n|-------|--------|\n"
+
+
+def test_as_a_module(folder):
+    done = subprocess.run(
+        [sys.executable, "-m", "specomp.results.table", str(folder), "--format", "csv", "--columns", "model"],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert done.stdout.split() == ["model", "bert_like", "llama", "llama", "llama", "llama"]
+    failed = subprocess.run(
+        [sys.executable, "-m", "specomp.results.table", str(folder / "no")], capture_output=True, text=True, check=False
+    )
+    assert failed.returncode == 1
+    assert "No folder of records" in failed.stderr
+    assert "Traceback" not in failed.stderr
