@@ -4,34 +4,26 @@ Build and check everything that is cheap; stop if the record says it is done; th
 """
 
 import logging
-from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import lightning as L
 import torch
-from hydra.core.hydra_config import HydraConfig
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 
 from specomp.budget import full_rank
-from specomp.cache import Cache, digest, waiting
-from specomp.checks import actionable, check_budget, check_machine, make
-from specomp.data.calibration import CalibrationSet, CalibrationSpec
+from specomp.cache import digest, waiting
+from specomp.checks import actionable, check_budget
 from specomp.errors import UserError
-from specomp.evaluation.suite import Benchmark, Suite
+from specomp.evaluation.suite import Benchmark
+from specomp.experiment import Experiment, build
 from specomp.ledger import ledger, measure
-from specomp.methods.base import Method, Quantizer, describe
+from specomp.methods.base import describe
 from specomp.models.export import load as load_folder
 from specomp.models.export import save_compressed
 from specomp.models.files import checked_folder, first_line
 from specomp.models.load import torch_device
-from specomp.models.sources import Source
-from specomp.options import Options
-from specomp.ratio import Ratio
-from specomp.results.record import Record, RecordStore, provenance, record_key
+from specomp.results.record import Record, provenance, record_key
 from specomp.results.summary import show
-from specomp.results.tracking import Tracking
 from specomp.stages.calibrate import DenseStatistics, dense_statistics
 from specomp.stages.compress import LinearReport, compress, dense_needs
 from specomp.stages.decompose import DenseSpectra
@@ -39,44 +31,6 @@ from specomp.stages.probe import make_probe
 from specomp.stages.setup import Setup
 
 log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Experiment:
-    """Everything a run needs, checked, with no model loaded yet."""
-
-    source: Source
-    method: Method
-    ratio: Ratio
-    calibration: CalibrationSpec
-    suite: Suite
-    quantizer: Quantizer
-    trainer: Callable[..., L.Trainer]
-    tracking: Tracking
-    options: Options
-    cache: Cache
-    outputs: Path
-    records: RecordStore
-    samples: CalibrationSet
-    tokenizer: Any
-    choices: dict[str, str]
-    config: dict[str, Any]
-
-    def identity(self, *, dense: bool = False) -> dict[str, Any]:
-        """What determines the weights: the dense model's are the source's alone."""
-        model = self.source.fingerprint(self.cache)
-        if dense or self.method.is_dense:
-            return {"model": model, "method": "dense"}
-        return {
-            "model": model,
-            "method": describe(self.method) | {"name": None},
-            "compression": self.ratio.compression,
-            "calibration": self.samples.hash,
-            "upstream": self.calibration.upstream,
-            "precision": [self.calibration.precision, self.calibration.accumulate],
-            "quantizer": describe(self.quantizer),
-            "seed": self.options.seed,
-        }
 
 
 def run(cfg: DictConfig) -> float | None:
@@ -102,36 +56,6 @@ def run(cfg: DictConfig) -> float | None:
             experiment.records.save(record)
     show(record)
     return next((value for values in record.metrics.values() for value in values.values()), None)
-
-
-def build(cfg: DictConfig) -> Experiment:
-    """Instantiate every choice, which checks types and ranges, and check what depends on several of them. Raises UserError."""
-    options: Options = make(cfg, "options")
-    if options.threads:
-        torch.set_num_threads(options.threads)
-    L.seed_everything(options.seed, workers=True, verbose=False)
-    outputs = Path(str(cfg.paths.outputs)).expanduser().absolute()
-    cache = Cache(str(cfg.paths.cache))
-    parts = {name: make(cfg, name) for name in ("method", "ratio", "calibration", "quantizer", "trainer", "tracking")}
-    dense_needs(parts["method"], parts["calibration"].upstream)
-    source, suite = make(cfg, "model"), make(cfg, "benchmark")
-    check_machine(source, parts["trainer"])
-    context = source.max_length(cache)
-    suite.validate(context)
-    tokenizer = source.tokenizer(cache)
-    return Experiment(
-        source=source,
-        suite=suite,
-        options=options,
-        cache=cache,
-        outputs=outputs,
-        records=RecordStore(outputs / "records"),
-        tokenizer=tokenizer,
-        samples=parts["calibration"].build(tokenizer, max_length=context),
-        choices={name: str(choice) for name, choice in HydraConfig.get().runtime.choices.items() if not name.startswith("hydra/")},
-        config={**OmegaConf.to_container(cfg, resolve=True), "overrides": list(HydraConfig.get().overrides.task)},  # type: ignore[dict-item]
-        **parts,
-    )
 
 
 def resume(experiment: Experiment, key: str) -> Record:

@@ -70,7 +70,11 @@ class CompressionModule(L.LightningModule):
     def on_predict_start(self) -> None:
         """Embed the calibration set if anything has to see compressed inputs."""
         if self.whiten_streamed or self.repair_streamed:
-            self.stream = HiddenStream(self._setup[0])
+            setup, limit = self._setup[0], self.method.compensation.num_samples
+            samples = setup.samples
+            if not self.whiten_streamed and limit is not None and limit < samples.num_samples:
+                samples = samples.subset(limit)  # no other sample has a reader
+            self.stream = HiddenStream(replace(setup, samples=samples))
 
     @torch.no_grad()
     def predict_step(self, batch: int, batch_idx: int) -> None:

@@ -93,6 +93,13 @@ def test_filling_never_exceeds_the_budget_and_ends_within_one_rank(wish):
             assert used + stored(x, ranks[x.name] + 1) - stored(x, ranks[x.name]) > budget
 
 
+def test_filling_starts_where_the_floor_took_the_most():
+    linears = [linear("a", 100, 100), linear("b", 100, 100), linear("c", 100, 100)]
+    wish = {"a": 0.404, "b": 0.418, "c": 0.408}  # ranks 20.2, 20.9, 20.4
+    assert fill_ranks(linears, wish, 0.407) == {"a": 20, "b": 21, "c": 20}
+    assert fill_ranks(linears, wish, 0.414) == {"a": 20, "b": 21, "c": 21}
+
+
 @pytest.mark.parametrize("compression", [0.2, 0.4, 0.6, 0.8])
 def test_uniform_allocation(compression):
     linears, ratio = decoder(LLAMA_7B, 4), Ratio(compression=compression)

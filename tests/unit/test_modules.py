@@ -44,14 +44,15 @@ def test_copies_its_input_and_casts_it():
     module = LowRankLinear.from_factors(U, Vt, None, dtype=torch.bfloat16, device="cpu")
     before = module.merged_weight()
     U.zero_()
-    assert before.dtype == torch.bfloat16
+    assert module.u_proj.weight.dtype == module.v_proj.weight.dtype == torch.bfloat16
+    assert before.dtype == torch.float32  # the product is not rounded to the dtype of the factors
     assert torch.equal(module.merged_weight(), before)
 
 
 def test_merged_weight_multiplies_in_float32():
     U, Vt = factors()
     module = LowRankLinear.from_factors(U, Vt, None, dtype=torch.bfloat16, device="cpu")
-    expected = (module.u_proj.weight.float() @ module.v_proj.weight.float()).to(torch.bfloat16)
+    expected = module.u_proj.weight.float() @ module.v_proj.weight.float()
     assert torch.equal(module.merged_weight(), expected)
 
 

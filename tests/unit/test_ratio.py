@@ -65,6 +65,10 @@ def test_low_rank_means_fewer_parameters_than_dense(m, n, rank):
     assert not is_low_rank(m, n, min(m, n))
 
 
+def test_factors_that_only_break_even_are_not_low_rank():
+    assert [is_low_rank(30, 60, rank) for rank in (19, 20, 21)] == [True, False, False]
+
+
 @pytest.mark.parametrize("compression", [-0.1, 1, 1.2, "much", float("nan")])
 def test_compression_out_of_range_is_refused(compression):
     with pytest.raises(ValidationError, match="compression"):

@@ -1,0 +1,91 @@
+"""What a run works with: every choice of the command line as an object, checked before any model is loaded."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+from hydra.core.hydra_config import HydraConfig
+from omegaconf import DictConfig, OmegaConf
+
+from specomp.cache import Cache
+from specomp.checks import check_machine, make
+from specomp.data.calibration import CalibrationSet, CalibrationSpec
+from specomp.evaluation.suite import Suite
+from specomp.methods.base import Method, Quantizer, describe
+from specomp.models.sources import Source
+from specomp.options import Options
+from specomp.ratio import Ratio
+from specomp.results.record import RecordStore
+from specomp.results.tracking import Tracking
+from specomp.stages.compress import dense_needs
+
+
+@dataclass(frozen=True, kw_only=True)
+class Experiment:
+    """Everything a run needs, checked, with no model loaded yet."""
+
+    source: Source
+    method: Method
+    ratio: Ratio
+    calibration: CalibrationSpec
+    suite: Suite
+    quantizer: Quantizer
+    trainer: Callable[..., L.Trainer]
+    tracking: Tracking
+    options: Options
+    cache: Cache
+    outputs: Path
+    records: RecordStore
+    samples: CalibrationSet
+    tokenizer: Any
+    choices: dict[str, str]
+    config: dict[str, Any]
+
+    def identity(self, *, dense: bool = False) -> dict[str, Any]:
+        """What determines the weights: the dense model's are the source's alone."""
+        model = self.source.fingerprint(self.cache)
+        if dense or self.method.is_dense:
+            return {"model": model, "method": "dense"}
+        return {
+            "model": model,
+            "method": describe(self.method) | {"name": None},
+            "compression": self.ratio.compression,
+            "calibration": self.samples.hash,
+            "upstream": self.calibration.upstream,
+            "precision": [self.calibration.precision, self.calibration.accumulate],
+            "quantizer": describe(self.quantizer),
+            "seed": self.options.seed,
+        }
+
+
+def build(cfg: DictConfig) -> Experiment:
+    """Instantiate every choice, which checks types and ranges, and check what depends on several of them. Raises UserError."""
+    options: Options = make(cfg, "options")
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    L.seed_everything(options.seed, workers=True, verbose=False)
+    outputs = Path(str(cfg.paths.outputs)).expanduser().absolute()
+    cache = Cache(str(cfg.paths.cache))
+    parts = {name: make(cfg, name) for name in ("method", "ratio", "calibration", "quantizer", "trainer", "tracking")}
+    dense_needs(parts["method"], parts["calibration"].upstream)
+    source, suite = make(cfg, "model"), make(cfg, "benchmark")
+    check_machine(source, parts["trainer"])
+    context = source.max_length(cache)
+    suite.validate(context)
+    tokenizer = source.tokenizer(cache)
+    return Experiment(
+        source=source,
+        suite=suite,
+        options=options,
+        cache=cache,
+        outputs=outputs,
+        records=RecordStore(outputs / "records"),
+        tokenizer=tokenizer,
+        samples=parts["calibration"].build(tokenizer, max_length=context),
+        choices={name: str(choice) for name, choice in HydraConfig.get().runtime.choices.items() if not name.startswith("hydra/")},
+        config={**OmegaConf.to_container(cfg, resolve=True), "overrides": list(HydraConfig.get().overrides.task)},  # type: ignore[dict-item]
+        **parts,
+    )
