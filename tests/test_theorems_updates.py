@@ -127,6 +127,9 @@ def test_the_naive_update_is_worse_where_conditions_are_bad(m, n):
     exact, naive = (problem.loss(refit(problem.W, Vt, problem.gram).double() @ Vt.double()) for refit in (refit_left, refit_left_naive))
     assert exact < problem.loss(plain(problem))
     assert not naive <= 10 * exact  # NaN counts as worse
+    known = Stats({Gram(): problem.gram})
+    exact, naive = (problem.loss(adacomp(1, update)(problem.W, plain(problem), known)) for update in ("pseudo_inverse", "naive"))
+    assert not naive <= 1.01 * exact
 
 
 @pytest.mark.parametrize(
