@@ -39,7 +39,7 @@ def floor_ranks(linears: Sequence[LinearSpec], retention: Mapping[str, float]) -
 
 
 def fill_ranks(linears: Sequence[LinearSpec], retention: Mapping[str, float], target: float) -> dict[str, int]:
-    """Eq. 21, then one rank more wherever the floor took the most, until no further rank fits the budget."""
+    """Eq. 21, then one rank more for each linear the budget still pays for, where the floor took the most first."""
     ranks = floor_ranks(linears, retention)
     budget = target * sum(linear.params for linear in linears)
     used = sum(stored(linear, ranks[linear.name]) for linear in linears)

@@ -14,6 +14,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from specomp.errors import UserError
 from specomp.linalg import SOLVE_DTYPE, SolveDtype, cholesky_damped, eigh_descending
 from specomp.ratio import break_even_rank
 
@@ -178,7 +179,10 @@ def refit_left_naive(target: Tensor, Vt: Tensor, gram: Tensor) -> Tensor:
     """The same by the normal equations with an explicit inverse in float32 (AdaSVD Eq. 6; the unstable curve of its Figure 3a)."""
     V = Vt.float().T
     GV = gram.float() @ V
-    return target.float() @ GV @ torch.linalg.inv(V.T @ GV)
+    inverse, info = torch.linalg.inv_ex(V.T @ GV)
+    if int(info):
+        raise UserError("The naive update met a singular matrix, as it may: set method.compensation.update=pseudo_inverse.")
+    return target.float() @ GV @ inverse
 
 
 def refit_right(target: Tensor, U: Tensor) -> Tensor:

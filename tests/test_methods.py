@@ -182,7 +182,14 @@ def test_cholesky_says_which_gram_it_could_not_factorize(tmp_path):
     with pytest.raises(
         UserError, match=r"model\.decoder\.layers\.\d\.\S+: Gram matrix \(\d+ x \d+\) is not positive definite.*precision=float32"
     ):
-        compressed(tmp_path, "method=svd_llm_cholesky", "model=tiny_opt", "method.whitening.max_damping=1e-7")
+        compressed(
+            tmp_path,
+            "method=svd_llm_cholesky",
+            "model=tiny_opt",
+            "calibration.num_samples=1",
+            "calibration.length=8",
+            "method.whitening.max_damping=1e-8",
+        )
 
 
 def test_search_refuses_a_target_that_no_candidate_reaches(tmp_path):

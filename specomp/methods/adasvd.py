@@ -19,6 +19,7 @@ from pydantic import Field
 from torch import Tensor
 
 from specomp.budget import fill_ranks, floor_ranks, water_fill
+from specomp.errors import UserError
 from specomp.factors import LowRankFactors, balanced, refit_left, refit_left_naive, refit_right
 from specomp.methods.base import Probe, Spectra, StatsOf, Upstream
 from specomp.models.family import LinearSpec
@@ -97,4 +98,9 @@ def normalized_importance(cosine: dict[int, float], kind: Literal["block_influen
     """I_n = I / mean(I) per decoder layer (Eq. 19), I = cos as printed (Eq. 18) or 1 - cos (ShortGPT's block influence)."""
     importance = {layer: 1.0 - value if kind == "block_influence" else value for layer, value in cosine.items()}
     mean = sum(importance.values()) / len(importance)
+    if min(importance.values()) < 0 or mean <= 0:
+        raise UserError(
+            f"adaCR needs importances >= 0 with a positive mean, got {min(importance.values()):.3g} to {max(importance.values()):.3g} "
+            f"({kind}): choose another method.allocation.importance, or method/allocation=uniform."
+        )
     return {layer: value / mean for layer, value in importance.items()}
