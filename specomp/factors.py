@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from specomp.errors import UserError
-from specomp.linalg import SOLVE_DTYPE, SolveDtype, cholesky_damped, eigh_descending
+from specomp.linalg import SOLVE_DTYPE, SolveDtype, cholesky_damped, eigh_descending, lower_core, trace_of_square
 from specomp.ratio import break_even_rank
 
 # `auto` solves in float32, at half the time, where its rounding errors are this much smaller than the squared loss they could change.
@@ -113,7 +113,7 @@ class GramNorm:
         reflectors, reduced = (torch.geqrf(weighted), weighted) if m > n else (None, weighted)
         if reflectors is not None:
             reduced = reflectors[0][:n].triu()
-        values, vectors = eigh_descending(weigh(reduced, self.gram) @ reduced.T)
+        values, vectors = eigh_descending(lower_core(reduced, self.gram))
         vectors = vectors[:, :keep]
         U = vectors
         if reflectors is not None:
@@ -133,15 +133,7 @@ class GramNorm:
         """sqrt(trace(E G E^T)) in the dtype of error."""
         if self.left is not None:
             error = self.left.to(error.dtype)[:, None] * error
-        return float((weigh(error, self.gram) * error).sum(1).double().sum().clamp_min(0).sqrt())
-
-
-def weigh(matrix: Tensor, gram: Tensor | None) -> Tensor:
-    """matrix (m, n) times the Gram: dense, diagonal or identity."""
-    if gram is None:
-        return matrix
-    gram = gram.to(matrix.dtype)
-    return matrix @ gram if gram.ndim == 2 else matrix * gram
+        return math.sqrt(max(0.0, trace_of_square(error, self.gram)))
 
 
 @dataclass(frozen=True, eq=False)

@@ -1,6 +1,7 @@
 """What the terminal shows at the end of a run: dense beside compressed."""
 
 import math
+import sys
 from typing import Any
 
 from rich.box import SIMPLE
@@ -9,10 +10,12 @@ from rich.table import Table
 
 from specomp.results.record import Record
 
+FILE_WIDTH = 110  # columns where the output is no terminal
+
 
 def show(record: Record, *, console: Console | None = None) -> None:
     """Print the comparison table of one record, its folder and its notes."""
-    console = console or Console(width=None)
+    console = console or Console(width=None if sys.stdout.isatty() else FILE_WIDTH)
     choice = record.choices
     ledger = record.ledger
     table = Table(
@@ -24,7 +27,7 @@ def show(record: Record, *, console: Console | None = None) -> None:
     for row in rows(record):
         table.add_row(*row)
     console.print(table)
-    spent = ", ".join(f"{stage} {seconds:.0f} s" for stage, seconds in record.seconds.items() if seconds >= 0.5)
+    spent = ", ".join(f"{stage} {seconds:.1f} s" for stage, seconds in record.seconds.items())
     console.print(f"time: {spent}; peak memory {max(record.peak_memory_mib.values(), default=0):.0f} MiB")
     for note in record.notes:
         console.print(f"note: {note}", markup=False)

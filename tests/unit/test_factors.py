@@ -4,7 +4,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from specomp.factors import CholeskyNorm, GramNorm, LowRankFactors, Spectrum, balanced, truncate, weigh
+from specomp.factors import CholeskyNorm, GramNorm, LowRankFactors, Spectrum, balanced, truncate
+from specomp.linalg import weigh
 
 SHAPES = [(6, 10), (8, 8), (11, 5)]
 

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from specomp.linalg import cholesky_damped, eigh_descending, relative
+from specomp.linalg import cholesky_damped, eigh_descending, lower_core, relative, trace_of_square
 
 examples = settings(deadline=None, max_examples=50, derandomize=True, database=None)
 
@@ -34,10 +34,26 @@ def test_rounding_below_zero_becomes_zero():
     assert values.tolist() == [2.0, 1.0, 0.0]
 
 
-def test_only_the_symmetric_part_counts():
+def test_only_the_lower_triangle_is_read():
     matrix = semidefinite(5, 5)
-    skew = torch.randn(5, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
-    assert torch.allclose(eigh_descending(matrix + skew - skew.T)[0], eigh_descending(matrix)[0], atol=1e-10)
+    values, vectors = eigh_descending(matrix)
+    garbage = matrix.tril() + torch.full_like(matrix, 7.0).triu(1)
+    other_values, other_vectors = eigh_descending(garbage)
+    assert torch.equal(values, other_values)
+    assert torch.equal(vectors, other_vectors)
+
+
+@pytest.mark.parametrize("rows", [1, 191, 192, 193, 600])
+@pytest.mark.parametrize("kind", ["identity", "diagonal", "full"])
+def test_lower_core_is_the_lower_triangle_of_the_product(rows, kind):
+    matrix = torch.randn(rows, 7, dtype=torch.float64, generator=torch.Generator().manual_seed(rows))
+    gram = {"identity": None, "diagonal": semidefinite(7, 9).diagonal(), "full": semidefinite(7, 9)}[kind]
+    full = {"identity": torch.eye(7, dtype=torch.float64), "diagonal": semidefinite(7, 9).diagonal().diag(), "full": semidefinite(7, 9)}[
+        kind
+    ]
+    expected = matrix @ full @ matrix.T
+    assert torch.allclose(lower_core(matrix, gram).tril(), expected.tril(), atol=1e-10)
+    assert trace_of_square(matrix, gram) == pytest.approx(float(expected.trace()), rel=1e-12)
 
 
 def test_a_positive_definite_gram_is_not_damped():
