@@ -47,10 +47,9 @@ def test_only_the_lower_triangle_is_read():
 @pytest.mark.parametrize("kind", ["identity", "diagonal", "full"])
 def test_lower_core_is_the_lower_triangle_of_the_product(rows, kind):
     matrix = torch.randn(rows, 7, dtype=torch.float64, generator=torch.Generator().manual_seed(rows))
-    gram = {"identity": None, "diagonal": semidefinite(7, 9).diagonal(), "full": semidefinite(7, 9)}[kind]
-    full = {"identity": torch.eye(7, dtype=torch.float64), "diagonal": semidefinite(7, 9).diagonal().diag(), "full": semidefinite(7, 9)}[
-        kind
-    ]
+    square = semidefinite(7, 9)
+    gram = {"identity": None, "diagonal": square.diagonal(), "full": square}[kind]
+    full = {"identity": torch.eye(7, dtype=torch.float64), "diagonal": square.diagonal().diag(), "full": square}[kind]
     expected = matrix @ full @ matrix.T
     assert torch.allclose(lower_core(matrix, gram).tril(), expected.tril(), atol=1e-10)
     assert trace_of_square(matrix, gram) == pytest.approx(float(expected.trace()), rel=1e-12)
