@@ -11,6 +11,7 @@ import logging
 import os
 import shutil
 import tempfile
+import threading
 import zlib
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -52,6 +53,7 @@ class Cache:
         self.root = Path(root).expanduser().absolute()
         self.hits: dict[str, int] = {}
         self.misses: dict[str, int] = {}
+        self._counting = threading.Lock()
 
     def lock(self, kind: str, key: str) -> FileLock:
         """The inter-process lock of an entry; reentrant within this process."""
@@ -62,7 +64,8 @@ class Cache:
     def count(self, kind: str, *, hit: bool) -> None:
         """Remember a hit or miss, for the record and the log."""
         counts = self.hits if hit else self.misses
-        counts[kind] = counts.get(kind, 0) + 1
+        with self._counting:
+            counts[kind] = counts.get(kind, 0) + 1
 
     def path(self, kind: str, key: str, part: str) -> Path:
         """Where a part of an entry is or would be."""

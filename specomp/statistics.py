@@ -19,7 +19,7 @@ Scope = Literal["site", "linear", "decoder_layer"]
 # One triangle of the Gram is computed, in blocks of this many columns.
 GRAM_BLOCK = 192
 # Tokens per half-precision product: on a CPU each is rounded once, and the rounding errors of many average out.
-PRODUCT_TOKENS = 512
+PRODUCT_TOKENS = 2048
 
 
 @dataclass(frozen=True)
