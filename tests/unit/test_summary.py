@@ -49,7 +49,7 @@ def test_the_console_shows_table_time_notes_and_folder():
     out = text(record(notes=["ranks [rounded] down"], model_folder="outputs/models/tiny_llama-svd-abcdef012345"))
     assert "tiny_llama, svd, compression 40%" in out
     assert "14.76" in out
-    assert "time: compress 12.0 s; peak memory 512 MiB" in out
+    assert "time: load 0.1 s, compress 12.4 s; peak memory 512 MiB" in out
     assert "load 0 s" not in out
     assert "note: ranks [rounded] down" in out, "brackets are text, not markup"
     assert "model folder: outputs/models/tiny_llama-svd-abcdef012345" in out
