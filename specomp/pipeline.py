@@ -16,7 +16,7 @@ from specomp.checks import actionable, check_budget
 from specomp.errors import UserError
 from specomp.evaluation.suite import Benchmark
 from specomp.experiment import Experiment, build
-from specomp.ledger import ledger, measure
+from specomp.ledger import Ledger, ledger, measure
 from specomp.methods.base import describe
 from specomp.models.export import load as load_folder
 from specomp.models.export import save_compressed
@@ -143,11 +143,7 @@ def produce(experiment: Experiment, record: Record) -> tuple[Any, Any, list[dict
         reports = factorize(experiment, setup, record)
     after = measure(setup.model, setup.linears)
     balance = ledger(target, before, after)
-    record.ledger = balance.as_dict() | {
-        "target_compression": 1 - target,
-        "num_linears": len(setup.linears),
-        "num_dense": sum(x.dense for x in reports),
-    }
+    record.ledger = counts(balance, setup, num_dense=sum(x.dense for x in reports))
     if abs(balance.deviation) > 1e-3:
         record.note(
             f"measured retention {balance.measured_retention:.4f}, target {target:.4f} ({balance.deviation:+.2%}): whole ranks, as "
@@ -201,11 +197,6 @@ def reference(experiment: Experiment, setup: Setup) -> dict[str, dict[str, float
         record = experiment.records.load(key)
         if record is None or not record.ledger:
             size = measure(setup.model, setup.linears)
-            counts = ledger(1.0, size, size).as_dict() | {
-                "target_compression": 0.0,
-                "num_linears": len(setup.linears),
-                "num_dense": len(setup.linears),
-            }
             choices = experiment.choices | {"method": "dense", "ratio": "dense"}
             record = Record(
                 key=key,
@@ -213,7 +204,7 @@ def reference(experiment: Experiment, setup: Setup) -> dict[str, dict[str, float
                 identity=experiment.identity(dense=True),
                 choices=choices,
                 config=experiment.config,
-                ledger=counts,
+                ledger=counts(ledger(1.0, size, size), setup, num_dense=len(setup.linears)),
                 provenance=provenance(),
             )
         for benchmark in experiment.suite.benchmarks:
@@ -222,6 +213,15 @@ def reference(experiment: Experiment, setup: Setup) -> dict[str, dict[str, float
                 experiment.records.save(record)
     wanted = {benchmark.id for benchmark in experiment.suite.benchmarks}
     return {name: values for name, values in record.metrics.items() if name in wanted}
+
+
+def counts(balance: Ledger, setup: Setup, *, num_dense: int) -> dict[str, Any]:
+    """What a record keeps of a ledger, and how many linears it is about."""
+    return balance.as_dict() | {
+        "target_compression": 1 - balance.target_retention,
+        "num_linears": len(setup.linears),
+        "num_dense": num_dense,
+    }
 
 
 def evaluate(metrics: dict[str, dict[str, float]], benchmark: Benchmark, model: Any, tokenizer: Any) -> None:

@@ -92,7 +92,9 @@ class DenseStatistics:
         return self._values
 
     def _load(self, statistic: Statistic, index: int) -> dict[str, Tensor] | None:
-        return self.setup.cache.load("statistics", statistic_key(self.setup, statistic), part_name(index))
+        part = self.setup.cache.load("statistics", statistic_key(self.setup, statistic), part_name(index))
+        device = next(self.setup.layers[index].parameters()).device
+        return None if part is None else {name: value.to(device) for name, value in part.items()}
 
 
 def part_name(decoder_layer: int) -> str:
