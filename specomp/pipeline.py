@@ -22,6 +22,7 @@ from specomp.models.export import load as load_folder
 from specomp.models.export import save_compressed
 from specomp.models.files import checked_folder, first_line
 from specomp.models.load import torch_device
+from specomp.ratio import Ratio
 from specomp.results.record import Record, provenance, record_key
 from specomp.results.summary import show
 from specomp.stages.calibrate import DenseStatistics, dense_statistics
@@ -31,6 +32,7 @@ from specomp.stages.probe import make_probe
 from specomp.stages.setup import Setup
 
 log = logging.getLogger(__name__)
+UNCOMPRESSED = Ratio(compression=0)
 
 
 def run(cfg: DictConfig) -> float | None:
@@ -134,19 +136,19 @@ def produce(experiment: Experiment, record: Record) -> tuple[Any, Any, list[dict
     setup = load_dense(experiment, record)
     before = measure(setup.model, setup.linears)
     reports: list[LinearReport] = []
-    target = 1.0 if experiment.method.is_dense else experiment.ratio.retention
-    check_budget(setup.linears, target)
+    target = UNCOMPRESSED if experiment.method.is_dense else experiment.ratio
+    check_budget(setup.linears, target.retention)
     if not experiment.method.is_dense:
         if experiment.options.reference:
             with record.stage("evaluate dense"):
                 record.dense_metrics |= reference(experiment, setup)
         reports = factorize(experiment, setup, record)
     after = measure(setup.model, setup.linears)
-    balance = ledger(target, before, after)
-    record.ledger = counts(balance, setup, num_dense=sum(x.dense for x in reports))
+    balance = ledger(target.retention, before, after)
+    record.ledger = counts(balance, target, setup, num_dense=sum(x.dense for x in reports))
     if abs(balance.deviation) > 1e-3:
         record.note(
-            f"measured retention {balance.measured_retention:.4f}, target {target:.4f} ({balance.deviation:+.2%}): whole ranks, as "
+            f"measured retention {balance.measured_retention:.4f}, target {target.retention:.4f} ({balance.deviation:+.2%}): whole ranks, as "
             f"{describe(experiment.method.allocation)} gives them"
         )
     linears = [report.as_dict() for report in reports]
@@ -204,7 +206,7 @@ def reference(experiment: Experiment, setup: Setup) -> dict[str, dict[str, float
                 identity=experiment.identity(dense=True),
                 choices=choices,
                 config=experiment.config,
-                ledger=counts(ledger(1.0, size, size), setup, num_dense=len(setup.linears)),
+                ledger=counts(ledger(1.0, size, size), UNCOMPRESSED, setup, num_dense=len(setup.linears)),
                 provenance=provenance(),
             )
         for benchmark in experiment.suite.benchmarks:
@@ -215,10 +217,10 @@ def reference(experiment: Experiment, setup: Setup) -> dict[str, dict[str, float
     return {name: values for name, values in record.metrics.items() if name in wanted}
 
 
-def counts(balance: Ledger, setup: Setup, *, num_dense: int) -> dict[str, Any]:
-    """What a record keeps of a ledger, and how many linears it is about."""
+def counts(balance: Ledger, target: Ratio, setup: Setup, *, num_dense: int) -> dict[str, Any]:
+    """What a record keeps of a ledger, the compression that was asked for, and how many linears it is about."""
     return balance.as_dict() | {
-        "target_compression": 1 - balance.target_retention,
+        "target_compression": target.compression,
         "num_linears": len(setup.linears),
         "num_dense": num_dense,
     }
