@@ -148,8 +148,8 @@ def produce(experiment: Experiment, record: Record) -> tuple[Any, Any, list[dict
     record.ledger = counts(balance, target, setup, num_dense=sum(x.dense for x in reports))
     if abs(balance.deviation) > 1e-3:
         record.note(
-            f"retention {balance.measured_retention:.4f}, target {target.retention:.4f} ({balance.deviation:+.2%}): whole ranks, as "
-            f"{describe(experiment.method.allocation)} gives them"
+            f"measured retention {balance.measured_retention:.4f}, target {target.retention:.4f} ({balance.deviation:+.2%}): "
+            f"whole ranks, as {describe(experiment.method.allocation)} gives them"
         )
     linears = [report.as_dict() for report in reports]
     experiment.records.save_linears(record.key, linears)
