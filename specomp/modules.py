@@ -1,5 +1,7 @@
 """Modules that stand in for nn.Linear. m out_features, n in_features, r rank."""
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 
@@ -62,6 +64,48 @@ class LowRankLinear(nn.Module):
     def extra_repr(self) -> str:
         """Sizes, as nn.Linear prints them, plus the rank."""
         return f"in_features={self.in_features}, out_features={self.out_features}, rank={self.rank}, bias={self.u_proj.bias is not None}"
+
+
+class GatedLinear(nn.Module):
+    """y = U (g * (R x)) + b + d: a linear as its singular components, each with a trainable gate g = to_gate(score) (SoCo).
+
+    U (m, a) and R (a, n) are frozen, a the components that still exist of the k there were; scores (k,) and the deviation d (m) train.
+    `mask` (a,), where set, multiplies the gates: how a schedule fades components out. Scores of components that no longer exist rest.
+    """
+
+    def __init__(
+        self, U: Tensor, rows: Tensor, bias: Tensor | None, *, to_gate: Callable[[Tensor], Tensor], start: float, deviation: bool
+    ) -> None:
+        super().__init__()
+        self.to_gate = to_gate
+        self.alive: Tensor
+        self.U = nn.Parameter(U, requires_grad=False)
+        self.rows = nn.Parameter(rows, requires_grad=False)
+        self.bias = None if bias is None else nn.Parameter(bias.detach(), requires_grad=False)
+        self.scores = nn.Parameter(torch.full((len(rows),), start, dtype=torch.float32, device=U.device))
+        self.deviation = nn.Parameter(torch.zeros(len(U), dtype=torch.float32, device=U.device)) if deviation else None
+        self.register_buffer("alive", torch.ones(len(rows), dtype=torch.bool, device=U.device))
+        self.mask: Tensor | None = None
+
+    def gates(self) -> Tensor:
+        """g (a,) of the components that exist, without the mask."""
+        return self.to_gate(self.scores[self.alive])
+
+    @torch.no_grad()
+    def prune(self, keep: Tensor) -> None:
+        """Drop components physically; keep (a,) is over those that exist."""
+        self.U.data, self.rows.data = self.U.data[:, keep].contiguous(), self.rows.data[keep].contiguous()
+        self.alive[self.alive.clone()] = keep
+        self.mask = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (... n) -> y (... m)."""
+        gates = self.gates() if self.mask is None else self.gates() * self.mask
+        hidden = nn.functional.linear(x.to(self.rows.dtype), self.rows)
+        out = nn.functional.linear(hidden * gates.to(hidden.dtype), self.U)
+        for addend in (self.bias, self.deviation):
+            out = out if addend is None else out + addend.to(out.dtype)
+        return out
 
 
 def replace_linear(model: nn.Module, name: str, module: nn.Module) -> None:

@@ -30,6 +30,7 @@ from specomp.stages.compress import LinearReport, compress, dense_needs
 from specomp.stages.decompose import DenseSpectra
 from specomp.stages.probe import make_probe
 from specomp.stages.setup import Setup
+from specomp.stages.spectrum import pack, train
 
 log = logging.getLogger(__name__)
 UNCOMPRESSED = Ratio(compression=0)
@@ -174,10 +175,13 @@ def factorize(experiment: Experiment, setup: Setup, record: Record) -> list[Line
         dense = dense_statistics(setup, dense_needs(method, upstream))
     # An allocation may ask for dense spectra although the whitening will see compressed inputs: made when asked for.
     spectra_statistics = dense if upstream == "dense" else DenseStatistics(setup, method.whitening.needs)
-    spectra = DenseSpectra(setup, method.target, method.whitening, spectra_statistics)
+    trains = bool(method.training.phases)
+    spectra = DenseSpectra(setup, method.target, method.whitening, spectra_statistics, complete=trains)
     with record.stage("allocate"):
         ranks = method.allocation(setup.linears, experiment.ratio, dense, spectra, make_probe(setup, spectra, method.packing))
         ranks = {x.name: min(ranks[x.name], full_rank(x)) for x in setup.linears}
+    if trains:
+        return refine(experiment, setup, record, ranks, spectra, dense)
     with record.stage("compress"):
         reports = compress(setup, method, experiment.quantizer, ranks, spectra, dense)
     damped = [x for x in reports if x.damping > 0]
@@ -235,6 +239,19 @@ def evaluate(metrics: dict[str, dict[str, float]], benchmark: Benchmark, model: 
 def _dense_metrics(experiment: Experiment) -> dict[str, dict[str, float]]:
     record = experiment.records.load(record_key(experiment.identity(dense=True)))
     return {} if record is None else record.metrics
+
+
+def refine(
+    experiment: Experiment, setup: Setup, record: Record, ranks: dict[str, int], spectra: DenseSpectra, dense: DenseStatistics
+) -> list[LinearReport]:
+    """Train the spectrum, prune and pack it: the methods that take gradient steps."""
+    method, ratio = experiment.method, experiment.ratio
+    with record.stage("train"):
+        trained = train(setup, method, ratio, ranks, spectra, experiment.options.seed)
+    with record.stage("compress"):
+        reports, account = pack(setup, method, experiment.quantizer, ratio, trained, spectra, dense)
+    record.training = trained.report | {"pruning": account}
+    return reports
 
 
 def model_folder(experiment: Experiment, record: Record) -> Path | None:

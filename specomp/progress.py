@@ -2,7 +2,7 @@
 
 import logging
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import TypeVar
 
 from rich.console import Console
@@ -14,12 +14,22 @@ LINE_EVERY_SECONDS = 15.0
 console = Console(stderr=True)
 
 
-def track(items: Iterable[T], description: str, total: int) -> Iterator[T]:
-    """Yield the items, reporting how many of `total` are done and how long the rest will take."""
+def track(items: Iterable[T], description: str, total: int, status: Callable[[], str] = lambda: "") -> Iterator[T]:
+    """Yield the items, reporting how many of `total` are done, how long the rest will take, and what `status` says."""
     if console.is_terminal:
-        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
+        columns = (
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TimeRemainingColumn(),
+            TextColumn("{task.fields[status]}"),
+        )
         with Progress(*columns, console=console, transient=True) as bar:
-            yield from bar.track(items, total=total, description=description)
+            task = bar.add_task(description, total=total, status="")
+            for item in items:
+                yield item
+                bar.update(task, advance=1, status=status())
         return
     start = last = time.monotonic()
     for done, item in enumerate(items, start=1):
@@ -28,4 +38,6 @@ def track(items: Iterable[T], description: str, total: int) -> Iterator[T]:
         if done == total or now - last >= LINE_EVERY_SECONDS:
             last = now
             elapsed = now - start
-            log.info("%s: %d/%d, %.0f s elapsed, about %.0f s left", description, done, total, elapsed, elapsed / done * (total - done))
+            left = elapsed / done * (total - done)
+            said = status()
+            log.info("%s: %d/%d, %.0f s elapsed, about %.0f s left%s", description, done, total, elapsed, left, said and f"; {said}")

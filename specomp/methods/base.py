@@ -4,7 +4,7 @@ Slots are frozen settings with a `__call__`; they see names, shapes and statisti
 Shapes: W (m, n), r rank.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields, is_dataclass
 from typing import Any, Literal, Protocol, runtime_checkable
 
@@ -90,8 +90,8 @@ class Training(Protocol):
     """Gradient-based refinement; phases = () means calibration only."""
 
     @property
-    def phases(self) -> tuple[Any, ...]:
-        """The stages of the schedule, in order."""
+    def phases(self) -> Sequence[Any]:
+        """The stages of the schedule, in order; none: calibration only."""
 
 
 @runtime_checkable
@@ -133,4 +133,12 @@ class Method:
 def describe(slot: Any) -> dict[str, Any]:
     """A slot's class and settings, JSON-able: what a cache key or a record says of it."""
     settings = {x.name: getattr(slot, x.name) for x in fields(slot)}
-    return {"class": type(slot).__name__} | {k: describe(v) if is_dataclass(v) else v for k, v in settings.items()}
+    return {"class": type(slot).__name__} | {k: _plain(v) for k, v in settings.items()}
+
+
+def _plain(value: Any) -> Any:
+    if is_dataclass(value):
+        return describe(value)
+    if isinstance(value, Mapping):
+        return {k: _plain(v) for k, v in value.items()}
+    return [_plain(v) for v in value] if isinstance(value, (list, tuple)) else value

@@ -46,6 +46,7 @@ class Record:
     config: dict[str, Any] = field(default_factory=dict)
     calibration: dict[str, Any] = field(default_factory=dict)
     ledger: dict[str, Any] = field(default_factory=dict)
+    training: dict[str, Any] = field(default_factory=dict)
     metrics: dict[str, dict[str, float]] = field(default_factory=dict)
     dense_metrics: dict[str, dict[str, float]] = field(default_factory=dict)
     texts: dict[str, Any] = field(default_factory=dict)

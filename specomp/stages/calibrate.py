@@ -7,8 +7,8 @@ import logging
 import signal
 import threading
 import warnings
-from collections.abc import Callable, Iterable, Sequence
-from contextlib import ExitStack, nullcontext
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Any
 
 import lightning as L
@@ -171,27 +171,36 @@ def _collect_window(setup: Setup, statistics: list[Statistic], window: range, *,
 
 
 class _Terminable(L.Callback):
-    """Lightning swallows SIGTERM outside of fitting; a scheduler that sends it must be obeyed. What is on disk is complete either way."""
+    """Lightning swallows SIGTERM or puts it off; a scheduler that sends it must be obeyed. What is on disk is complete either way."""
 
     def on_predict_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
+    on_train_start = on_predict_start
 
-def predict(trainer: Callable[..., L.Trainer], module: L.LightningModule, items: Iterable[Any], label: str, total: int) -> None:
-    """Drive a predict-only module over items, with progress and without keeping outputs."""
+
+@contextmanager
+def lightning_loop() -> Iterator[L.Callback]:
+    """Around trainer.fit or predict; yields a callback for the trainer. No chatter, and signals mean what they mean elsewhere."""
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)  # hardware announcements and advertising, once per loop
+    interrupt = signal.getsignal(signal.SIGINT)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*(LeafSpec|predict returned None).*")
-        interrupt = signal.getsignal(signal.SIGINT)
         try:
-            trainer(callbacks=[_Terminable()]).predict(module, _Tracked(items, label, total), return_predictions=False)
+            yield _Terminable()
         except SystemExit as error:
             if not isinstance(error.__context__, KeyboardInterrupt):
                 raise
             # Lightning turns Ctrl-C off and exits with 1; a sweep and the record must see what it was.
             signal.signal(signal.SIGINT, interrupt)
             raise KeyboardInterrupt from error
+
+
+def predict(trainer: Callable[..., L.Trainer], module: L.LightningModule, items: Iterable[Any], label: str, total: int) -> None:
+    """Drive a predict-only module over items, with progress and without keeping outputs."""
+    with lightning_loop() as terminable:
+        trainer(callbacks=[terminable]).predict(module, _Tracked(items, label, total), return_predictions=False)
 
 
 class _Tracked:

@@ -134,7 +134,7 @@ class CompressionModule(L.LightningModule):
             stored=sum(p.numel() for name, p in packed.named_parameters() if not name.endswith("bias")),
             damping=spectrum.damping,
             seconds=time.perf_counter() - start,
-            **_errors(packed.merged_weight(), target.float(), norm, spectrum, rank),  # type: ignore[operator, arg-type]
+            **errors_of(packed.merged_weight(), target.float(), norm, spectrum, rank),  # type: ignore[operator, arg-type]
         )
 
 
@@ -172,7 +172,7 @@ def one_thread_each(linears: Sequence[LinearSpec], device: torch.device) -> Iter
         torch.set_num_threads(threads)
 
 
-def _errors(packed: Tensor, target: Tensor, norm: Any, spectrum: Spectrum, rank: int) -> dict[str, float]:
+def errors_of(packed: Tensor, target: Tensor, norm: Any, spectrum: Spectrum, rank: int) -> dict[str, float]:
     """Relative errors of what is actually stored, in its dtype, and the certificate against the Eckart-Young bound."""
     error = packed - target
     loss = norm.loss(error)

@@ -22,8 +22,9 @@ VERSION = 1
 class DenseSpectra:
     """Spectra in the norm of a whitening slot, of statistics of the dense model; computed on first use, then read from the cache."""
 
-    def __init__(self, setup: Setup, target: Target, whitening: Whitening, statistics: DenseStatistics) -> None:
-        self.setup, self.target, self.whitening, self.statistics = setup, target, whitening, statistics
+    def __init__(self, setup: Setup, target: Target, whitening: Whitening, statistics: DenseStatistics, *, complete: bool = False) -> None:
+        """complete: keep every component, as a training that chooses among them needs; otherwise those a factorization can store."""
+        self.setup, self.target, self.whitening, self.statistics, self.complete = setup, target, whitening, statistics, complete
         self._by_name = {linear.name: linear for linear in setup.linears}
         self.key = digest(
             {
@@ -34,15 +35,16 @@ class DenseSpectra:
                 "solve_dtype": str(SOLVE_DTYPE),
                 "statistics": sorted(statistic_key(setup, x) for x in whitening.needs),
             }
+            | ({"complete": True} if complete else {})
         )
         self._last: tuple[str, Spectrum] | None = None
 
     def __call__(self, name: str) -> Spectrum:
-        """The spectrum of one linear, on its device. Components beyond break-even keep their singular value only: no factor stores them."""
+        """The spectrum of one linear, on its device. Unless complete, components beyond break-even keep their singular value only."""
         if self._last is not None and self._last[0] == name:
             return self._last[1]
         cache = self.setup.cache
-        device = linear_module(self.setup.model, self._by_name[name]).weight.device
+        device = next(self.setup.model.get_submodule(name).parameters()).device
         with cache.lock("spectra", digest([self.key, name])):
             stored = cache.load("spectra", self.key, name)
             cache.count("spectra", hit=stored is not None)
@@ -59,9 +61,10 @@ class DenseSpectra:
 
     def _decompose(self, name: str) -> Spectrum:
         linear = self._by_name[name]
+        keep = None if self.complete else math.ceil(break_even_rank(linear.m, linear.n))
         W = linear_module(self.setup.model, linear).weight.detach()
         stats = self.statistics(name)
-        return decompose(self.whitening(stats), self.target(W, stats), name, keep=math.ceil(break_even_rank(linear.m, linear.n)))
+        return decompose(self.whitening(stats), self.target(W, stats), name, keep=keep)
 
 
 def decompose(norm: Norm, target: Tensor, name: str, keep: int | None = None) -> Spectrum:

@@ -1,0 +1,86 @@
+"""Gates over singular components: how a trained score becomes a factor on its component, and what the kept components cost.
+
+SoCo (arXiv:2502.15092) multiplies the i-th singular value by a learnable S_i and prunes where S_i stays below a threshold. The paper
+publishes neither how S is parametrized nor how its compression ratio is made differentiable: the mappings and the soft count are ours.
+
+Shapes: K components of all linears in one vector, linear after linear; m out_features, n in_features.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from specomp.models.family import LinearSpec
+
+MappingName = Literal["two_sigmoid", "sigmoid", "identity", "exp"]
+BISECTIONS = 60
+
+
+@dataclass(frozen=True)
+class Mapping:
+    """S = to_gate(score); `start` is the score that training begins with."""
+
+    to_gate: Callable[[Tensor], Tensor]
+    start: float
+
+
+MAPPINGS: dict[str, Mapping] = {
+    # S in (0, 2) and 1 at the start: the model begins as the dense one, and scores can be amplified.
+    "two_sigmoid": Mapping(lambda score: 2 * torch.sigmoid(score), 0.0),
+    # S in (0, 1): nothing can be amplified; begins at 0.953.
+    "sigmoid": Mapping(torch.sigmoid, 3.0),
+    "identity": Mapping(lambda score: score.clamp_min(0), 1.0),
+    "exp": Mapping(torch.exp, 0.0),
+}
+
+
+class GateBudget:
+    """What gates (K,) cost in parameters, over the linears they belong to. Retention is stored over dense parameters of these linears."""
+
+    def __init__(self, linears: Sequence[LinearSpec], counts: Sequence[int], device: torch.device | str = "cpu") -> None:
+        """counts: components of each linear that still exist, in the order of the linears."""
+        self.counts = list(counts)
+        self.dense = torch.tensor([x.params for x in linears], dtype=torch.float64, device=device)
+        self.price = torch.tensor([x.m + x.n for x in linears], dtype=torch.float64, device=device)
+        self.owner = torch.repeat_interleave(torch.arange(len(linears), device=device), torch.tensor(self.counts, device=device))
+        self._share = (self.price / self.dense.sum())[self.owner].float()
+
+    def soft_retention(self, gates: Tensor, threshold: float, temperature: float) -> Tensor:
+        """Differentiable retention: component i counts sigmoid((S_i - threshold) / temperature). May exceed 1: nothing is capped."""
+        return (torch.sigmoid((gates - threshold) / temperature) * self._share).sum()
+
+    def ranks(self, gates: Tensor, threshold: float) -> Tensor:
+        """Components (L,) of each linear at or above the threshold, at least one."""
+        kept = torch.zeros_like(self.price).index_add_(0, self.owner, (gates.detach() >= threshold).double())
+        return kept.clamp_min(1)
+
+    def retention_of(self, ranks: Tensor) -> float:
+        """Retention of ranks (L,); from break-even on a linear is stored dense and costs m n."""
+        return float(torch.minimum(ranks * self.price, self.dense).sum() / self.dense.sum())
+
+    def hard_retention(self, gates: Tensor, threshold: float) -> float:
+        """Retention when everything below the threshold is pruned."""
+        return self.retention_of(self.ranks(gates, threshold))
+
+    def threshold_for(self, gates: Tensor, retention: float) -> float:
+        """The lowest global threshold that keeps at most `retention`, by bisection; 0 when everything fits."""
+        low, high = 0.0, float(gates.max()) * (1 + 1e-6) + 1e-6
+        if self.hard_retention(gates, low) <= retention:
+            return low
+        for _ in range(BISECTIONS):
+            middle = (low + high) / 2
+            low, high = (middle, high) if self.hard_retention(gates, middle) > retention else (low, middle)
+        return high
+
+    def kept(self, gates: Tensor, threshold: float) -> Tensor:
+        """Which components (K,) stay: at or above the threshold, all of a linear stored dense anyway, the best of each."""
+        gates = gates.detach()
+        keep = gates >= threshold
+        ranks = self.ranks(gates, threshold)
+        keep |= (ranks * self.price >= self.dense)[self.owner]
+        best = torch.full_like(self.price, -torch.inf, dtype=gates.dtype).scatter_reduce_(0, self.owner, gates, "amax")
+        alone = torch.zeros_like(self.price).index_add_(0, self.owner, keep.double()) == 0
+        return keep | (alone[self.owner] & (gates >= best[self.owner]))

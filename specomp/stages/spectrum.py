@@ -1,0 +1,278 @@
+"""From spectra to trained gates and back to factors: the run that surrounds stages/train.py, its cache, its checkpoints.
+
+A finished training is cached by what determines it, so that every ablation of what is kept of it (method.training.pruning) reads one run.
+An unfinished one leaves its last checkpoint in the cache, and the same command continues there.
+"""
+
+import json
+import logging
+import shutil
+import time
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
+from torch import Tensor, nn
+
+from specomp.budget import fill_ranks
+from specomp.cache import atomic_path, digest, make_folder, waiting
+from specomp.errors import UserError
+from specomp.factors import balanced
+from specomp.gates import GateBudget
+from specomp.methods.base import Method, Quantizer, describe
+from specomp.methods.spectrum import SpectrumTraining
+from specomp.models.family import LinearSpec
+from specomp.modules import GatedLinear, replace_linear
+from specomp.ratio import Ratio, is_low_rank
+from specomp.stages.calibrate import DenseStatistics, lightning_loop, linear_module
+from specomp.stages.compress import LinearReport, errors_of
+from specomp.stages.decompose import DenseSpectra
+from specomp.stages.setup import Setup
+from specomp.stages.teacher import TeacherStates
+from specomp.stages.train import Batches, SpectrumModule
+
+log = logging.getLogger(__name__)
+# Bumped whenever the same settings would train other scores.
+VERSION = 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class Trained:
+    """What training decided, per linear: gates (k,), which components still exist (k,), and d (m) or None; and how it went."""
+
+    gates: dict[str, Tensor]
+    alive: dict[str, Tensor]
+    deviations: dict[str, Tensor | None]
+    report: dict[str, Any]
+
+
+def train(setup: Setup, method: Method, ratio: Ratio, ranks: Mapping[str, int], spectra: DenseSpectra, seed: int) -> Trained:
+    """Trained gates: from the cache, from a checkpoint on, or from the start. Raises UserError when the training diverges.
+
+    ranks: components each linear starts with, the largest first; at or above break-even it starts with all of them.
+    """
+    training, cache = settings_of(method), setup.cache
+    settings = describe(training)
+    pruning = settings.pop("pruning")
+    key = digest(
+        {
+            "version": VERSION,
+            "spectra": spectra.key,
+            "samples": setup.samples.hash,
+            "half": setup.half_forward,
+            "settings": settings | {"stages": {name: describe(phase) for name, phase in training.schedule.items()}},
+            "exact_budget": pruning["exact_budget"],
+            "retention": ratio.retention,
+            "ranks": dict(ranks),
+            "seed": seed,
+        }
+    )
+    with waiting(cache.lock("trained", key), "trains this spectrum"):
+        stored, report = cache.load("trained", key, "scores"), cache.path("trained", key, "report").with_suffix(".json")
+        hit = stored is not None and report.exists()
+        cache.count("trained", hit=hit)
+        if not hit:
+            stored, content = _fit(setup, method, ratio, ranks, spectra, seed, cache.path("trained", key, "checkpoints"))
+            cache.save("trained", key, "scores", stored)
+            with atomic_path(report) as temporary:
+                temporary.write_text(json.dumps(content))
+            shutil.rmtree(cache.path("trained", key, "checkpoints"), ignore_errors=True)
+    assert stored is not None
+    names = [x.name for x in setup.linears]
+    return Trained(
+        gates={name: training.gate.to_gate(stored[f"{name}.scores"]) for name in names},
+        alive={name: stored[f"{name}.alive"] for name in names},
+        deviations={name: stored.get(f"{name}.deviation") for name in names},
+        report=json.loads(report.read_text()),
+    )
+
+
+def settings_of(method: Method) -> SpectrumTraining:
+    """The training slot of a method that trains spectra, which is the only training there is a stage for. Raises UserError."""
+    if not isinstance(method.training, SpectrumTraining):
+        raise UserError(f"method.training is a {type(method.training).__name__}; specomp trains specomp.methods.spectrum.SpectrumTraining.")
+    return method.training
+
+
+def _fit(
+    setup: Setup, method: Method, ratio: Ratio, ranks: Mapping[str, int], spectra: DenseSpectra, seed: int, folder: Path
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    training, samples, start = settings_of(method), setup.samples, time.perf_counter()
+    if samples.num_samples <= training.held_out:
+        raise UserError(
+            f"Training keeps method.training.held_out={training.held_out} samples aside, but the calibration set has "
+            f"{samples.num_samples}: raise calibration.num_samples."
+        )
+    teacher, device = TeacherStates(setup), setup.model.device
+    gated = gate(setup, training, ranks, spectra)
+    module = SpectrumModule(setup, training, ratio, teacher, gated, seed)
+    make_folder(folder)
+    checkpoint = _latest(folder)
+    log.info(
+        "Train %d scores%s of %d linears: %d steps of %d samples of %d tokens, %s%s.",
+        *(sum(len(x.scores) for x in gated.values()), " and biases" if training.deviation else "", len(gated)),
+        *(module.schedule.total, training.batch_size, samples.length, training.precision),
+        f", from checkpoint {checkpoint.stem} on" if checkpoint else "",
+    )
+    with lightning_loop() as terminable:
+        warnings.simplefilter("ignore")  # Lightning's advice on workers, logging intervals and resuming
+        trainer = _trainer(setup, training, module, [terminable], folder)
+        batches = Batches(module.schedule.total * trainer.accumulate_grad_batches, module)
+        trainer.fit(module, batches, ckpt_path=str(checkpoint) if checkpoint else None, weights_only=True)
+    module.to(device)
+    stored: dict[str, Tensor] = {}
+    for name, linear in gated.items():
+        stored |= {f"{name}.scores": linear.scores.detach(), f"{name}.alive": linear.alive}
+        if linear.deviation is not None:
+            stored[f"{name}.deviation"] = linear.deviation.detach()
+    content = {
+        "steps": len(module.curve),
+        "tokens": len(module.curve) * training.batch_size * samples.length,
+        "seconds": time.perf_counter() - start,
+        "trainable": sum(x.numel() for x in stored.values() if x.is_floating_point()),
+        "initial_soft_retention": module.initial,
+        "phases": module.boundaries,
+        "curve": module.curve,
+    }
+    return {name: x.cpu() for name, x in stored.items()}, content
+
+
+def _trainer(setup: Setup, training: SpectrumTraining, module: SpectrumModule, callbacks: list[L.Callback], folder: Path) -> L.Trainer:
+    """The configured trainer with what a training needs. Raises UserError when the batch cannot be shared out."""
+    checkpoints = ModelCheckpoint(folder, filename="{step:06d}", every_n_train_steps=training.checkpoint_every, save_top_k=1, monitor=None)
+    trainer = setup.trainer(
+        max_steps=module.schedule.total,
+        max_epochs=1,
+        callbacks=[*callbacks, module.schedule, checkpoints],
+        enable_checkpointing=True,
+        gradient_clip_val=training.gradient_clip,
+        precision="bf16-mixed" if training.precision == "bfloat16" else "32-true",
+    )
+    at_once = trainer.world_size * training.micro_batch_size
+    if training.batch_size % at_once:
+        raise UserError(
+            f"method.training.batch_size={training.batch_size} is not a multiple of {trainer.world_size} processes times "
+            f"micro_batch_size={training.micro_batch_size}."
+        )
+    trainer.accumulate_grad_batches = training.batch_size // at_once
+    return trainer
+
+
+def gate(setup: Setup, training: SpectrumTraining, ranks: Mapping[str, int], spectra: DenseSpectra) -> dict[str, GatedLinear]:
+    """Replace every linear of the model by its gated components, in place."""
+    setup.model.requires_grad_(False)
+    dtype = torch.bfloat16 if training.precision == "bfloat16" else torch.float32
+    gated = {}
+    for linear in setup.linears:
+        spectrum, dense = spectra(linear.name), linear_module(setup.model, linear)
+        module = GatedLinear(
+            spectrum.U.to(dtype),
+            spectrum.rows.to(dtype),
+            dense.bias,
+            to_gate=training.gate.to_gate,
+            start=training.gate.start,
+            deviation=training.deviation,
+        )
+        if is_low_rank(linear.m, linear.n, ranks[linear.name]):
+            module.prune(torch.arange(len(spectrum.s), device=spectrum.s.device) < ranks[linear.name])
+        replace_linear(setup.model, linear.name, module)
+        gated[linear.name] = module
+    return gated
+
+
+def choose(
+    linears: list[LinearSpec], trained: Trained, training: SpectrumTraining, ratio: Ratio
+) -> tuple[dict[str, Tensor], dict[str, float]]:
+    """Indices of the components to keep, per linear, and what was counted on the way."""
+    pruning = training.pruning
+    budget = GateBudget(linears, [len(trained.gates[x.name]) for x in linears])
+    alive = torch.cat([trained.alive[x.name] for x in linears])
+    gates = torch.where(alive, torch.cat([trained.gates[x.name] for x in linears]), -1.0)
+    exact = budget.threshold_for(gates, ratio.retention)
+    threshold = exact if pruning.exact_budget else training.threshold
+    masks = (budget.kept(gates, threshold) & alive).split(budget.counts)
+    counts = {x.name: int(mask.sum()) for x, mask in zip(linears, masks, strict=True)}
+    if pruning.ranks == "allocation":
+        uniform = fill_ranks(linears, {x.name: ratio.retention for x in linears}, ratio.retention)
+        counts = {name: min(rank, len(trained.gates[name])) for name, rank in uniform.items()}
+    chosen = {}
+    for linear, mask in zip(linears, masks, strict=True):
+        count, values = counts[linear.name], torch.where(trained.alive[linear.name], trained.gates[linear.name], -1.0)
+        if pruning.order == "singular_value":
+            chosen[linear.name] = torch.arange(count)
+        elif pruning.ranks == "trained":
+            chosen[linear.name] = mask.nonzero().flatten()
+        else:
+            chosen[linear.name] = values.topk(count).indices.sort().values
+    account = {
+        "threshold": threshold,
+        "exact_threshold": exact,
+        "exact_retention": budget.hard_retention(gates, exact),
+        "fixed_threshold": training.threshold,
+        "fixed_retention": budget.hard_retention(gates, training.threshold),
+    }
+    return chosen, account
+
+
+@torch.no_grad()
+def pack(
+    setup: Setup, method: Method, quantizer: Quantizer, ratio: Ratio, trained: Trained, spectra: DenseSpectra, dense: DenseStatistics
+) -> tuple[list[LinearReport], dict[str, float]]:
+    """Prune, merge the gates into the factors, and store them as every method does."""
+    training = settings_of(method)
+    chosen, account = choose(setup.linears, trained, training, ratio)
+    reports, out_of_order, kept = [], 0, 0
+    for linear in setup.linears:
+        start, name, index = time.perf_counter(), linear.name, chosen[linear.name]
+        module, spectrum = setup.model.get_submodule(name), spectra(linear.name)
+        device = spectrum.U.device
+        index, stats = index.to(device), dense(name)
+        gates = trained.gates[name].to(device) if training.pruning.values == "trained" else torch.ones_like(spectrum.s)
+        factors = balanced(spectrum.U[:, index] * gates[index], spectrum.rows[index])
+        whole = nn.Linear(linear.n, linear.m, bias=False, device="meta")
+        whole.weight = nn.Parameter(factors.product().to(setup.model.dtype))
+        whole.register_parameter("bias", _bias(module, trained.deviations[name], whole.weight))
+        low = is_low_rank(linear.m, linear.n, len(index))
+        packed = method.packing(whole, quantizer(factors, stats)) if low else whole
+        replace_linear(setup.model, name, packed.requires_grad_(False))
+        out_of_order += int((index >= len(index)).sum())
+        kept += len(index)
+        target = spectrum.U @ spectrum.rows
+        merged: Tensor = packed.merged_weight() if low else whole.weight.float()  # type: ignore[operator, assignment]
+        reports.append(
+            LinearReport(
+                name=name,
+                m=linear.m,
+                n=linear.n,
+                rank=len(index) if low else min(linear.m, linear.n),
+                stored=sum(p.numel() for part, p in packed.named_parameters() if not part.endswith("bias")),
+                dense=not low,
+                damping=spectrum.damping,
+                seconds=time.perf_counter() - start,
+                **errors_of(merged, target, method.whitening(stats), spectrum, len(index)),  # type: ignore[arg-type]
+            )
+        )
+    return reports, account | {"kept": kept, "kept_out_of_order": out_of_order}
+
+
+def _bias(module: nn.Module, deviation: Tensor | None, weight: Tensor) -> nn.Parameter | None:
+    """b + d in the dtype of the weight; None where there is neither."""
+    parts = [x.detach().to(weight.device, torch.float32) for x in (module.bias, deviation) if x is not None]  # type: ignore[operator, union-attr]
+    return nn.Parameter(torch.stack(parts).sum(0).to(weight.dtype)) if parts else None
+
+
+def _latest(folder: Path) -> Path | None:
+    """The newest checkpoint that can be read; a damaged one is removed, which is logged."""
+    for path in sorted(folder.glob("*.ckpt"), reverse=True):
+        try:
+            torch.load(path, map_location="cpu", weights_only=True)
+            return path
+        except Exception as error:
+            log.warning("Checkpoint %s is damaged (%s): removed.", path.name, type(error).__name__)
+            path.unlink()
+    return None

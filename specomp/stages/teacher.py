@@ -1,0 +1,118 @@
+"""The dense model as a teacher: its last hidden states, computed once per calibration set and cached.
+
+The student keeps the dense model's embeddings, final norm and LM head untouched, so these states times the shared head are the teacher's
+logits: no second model is in memory, and every ratio, start and ablation reads the same states.
+"""
+
+import logging
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from specomp.cache import digest, waiting
+from specomp.progress import track
+from specomp.stages.calibrate import forward_precision
+from specomp.stages.setup import Setup
+
+log = logging.getLogger(__name__)
+VERSION = 1
+Head = Callable[[Tensor], Tensor]
+
+
+class TeacherStates:
+    """Last hidden states (length, hidden) of the dense model, one sample at a time."""
+
+    def __init__(self, setup: Setup) -> None:
+        """Computes and stores what the cache does not have; the model must still be dense."""
+        self.cache = setup.cache
+        self.key = digest(
+            {"version": VERSION, "model": setup.model_key, "calibration": setup.samples.hash, "half": setup.half_forward, "what": "teacher"}
+        )
+        count = setup.samples.num_samples
+        with waiting(self.cache.lock("teacher", self.key), "runs the teacher"):
+            hit = all(self.cache.has("teacher", self.key, part_name(i)) for i in range(count))
+            self.cache.count("teacher", hit=hit)
+            if not hit:
+                assert setup.is_dense, "the teacher is the dense model"
+                self._compute(setup)
+
+    @torch.no_grad()
+    def _compute(self, setup: Setup) -> None:
+        decoder, index = setup.family.decoder(setup.model), 0
+        loader = setup.samples.predict_dataloader()
+        for batch in track(loader, f"teacher: {setup.samples.num_samples} samples", len(loader)):
+            with forward_precision(setup):
+                hidden = decoder(input_ids=batch.to(setup.model.device), use_cache=False).last_hidden_state
+            for sample in hidden:
+                self.cache.save("teacher", self.key, part_name(index), {"hidden": sample.contiguous().cpu()})
+                index += 1
+
+    def __call__(self, indices: Sequence[int]) -> Tensor:
+        """(len(indices), length, hidden), on the CPU."""
+        parts = [self.cache.load("teacher", self.key, part_name(i)) for i in indices]
+        missing = [i for i, part in zip(indices, parts, strict=True) if part is None]
+        if missing:
+            raise RuntimeError(f"The cache lost the teacher's states of samples {missing}: run the same command again.")
+        return torch.stack([part["hidden"] for part in parts if part is not None])
+
+
+def part_name(sample: int) -> str:
+    """File of one sample in an entry."""
+    return f"sample_{sample:05d}"
+
+
+def head_of(model: torch.nn.Module) -> Head:
+    """Hidden states (..., hidden) -> logits (..., vocabulary), with the soft cap of the families that have one."""
+    output, cap = model.get_output_embeddings(), getattr(model.config, "final_logit_softcapping", None)  # type: ignore[operator, union-attr]
+
+    def head(hidden: Tensor) -> Tensor:
+        logits: Tensor = output(hidden).float()
+        return logits if cap is None else torch.tanh(logits / cap) * cap
+
+    return head
+
+
+def distillation(student: Tensor, teacher: Tensor, head: Head, chunk: int, labels: Tensor | None = None, weight: float = 0.0) -> Tensor:
+    """Mean over tokens of KL(softmax(head(teacher)) || softmax(head(student))), for hidden states (batch, length, hidden); in nats.
+
+    labels (batch, length), with a weight: adds weight times the next-token cross-entropy. The gradient reaches `student` only.
+    Logits of `chunk` tokens at a time: neither model's logits of a whole batch are ever in memory, and none wait for the backward pass.
+    """
+    flat, target = student.flatten(0, -2), teacher.detach().flatten(0, -2)
+    following = None
+    if labels is not None and weight > 0:
+        following = torch.nn.functional.pad(labels[:, 1:], (0, 1), value=-100).flatten()
+    loss: Tensor = _Distillation.apply(flat, target, head, chunk, following, weight)  # type: ignore[no-untyped-call]
+    return loss
+
+
+class _Distillation(torch.autograd.Function):
+    """The gradient with respect to the student's hidden states is taken chunk by chunk in the forward pass and kept: (tokens, hidden)."""
+
+    @staticmethod
+    def forward(ctx, student, teacher, head, chunk, labels, weight):  # type: ignore[no-untyped-def]
+        total, gradients = torch.zeros((), dtype=torch.float64, device=student.device), []
+        for start in range(0, len(student), chunk):
+            part = slice(start, start + chunk)
+            with torch.no_grad():
+                reference = torch.log_softmax(head(teacher[part]), dim=-1)
+            piece = student[part].detach().requires_grad_()
+            with torch.enable_grad():
+                logits = head(piece)
+                loss = torch.nn.functional.kl_div(torch.log_softmax(logits, dim=-1), reference, reduction="sum", log_target=True)
+                if labels is not None:
+                    # every sample's last token has no successor: the mean is over those that have
+                    share = len(student) / max(1, int((labels != -100).sum()))
+                    entropy = torch.nn.functional.cross_entropy(logits, labels[part], ignore_index=-100, reduction="sum")
+                    loss = loss + weight * share * entropy
+                loss = loss / len(student)
+                gradients.append(torch.autograd.grad(loss, piece)[0])
+            total += loss.detach().double()
+        ctx.save_for_backward(torch.cat(gradients))
+        return total.float()
+
+    @staticmethod
+    def backward(ctx, upstream):  # type: ignore[no-untyped-def]
+        (gradient,) = ctx.saved_tensors
+        return upstream * gradient, None, None, None, None, None
