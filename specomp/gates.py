@@ -27,12 +27,20 @@ class Mapping:
     start: float
 
 
+def two_sigmoid(score: Tensor) -> Tensor:
+    """S in (0, 2) and 1 at score 0: the model begins as the dense one, and components can be amplified."""
+    return 2 * torch.sigmoid(score)
+
+
+def identity(score: Tensor) -> Tensor:
+    """S = score, clamped at 0."""
+    return score.clamp_min(0)
+
+
 MAPPINGS: dict[str, Mapping] = {
-    # S in (0, 2) and 1 at the start: the model begins as the dense one, and scores can be amplified.
-    "two_sigmoid": Mapping(lambda score: 2 * torch.sigmoid(score), 0.0),
-    # S in (0, 1): nothing can be amplified; begins at 0.953.
-    "sigmoid": Mapping(torch.sigmoid, 3.0),
-    "identity": Mapping(lambda score: score.clamp_min(0), 1.0),
+    "two_sigmoid": Mapping(two_sigmoid, 0.0),
+    "sigmoid": Mapping(torch.sigmoid, 3.0),  # nothing can be amplified; begins at 0.953
+    "identity": Mapping(identity, 1.0),
     "exp": Mapping(torch.exp, 0.0),
 }
 

@@ -94,8 +94,20 @@ class PhaseSchedule(L.Callback):
         """Optimizer steps planned."""
         return sum(phase.steps for phase in self.phases)
 
+    @property
+    def finished(self) -> bool:
+        """Whether every phase is over."""
+        return self.index == len(self.phases)
+
+    @property
+    def name(self) -> str:
+        """Of the current phase, or of the last one when all are over."""
+        return self.names[min(self.index, len(self.names) - 1)]
+
     def on_train_batch_start(self, trainer: L.Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
         """Where the run is, as a function of the step and of when the phase began."""
+        if self.finished:
+            return
         done = trainer.global_step - self.start
         pl_module.phase, pl_module.progress = self.phases[self.index], done / self.phases[self.index].steps
         planned = (sum(phase.steps for phase in self.phases[: self.index]) + done) / self.total
@@ -104,17 +116,17 @@ class PhaseSchedule(L.Callback):
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Move on when the phase is over. Batches that only accumulate a gradient change nothing."""
+        if self.finished:
+            return
         done, phase = trainer.global_step - self.start, self.phases[self.index]
         if done <= len(self.history):
             return
         self.history.append(pl_module.performance())
         if done < phase.steps and not (phase.until and phase.until.reached(self.history, *pl_module.budget_met())):
             return
-        pl_module.end_phase(self.names[self.index], phase)
+        pl_module.end_phase(self.name, phase)
         self.index, self.start, self.history = self.index + 1, trainer.global_step, []
-        if self.index == len(self.phases):
-            self.index -= 1
-            trainer.should_stop = True
+        trainer.should_stop = self.finished
 
     def state_dict(self) -> dict[str, Any]:
         """For the checkpoint."""

@@ -200,7 +200,9 @@ def lightning_loop() -> Iterator[L.Callback]:
 def predict(trainer: Callable[..., L.Trainer], module: L.LightningModule, items: Iterable[Any], label: str, total: int) -> None:
     """Drive a predict-only module over items, with progress and without keeping outputs."""
     with lightning_loop() as terminable:
-        trainer(callbacks=[terminable]).predict(module, _Tracked(items, label, total), return_predictions=False)
+        # The model is hidden from the loop and stays where it is, so the loop is always one process on the CPU.
+        loop = trainer(callbacks=[terminable], accelerator="cpu", devices=1, num_nodes=1, strategy="auto")
+        loop.predict(module, _Tracked(items, label, total), return_predictions=False)
 
 
 class _Tracked:

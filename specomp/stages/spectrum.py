@@ -39,6 +39,7 @@ from specomp.stages.train import Batches, SpectrumModule
 log = logging.getLogger(__name__)
 # Bumped whenever the same settings would train other scores.
 VERSION = 1
+FINAL = "final.ckpt"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -125,21 +126,29 @@ def _fit(
         batches = Batches(module.schedule.total * trainer.accumulate_grad_batches, module)
         trainer.fit(module, batches, ckpt_path=str(checkpoint) if checkpoint else None, weights_only=True)
     module.to(device)
-    stored: dict[str, Tensor] = {}
-    for name, linear in gated.items():
-        stored |= {f"{name}.scores": linear.scores.detach(), f"{name}.alive": linear.alive}
-        if linear.deviation is not None:
-            stored[f"{name}.deviation"] = linear.deviation.detach()
+    # Not from the module: where several processes trained, this one only watched.
+    final = torch.load(folder / FINAL, map_location="cpu", weights_only=True)
+    stored = {name.removeprefix("student."): value for name, value in final["state_dict"].items()}
     content = {
-        "steps": len(module.curve),
-        "tokens": len(module.curve) * training.batch_size * samples.length,
+        "steps": len(final["curve"]),
+        "tokens": len(final["curve"]) * training.batch_size * samples.length,
         "seconds": time.perf_counter() - start,
         "trainable": sum(x.numel() for x in stored.values() if x.is_floating_point()),
         "initial_soft_retention": module.initial,
-        "phases": module.boundaries,
-        "curve": module.curve,
+        "phases": final["boundaries"],
+        "curve": final["curve"],
     }
-    return {name: x.cpu() for name, x in stored.items()}, content
+    return stored, content
+
+
+class _Final(L.Callback):
+    """The checkpoint that a complete training ends with."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        trainer.save_checkpoint(self.path)
 
 
 def _trainer(setup: Setup, training: SpectrumTraining, module: SpectrumModule, callbacks: list[L.Callback], folder: Path) -> L.Trainer:
@@ -148,7 +157,8 @@ def _trainer(setup: Setup, training: SpectrumTraining, module: SpectrumModule, c
     trainer = setup.trainer(
         max_steps=module.schedule.total,
         max_epochs=1,
-        callbacks=[*callbacks, module.schedule, checkpoints],
+        accelerator=_accelerator(setup),
+        callbacks=[*callbacks, module.schedule, checkpoints, _Final(folder / FINAL)],
         enable_checkpointing=True,
         gradient_clip_val=training.gradient_clip,
         precision="bf16-mixed" if training.precision == "bfloat16" else "32-true",
@@ -161,6 +171,12 @@ def _trainer(setup: Setup, training: SpectrumTraining, module: SpectrumModule, c
         )
     trainer.accumulate_grad_batches = training.batch_size // at_once
     return trainer
+
+
+def _accelerator(setup: Setup) -> str:
+    """What the trainer group says; `auto` is where the model is."""
+    chosen = str(getattr(setup.trainer, "keywords", {}).get("accelerator", "auto"))
+    return {"cuda": "gpu"}.get(setup.model.device.type, setup.model.device.type) if chosen == "auto" else chosen
 
 
 def gate(setup: Setup, training: SpectrumTraining, ranks: Mapping[str, int], spectra: DenseSpectra) -> dict[str, GatedLinear]:
@@ -268,7 +284,7 @@ def _bias(module: nn.Module, deviation: Tensor | None, weight: Tensor) -> nn.Par
 
 def _latest(folder: Path) -> Path | None:
     """The newest checkpoint that can be read; a damaged one is removed, which is logged."""
-    for path in sorted(folder.glob("*.ckpt"), reverse=True):
+    for path in sorted(folder.glob("*.ckpt"), key=lambda path: path.stat().st_mtime_ns, reverse=True):
         try:
             torch.load(path, map_location="cpu", weights_only=True)
             return path

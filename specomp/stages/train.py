@@ -153,8 +153,7 @@ class SpectrumModule(L.LightningModule):
         self._tokens, self._since = 0, time.perf_counter()
         self.last = values
         lr = self.trainer.optimizers[0].param_groups[0]["lr"]
-        phase = self.schedule.names[min(self.schedule.index, len(self.schedule.names) - 1)]
-        self.curve.append({"step": self.trainer.global_step, "phase": phase, **values, "lr": lr, "tokens_per_second": rate})
+        self.curve.append({"step": self.trainer.global_step, "phase": self.schedule.name, **values, "lr": lr, "tokens_per_second": rate})
         return values["kl"]
 
     def budget_met(self) -> tuple[float, float]:
@@ -214,10 +213,13 @@ class SpectrumModule(L.LightningModule):
 
     # --- checkpoints: the trainable parameters, which components exist, the schedule
 
-    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Leave out what is frozen, by name."""
+    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]
+        """Without what is frozen, by name: a phase may have switched gradients off."""
         kept = ("scores", "deviation", "alive")
-        checkpoint["state_dict"] = {k: v for k, v in checkpoint["state_dict"].items() if k.rpartition(".")[2] in kept}
+        return {name: value for name, value in super().state_dict(*args, **kwargs).items() if name.rpartition(".")[2] in kept}
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """What the report is made of goes along."""
         checkpoint["curve"], checkpoint["boundaries"] = self.curve, self.boundaries
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -230,7 +232,7 @@ class SpectrumModule(L.LightningModule):
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> int | None:
         """A finished run that is resumed has nothing to do."""
-        return -1 if self.trainer.should_stop else None
+        return -1 if self.schedule.finished else None
 
 
 class Batches:
