@@ -23,6 +23,7 @@ from specomp.models.export import save_compressed
 from specomp.models.files import checked_folder, first_line
 from specomp.models.load import torch_device
 from specomp.ratio import Ratio
+from specomp.results.figures import training_figure
 from specomp.results.record import Record, provenance, record_key
 from specomp.results.summary import show
 from specomp.stages.calibrate import DenseStatistics, dense_statistics
@@ -247,10 +248,18 @@ def refine(
     """Train the spectrum, prune and pack it: the methods that take gradient steps."""
     method, ratio = experiment.method, experiment.ratio
     with record.stage("train"):
-        trained = train(setup, method, ratio, ranks, spectra, experiment.options.seed)
+        trained = train(
+            *(setup, method, ratio, ranks, spectra),
+            seed=experiment.options.seed,
+            curve_file=experiment.records.companion(record.key, "training.csv"),
+            logger=lambda: experiment.tracking.training_logger(record),
+        )
     with record.stage("compress"):
-        reports, account = pack(setup, method, experiment.quantizer, ratio, trained, spectra, dense)
-    record.training = trained.report | {"pruning": account}
+        reports, chosen, account = pack(setup, method, experiment.quantizer, ratio, trained, spectra, dense)
+    record.training = {name: value for name, value in trained.report.items() if name != "curve"} | {"pruning": account}
+    figure = experiment.records.companion(record.key, "training.png")
+    training_figure(figure, setup.linears, trained.gates, trained.alive, chosen, trained.report)
+    log.info("Figure of the training: %s", figure)
     return reports
 
 

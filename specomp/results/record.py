@@ -97,6 +97,11 @@ class RecordStore:
         """Where a record is or would be."""
         return self.folder / f"{key[:12]}.json"
 
+    def companion(self, key: str, suffix: str) -> Path:
+        """A file beside a record: <key12>.<suffix>."""
+        make_folder(self.folder)
+        return self.folder / f"{key[:12]}.{suffix}"
+
     def lock(self, key: str) -> FileLock:
         """Held while a job works on a record: a second process that wants the same waits, and then finds it done."""
         make_folder(self.folder / ".locks")
@@ -126,7 +131,7 @@ class RecordStore:
         """One csv line per linear."""
         if not reports:
             return
-        with atomic_path(self.folder / f"{key[:12]}.linears.csv") as temporary, temporary.open("w", newline="") as file:
+        with atomic_path(self.companion(key, "linears.csv")) as temporary, temporary.open("w", newline="") as file:
             writer = csv.DictWriter(file, fieldnames=list(reports[0]))
             writer.writeheader()
             writer.writerows(reports)

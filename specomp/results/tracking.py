@@ -1,7 +1,7 @@
 """Weights & Biases, the only file that knows it. A record is complete without it: losing the server loses nothing."""
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Annotated, Any, Literal, Protocol
 
 from pydantic import Field
@@ -13,7 +13,10 @@ log = logging.getLogger(__name__)
 
 
 class Tracking(Protocol):
-    """Where a finished record is also shown."""
+    """Where a record is also shown."""
+
+    def training_logger(self, record: Record) -> Any:
+        """A Lightning logger for a training of this record, or None. Never raises for reasons of the network or the service."""
 
     def publish(self, record: Record, linears: Sequence[Mapping[str, Any]]) -> None:
         """Show one record. Never raises for reasons of the network or the service."""
@@ -22,6 +25,9 @@ class Tracking(Protocol):
 @configurable
 class NoTracking:
     """Nowhere."""
+
+    def training_logger(self, record: Record) -> None:
+        """None."""
 
     def publish(self, record: Record, linears: Sequence[Mapping[str, Any]]) -> None:
         """Nothing."""
@@ -37,24 +43,33 @@ class WandbTracking:
     mode: Literal["online", "offline", "disabled"]
     init_timeout: Annotated[float, Field(gt=0)]
 
+    def training_logger(self, record: Record) -> Any:
+        """Into the record's own run, which `publish` continues."""
+        from lightning.pytorch.loggers import WandbLogger
+
+        run = self._attempt(lambda mode: self._start(record, mode))
+        return None if run is None else WandbLogger(experiment=run, project=self.project)
+
     def publish(self, record: Record, linears: Sequence[Mapping[str, Any]]) -> None:
         """Upload, or store for a later `wandb sync`; online falls back to offline when there is no key or no server."""
-        if self.mode == "disabled":
-            return
-        for mode in dict.fromkeys((self.mode, "offline")):
+        self._attempt(lambda mode: self._publish(record, linears, mode))
+
+    def _attempt(self, action: Callable[[str], Any]) -> Any:
+        """The action in the wanted mode, else offline, else None."""
+        for mode in [] if self.mode == "disabled" else dict.fromkeys((self.mode, "offline")):
             try:
-                self._publish(record, linears, mode)
-                return
+                return action(mode)
             except Exception as error:
                 log.warning(
                     "W&B (%s) failed: %s. The record itself is complete.", mode, str(error).splitlines()[0] if str(error) else repr(error)
                 )
+        return None
 
-    def _publish(self, record: Record, linears: Sequence[Mapping[str, Any]], mode: str) -> None:
+    def _start(self, record: Record, mode: str) -> Any:
         import wandb
 
         choice = record.choices
-        run = wandb.init(
+        return wandb.init(
             project=self.project,
             entity=self.entity,
             group=self.group or choice.get("model"),
@@ -67,6 +82,11 @@ class WandbTracking:
             reinit="finish_previous",
             settings=wandb.Settings(init_timeout=self.init_timeout, silent=True),
         )
+
+    def _publish(self, record: Record, linears: Sequence[Mapping[str, Any]], mode: str) -> None:
+        import wandb
+
+        run = self._start(record, mode)
         try:
             summary: dict[str, Any] = {
                 f"{name}/{metric}": value for name, values in record.metrics.items() for metric, value in values.items()
@@ -74,6 +94,10 @@ class WandbTracking:
             summary |= {f"seconds/{stage}": value for stage, value in record.seconds.items()}
             summary |= {name: value for name, value in record.ledger.items() if isinstance(value, float)}
             run.log(summary)
+            for phase in record.training.get("phases", ()):
+                for kind, counts in phase["histograms"].items():
+                    edges = [record.training["histogram_top"] * i / len(counts) for i in range(len(counts) + 1)]
+                    run.log({f"gates/{phase['phase']}/{kind}": wandb.Histogram(np_histogram=(counts, edges))})
             if linears:
                 columns = list(linears[0])
                 run.log({"linears": wandb.Table(columns=columns, data=[[row[c] for c in columns] for row in linears])})

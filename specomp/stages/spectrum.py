@@ -9,7 +9,7 @@ import logging
 import shutil
 import time
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -34,7 +34,7 @@ from specomp.stages.compress import LinearReport, errors_of
 from specomp.stages.decompose import DenseSpectra
 from specomp.stages.setup import Setup
 from specomp.stages.teacher import TeacherStates
-from specomp.stages.train import Batches, SpectrumModule
+from specomp.stages.train import HISTOGRAM, Batches, SpectrumModule, write_curve
 
 log = logging.getLogger(__name__)
 # Bumped whenever the same settings would train other scores.
@@ -52,10 +52,21 @@ class Trained:
     report: dict[str, Any]
 
 
-def train(setup: Setup, method: Method, ratio: Ratio, ranks: Mapping[str, int], spectra: DenseSpectra, seed: int) -> Trained:
+def train(
+    setup: Setup,
+    method: Method,
+    ratio: Ratio,
+    ranks: Mapping[str, int],
+    spectra: DenseSpectra,
+    *,
+    seed: int,
+    curve_file: Path,
+    logger: Callable[[], Any],
+) -> Trained:
     """Trained gates: from the cache, from a checkpoint on, or from the start. Raises UserError when the training diverges.
 
     ranks: components each linear starts with, the largest first; at or above break-even it starts with all of them.
+    curve_file: csv with one line per optimizer step; logger: makes a Lightning logger, or None, asked only if there is something to train.
     """
     training, cache = settings_of(method), setup.cache
     settings = describe(training)
@@ -78,18 +89,21 @@ def train(setup: Setup, method: Method, ratio: Ratio, ranks: Mapping[str, int], 
         hit = stored is not None and report.exists()
         cache.count("trained", hit=hit)
         if not hit:
-            stored, content = _fit(setup, method, ratio, ranks, spectra, seed, cache.path("trained", key, "checkpoints"))
+            folder = cache.path("trained", key, "checkpoints").with_suffix("")
+            stored, content = _fit(setup, method, ratio, ranks, spectra, seed, folder, curve_file, logger)
             cache.save("trained", key, "scores", stored)
             with atomic_path(report) as temporary:
                 temporary.write_text(json.dumps(content))
-            shutil.rmtree(cache.path("trained", key, "checkpoints"), ignore_errors=True)
+            shutil.rmtree(folder, ignore_errors=True)
     assert stored is not None
+    content = json.loads(report.read_text())
+    write_curve(curve_file, content["curve"])
     names = [x.name for x in setup.linears]
     return Trained(
         gates={name: training.gate.to_gate(stored[f"{name}.scores"]) for name in names},
         alive={name: stored[f"{name}.alive"] for name in names},
         deviations={name: stored.get(f"{name}.deviation") for name in names},
-        report=json.loads(report.read_text()),
+        report=content,
     )
 
 
@@ -101,7 +115,15 @@ def settings_of(method: Method) -> SpectrumTraining:
 
 
 def _fit(
-    setup: Setup, method: Method, ratio: Ratio, ranks: Mapping[str, int], spectra: DenseSpectra, seed: int, folder: Path
+    setup: Setup,
+    method: Method,
+    ratio: Ratio,
+    ranks: Mapping[str, int],
+    spectra: DenseSpectra,
+    seed: int,
+    folder: Path,
+    curve_file: Path,
+    logger: Callable[[], Any],
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
     training, samples, start = settings_of(method), setup.samples, time.perf_counter()
     if samples.num_samples <= training.held_out:
@@ -111,7 +133,7 @@ def _fit(
         )
     teacher, device = TeacherStates(setup), setup.model.device
     gated = gate(setup, training, ranks, spectra)
-    module = SpectrumModule(setup, training, ratio, teacher, gated, seed)
+    module = SpectrumModule(setup, training, ratio, teacher, gated, seed=seed, curve_file=curve_file)
     make_folder(folder)
     checkpoint = _latest(folder)
     log.info(
@@ -122,7 +144,7 @@ def _fit(
     )
     with lightning_loop() as terminable:
         warnings.simplefilter("ignore")  # Lightning's advice on workers, logging intervals and resuming
-        trainer = _trainer(setup, training, module, [terminable], folder)
+        trainer = _trainer(setup, training, module, [terminable], folder, logger())
         batches = Batches(module.schedule.total * trainer.accumulate_grad_batches, module)
         trainer.fit(module, batches, ckpt_path=str(checkpoint) if checkpoint else None, weights_only=True)
     module.to(device)
@@ -136,6 +158,7 @@ def _fit(
         "trainable": sum(x.numel() for x in stored.values() if x.is_floating_point()),
         "initial_soft_retention": module.initial,
         "phases": final["boundaries"],
+        "histogram_top": HISTOGRAM[1],
         "curve": final["curve"],
     }
     return stored, content
@@ -151,7 +174,9 @@ class _Final(L.Callback):
         trainer.save_checkpoint(self.path)
 
 
-def _trainer(setup: Setup, training: SpectrumTraining, module: SpectrumModule, callbacks: list[L.Callback], folder: Path) -> L.Trainer:
+def _trainer(
+    setup: Setup, training: SpectrumTraining, module: SpectrumModule, callbacks: list[L.Callback], folder: Path, logger: Any
+) -> L.Trainer:
     """The configured trainer with what a training needs. Raises UserError when the batch cannot be shared out."""
     checkpoints = ModelCheckpoint(folder, filename="{step:06d}", every_n_train_steps=training.checkpoint_every, save_top_k=1, monitor=None)
     trainer = setup.trainer(
@@ -160,6 +185,7 @@ def _trainer(setup: Setup, training: SpectrumTraining, module: SpectrumModule, c
         accelerator=_accelerator(setup),
         callbacks=[*callbacks, module.schedule, checkpoints, _Final(folder / FINAL)],
         enable_checkpointing=True,
+        logger=logger or False,
         gradient_clip_val=training.gradient_clip,
         precision="bf16-mixed" if training.precision == "bfloat16" else "32-true",
     )
@@ -238,8 +264,8 @@ def choose(
 @torch.no_grad()
 def pack(
     setup: Setup, method: Method, quantizer: Quantizer, ratio: Ratio, trained: Trained, spectra: DenseSpectra, dense: DenseStatistics
-) -> tuple[list[LinearReport], dict[str, float]]:
-    """Prune, merge the gates into the factors, and store them as every method does."""
+) -> tuple[list[LinearReport], dict[str, Tensor], dict[str, float]]:
+    """Prune, merge the gates into the factors, and store them as every method does. Returns reports, kept indices per linear, counts."""
     training = settings_of(method)
     chosen, account = choose(setup.linears, trained, training, ratio)
     reports, out_of_order, kept = [], 0, 0
@@ -273,7 +299,7 @@ def pack(
                 **errors_of(merged, target, method.whitening(stats), spectrum, len(index)),  # type: ignore[arg-type]
             )
         )
-    return reports, account | {"kept": kept, "kept_out_of_order": out_of_order}
+    return reports, chosen, account | {"kept": kept, "kept_out_of_order": out_of_order}
 
 
 def _bias(module: nn.Module, deviation: Tensor | None, weight: Tensor) -> nn.Parameter | None:

@@ -4,19 +4,23 @@ The module computes the loss terms once per step; the current phase weighs them.
 checkpoints hold these, the optimizer and the schedule.
 """
 
+import csv
 import logging
 import math
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
+from pathlib import Path
 from typing import Any
 
 import lightning as L
 import torch
 from torch import Tensor
 
+from specomp.cache import atomic_path
 from specomp.errors import UserError
 from specomp.gates import GateBudget
+from specomp.methods.spectrum import SpectrumTraining
 from specomp.modules import GatedLinear
 from specomp.phases import LossTerms, Phase, PhaseSchedule, cosine
 from specomp.progress import track
@@ -25,6 +29,8 @@ from specomp.stages.setup import Setup
 from specomp.stages.teacher import TeacherStates, distillation, head_of
 
 log = logging.getLogger(__name__)
+# Bins and upper end of the histograms of gates.
+HISTOGRAM = (40, 2.0)
 
 
 class SpectrumModule(L.LightningModule):
@@ -33,7 +39,15 @@ class SpectrumModule(L.LightningModule):
     strict_loading = False  # checkpoints leave out everything that is frozen
 
     def __init__(
-        self, setup: Setup, training: Any, ratio: Ratio, teacher: TeacherStates, gated: Mapping[str, GatedLinear], seed: int
+        self,
+        setup: Setup,
+        training: SpectrumTraining,
+        ratio: Ratio,
+        teacher: TeacherStates,
+        gated: Mapping[str, GatedLinear],
+        *,
+        seed: int,
+        curve_file: Path | None = None,
     ) -> None:
         super().__init__()
         self.student = setup.model
@@ -52,6 +66,7 @@ class SpectrumModule(L.LightningModule):
         self.sums: dict[str, float] = {}
         self.last: dict[str, float] = {}
         self.curve: list[dict[str, Any]] = []
+        self.curve_file = curve_file
         self.boundaries: list[dict[str, Any]] = []
         self._tokens, self._since = 0, time.perf_counter()
 
@@ -153,8 +168,21 @@ class SpectrumModule(L.LightningModule):
         self._tokens, self._since = 0, time.perf_counter()
         self.last = values
         lr = self.trainer.optimizers[0].param_groups[0]["lr"]
-        self.curve.append({"step": self.trainer.global_step, "phase": self.schedule.name, **values, "lr": lr, "tokens_per_second": rate})
+        row = {"step": self.trainer.global_step, "phase": self.schedule.name, **values, "lr": lr, "tokens_per_second": rate}
+        row |= {f"kept/{kind}": count for kind, count in self.kept_by_kind().items()}
+        self.curve.append(row)
+        if self.trainer.is_global_zero and self.curve_file is not None:
+            write_curve(self.curve_file, self.curve)
+        for logger in self.loggers:
+            logger.log_metrics({f"train/{x}": y for x, y in row.items() if not isinstance(y, str)}, step=row["step"])
         return values["kl"]
+
+    def kept_by_kind(self) -> dict[str, int]:
+        """Components at or above the threshold, per type of linear."""
+        counts: dict[str, int] = {}
+        for linear, rank in zip(self.linears, self.budget.ranks(self.flat_gates(), self.training_settings.threshold).tolist(), strict=True):
+            counts[linear.kind] = counts.get(linear.kind, 0) + int(rank)
+        return counts
 
     def budget_met(self) -> tuple[float, float]:
         """Hard retention, wanted retention."""
@@ -173,7 +201,7 @@ class SpectrumModule(L.LightningModule):
     def end_phase(self, name: str, phase: Phase) -> None:
         """Measure with and without the hard cut, then drop the losers if the phase says so."""
         gates = self.flat_gates()
-        state = {"phase": name, "step": self.trainer.global_step, **self.measure()}
+        state: dict[str, Any] = {"phase": name, "step": self.trainer.global_step, **self.measure(), "histograms": self.histograms()}
         if phase.prune_margin is not None:
             threshold = self.budget.threshold_for(gates, phase.prune_margin * self.target)
             state["existing_before"] = len(gates)
@@ -187,6 +215,16 @@ class SpectrumModule(L.LightningModule):
             *(name, state["step"], state["kl"], state["kl_cut"], state["threshold"], state["retention"]),
             *(state["retention_at_fixed"], self.training_settings.threshold),
         )
+
+    @torch.no_grad()
+    def histograms(self) -> dict[str, list[int]]:
+        """Gates per type of linear, counted in equal bins of HISTOGRAM; larger ones fall into the last."""
+        bins, top = HISTOGRAM
+        found: dict[str, Tensor] = {}
+        for linear in self.linears:
+            gates = self.gated[linear.name].gates().clamp(0, top).cpu()
+            found[linear.kind] = found.get(linear.kind, 0) + torch.histc(gates, bins, 0, top)
+        return {kind: [int(x) for x in counts.tolist()] for kind, counts in found.items()}
 
     @torch.no_grad()
     def measure(self) -> dict[str, float]:
@@ -233,6 +271,14 @@ class SpectrumModule(L.LightningModule):
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> int | None:
         """A finished run that is resumed has nothing to do."""
         return -1 if self.schedule.finished else None
+
+
+def write_curve(path: Path, curve: Sequence[Mapping[str, Any]]) -> None:
+    """One csv line per optimizer step, written anew each time: a resumed run starts with the lines of its checkpoint."""
+    with atomic_path(path) as temporary, temporary.open("w", newline="") as file:
+        writer = csv.DictWriter(file, fieldnames=list(curve[0]))
+        writer.writeheader()
+        writer.writerows({name: f"{x:.6g}" if isinstance(x, float) else x for name, x in row.items()} for row in curve)
 
 
 class Batches:
