@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from specomp.errors import UserError
-from specomp.linalg import SOLVE_DTYPE, SolveDtype, cholesky_damped, eigh_descending, lower_core, trace_of_square
+from specomp.linalg import SOLVE_DTYPE, SolveDtype, cholesky_damped, congruence, eigh_descending, trace_of_square
 from specomp.ratio import break_even_rank
 
 # `auto` solves in float32, at half the time, where its rounding errors are this much smaller than the squared loss they could change.
@@ -113,7 +113,7 @@ class GramNorm:
         reflectors, reduced = (torch.geqrf(weighted), weighted) if m > n else (None, weighted)
         if reflectors is not None:
             reduced = reflectors[0][:n].triu()
-        values, vectors = eigh_descending(lower_core(reduced, self.gram))
+        values, vectors = eigh_descending(congruence(reduced, self.gram))
         vectors = vectors[:, :keep]
         U = vectors
         if reflectors is not None:

@@ -8,8 +8,8 @@ from torch import Tensor
 
 SOLVE_DTYPE = torch.float64
 SolveDtype = Literal["auto", "float32", "float64"]
-# Symmetric products are computed as one triangle, in blocks of rows: at least this many, at most eight blocks.
-BLOCK_ROWS = 192
+# A Gram is symmetric, so one triangle of it is multiplied, in blocks of columns: at least this many, at most eight blocks.
+BLOCK_COLUMNS = 192
 
 
 def eigh_descending(matrix: Tensor) -> tuple[Tensor, Tensor]:
@@ -22,28 +22,34 @@ def eigh_descending(matrix: Tensor) -> tuple[Tensor, Tensor]:
     return values.flip(0).clamp_min(0), vectors.flip(1)
 
 
-def weigh(matrix: Tensor, gram: Tensor | None) -> Tensor:
-    """matrix (m, n) times a Gram: (n, n), its diagonal (n,), or None for the identity."""
+def half_weigh(matrix: Tensor, gram: Tensor | None) -> Tensor:
+    """matrix H (m, n) for an H with H + H^T = gram, where gram is (n, n), its diagonal (n,), or None for the identity.
+
+    H is the blocks of the Gram below its diagonal and half of those on it: little over half the work of matrix @ gram, and enough for
+    all that is symmetric in the matrix, since M gram M^T = M H M^T + (M H M^T)^T.
+    """
     if gram is None:
-        return matrix
-    gram = gram.to(matrix.dtype)
-    return matrix @ gram if gram.ndim == 2 else matrix * gram
+        return matrix / 2
+    if gram.ndim == 1:
+        return matrix * (gram.to(matrix.dtype) / 2)
+    product = torch.empty_like(matrix)
+    size = max(BLOCK_COLUMNS, math.ceil(len(gram) / 8))
+    for start in range(0, len(gram), size):
+        block = gram[start:, start : start + size].to(matrix.dtype, copy=True)
+        block[:size] /= 2
+        product[:, start : start + size] = matrix[:, start:] @ block
+    return product
 
 
-def lower_core(matrix: Tensor, gram: Tensor | None) -> Tensor:
-    """Lower triangle of matrix gram matrix^T (k, k), for matrix (k, n); what lies above it is meaningless."""
-    k = len(matrix)
-    core = matrix.new_zeros(k, k)
-    rows = max(BLOCK_ROWS, math.ceil(k / 8))
-    for start in range(0, k, rows):
-        stop = min(start + rows, k)
-        core[start:stop, :stop] = weigh(matrix[start:stop], gram) @ matrix[:stop].T
-    return core
+def congruence(matrix: Tensor, gram: Tensor | None) -> Tensor:
+    """matrix gram matrix^T (k, k), exactly symmetric, for matrix (k, n)."""
+    half = half_weigh(matrix, gram) @ matrix.T
+    return half + half.T
 
 
 def trace_of_square(matrix: Tensor, gram: Tensor | None) -> float:
     """trace(matrix gram matrix^T), summed in float64: the squared loss of an error matrix (m, n)."""
-    return float((weigh(matrix, gram) * matrix).sum(1).double().sum())
+    return 2 * float((half_weigh(matrix, gram) * matrix).sum(1).double().sum())
 
 
 def cholesky_damped(gram: Tensor, start: float, limit: float) -> tuple[Tensor, float]:

@@ -1,6 +1,7 @@
 """The stages against whole forward passes and hand-made gradients: streaming, windows, cache, passes counted, nothing trained."""
 
 import logging
+import threading
 from collections import Counter
 
 import pytest
@@ -21,7 +22,7 @@ from specomp.modules import LowRankLinear
 from specomp.quantization.none import NoQuantizer
 from specomp.ratio import Ratio
 from specomp.stages.calibrate import CalibrationModule, DenseStatistics, dense_statistics, part_name, statistic_key
-from specomp.stages.compress import CompressionModule, compress, dense_needs
+from specomp.stages.compress import CompressionModule, compress, dense_needs, one_thread_each
 from specomp.stages.decompose import DenseSpectra
 from specomp.stages.observe import LayerObserver
 from specomp.stages.probe import make_probe
@@ -400,6 +401,70 @@ def test_both_other_readings_of_stack_of_batch_run_on_the_stream(cache, stack_of
     assert gains
     # adaComp's U step alone is a least-squares optimum, so it cannot lose on what it was fitted to
     assert max(gains) <= 1 + 1e-3
+
+
+# --- certificate ---------------------------------------------------------------------------------------------------------------------
+
+
+class Damaged(Factors):
+    """Stores other factors than it was given."""
+
+    def __init__(self, damage):
+        object.__setattr__(self, "damage", damage)
+
+    def __call__(self, linear, factors):
+        module = super().__call__(linear, factors)
+        with torch.no_grad():
+            self.damage(module.u_proj.weight, module.v_proj.weight)
+        return module
+
+
+DAMAGES = {
+    "scaled": lambda U, Vt: U.mul_(1.5),
+    "lost_component": lambda U, Vt: U[:, 0].zero_(),
+    "first_input": lambda U, Vt: Vt[:, 0].add_(0.5),
+    "last_input": lambda U, Vt: Vt[:, -1].add_(0.5),
+    "one_output": lambda U, Vt: U[-1].add_(0.5),
+}
+
+
+@pytest.mark.parametrize("damage", [None, *DAMAGES])
+def test_the_certificate_measures_what_is_stored(cache, damage):
+    """Whatever is wrong with the stored factors, loss_over_bound rises by as much as outputs on the calibration set go wrong."""
+    setup = make_setup("llama_gqa", cache)
+    dense = dense_statistics(setup, {Gram()})
+    grams = {x.name: dense(x.name)[Gram()].double() for x in setup.linears}
+    weights = {x.name: setup.model.get_submodule(x.name).weight.detach().double().clone() for x in setup.linears}
+    reports = run_method(setup, method(packing=Damaged(DAMAGES[damage]) if damage else Factors()), ranks=ranks_of(setup, 5))
+    for report in reports:
+        W, S = weights[report.name], torch.linalg.cholesky(grams[report.name] + 1e-9 * torch.eye(report.n, dtype=torch.float64))
+        stored = setup.model.get_submodule(report.name).merged_weight().double()
+        bound = float(torch.linalg.svdvals(W @ S)[5:].norm())
+        assert report.loss_over_bound == pytest.approx(float(((stored - W) @ S).norm()) / bound, rel=1e-3)
+        assert report.loss_over_bound > 1.01 if damage else report.loss_over_bound == pytest.approx(1, abs=1e-3)
+
+
+def test_the_longest_linears_start_first_and_reports_keep_their_order(cache):
+    linears = make_setup("llama", cache).linears[:6]
+    together, started = threading.Barrier(2), []
+
+    def work(linear):
+        started.append((linear.name, torch.get_num_threads()))
+        together.wait(timeout=60)
+        return linear.name
+
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(2)
+        with one_thread_each(linears, torch.device("cpu")) as run:
+            assert list(run(work, linears)) == [x.name for x in linears]
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(threads)
+    sizes = {x.name: x.params for x in linears}
+    assert len(set(sizes.values())) > 1
+    assert [sizes[name] for name, _ in started] == sorted(sizes.values(), reverse=True)
+    assert {count for _, count in started} == {1}
 
 
 # --- cache ---------------------------------------------------------------------------------------------------------------------------

@@ -41,8 +41,9 @@ class DenseSpectra:
 
     def __call__(self, name: str) -> Spectrum:
         """The spectrum of one linear, on its device. Unless complete, components beyond break-even keep their singular value only."""
-        if self._last is not None and self._last[0] == name:
-            return self._last[1]
+        last = self._last  # read once: the linears of a decoder layer are worked on side by side
+        if last is not None and last[0] == name:
+            return last[1]
         cache = self.setup.cache
         device = next(self.setup.model.get_submodule(name).parameters()).device
         with cache.lock("spectra", digest([self.key, name])):

@@ -5,7 +5,6 @@ import torch
 from torch import Tensor
 
 from specomp.factors import CholeskyNorm, GramNorm, LowRankFactors, Spectrum, balanced, truncate
-from specomp.linalg import weigh
 
 SHAPES = [(6, 10), (8, 8), (11, 5)]
 
@@ -66,6 +65,27 @@ def test_each_singular_value_is_the_loss_of_dropping_its_component(m, n, kind):
         assert norm.loss(dropped) == pytest.approx(float(spectrum.s[i]), rel=1e-4)
 
 
+@pytest.mark.parametrize("kind", ["rank_deficient", "ill_conditioned", "zero_columns", "zero_rows"])
+@pytest.mark.parametrize("solve", ["float32", "auto", "float64"])
+def test_tall_matrices_of_any_condition_attain_the_bound(kind, solve):
+    m, n, rank = 40, 16, 5
+    W, X = randn(m, n), randn(n, 3 * n, seed=1)
+    if kind == "rank_deficient":
+        W = randn(m, 7) @ randn(7, n, seed=2)
+    elif kind == "ill_conditioned":
+        W = torch.linalg.qr(W)[0] * torch.logspace(0, -6, n, dtype=torch.float64) @ torch.linalg.qr(randn(n, n, seed=2))[0]
+    elif kind == "zero_columns":
+        W[:, [0, 3, n - 1]] = 0
+    else:
+        W[: m - 9] = 0
+    norm = GramNorm(X @ X.T, solve=solve)
+    spectrum, s = norm.decompose(W), torch.linalg.svdvals(W @ X)
+    U = spectrum.U.double()
+    torch.testing.assert_close(U.T @ U, torch.eye(n, dtype=torch.float64), rtol=0, atol=1e-5)
+    torch.testing.assert_close(U @ spectrum.rows.double(), W, rtol=0, atol=1e-5)
+    assert norm.loss(truncate(spectrum, rank).product().double() - W) == pytest.approx(float(s[rank:].norm()), rel=1e-4)
+
+
 @pytest.mark.parametrize(("m", "n"), SHAPES)
 @pytest.mark.parametrize("kind", norms(1, 1))
 def test_keep_drops_vectors_and_no_singular_value(m, n, kind):
@@ -90,14 +110,6 @@ def test_loss_is_the_weighted_frobenius_norm(kind):
     expected = float((D @ error @ S.get(kind, torch.linalg.cholesky(random_gram(9)))).norm())
     assert norm.loss(error) == pytest.approx(expected, rel=1e-10)
     assert norm.loss(error.float()) == pytest.approx(expected, rel=1e-5)
-
-
-def test_weigh_by_a_dense_a_diagonal_or_no_gram():
-    matrix, diagonal = randn(3, 4), randn(4, seed=1)
-    assert weigh(matrix, None) is matrix
-    assert torch.allclose(weigh(matrix, diagonal), matrix @ diagonal.diag())
-    assert torch.allclose(weigh(matrix, random_gram(4)), matrix @ random_gram(4))
-    assert weigh(matrix.float(), random_gram(4)).dtype == torch.float32
 
 
 def test_cholesky_records_its_damping_and_measures_without_it():

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from specomp.linalg import cholesky_damped, eigh_descending, lower_core, relative, trace_of_square
+from specomp.linalg import cholesky_damped, congruence, eigh_descending, half_weigh, relative, trace_of_square
 
 examples = settings(deadline=None, max_examples=50, derandomize=True, database=None)
 
@@ -43,16 +43,33 @@ def test_only_the_lower_triangle_is_read():
     assert torch.equal(vectors, other_vectors)
 
 
-@pytest.mark.parametrize("rows", [1, 191, 192, 193, 600])
+@pytest.mark.parametrize("n", [1, 191, 192, 193, 600, 1700])
 @pytest.mark.parametrize("kind", ["identity", "diagonal", "full"])
-def test_lower_core_is_the_lower_triangle_of_the_product(rows, kind):
-    matrix = torch.randn(rows, 7, dtype=torch.float64, generator=torch.Generator().manual_seed(rows))
-    square = semidefinite(7, 9)
+def test_half_a_gram_gives_the_whole_symmetric_product(n, kind):
+    matrix = torch.randn(5, n, dtype=torch.float64, generator=torch.Generator().manual_seed(n))
+    square = semidefinite(n, 9) / n
     gram = {"identity": None, "diagonal": square.diagonal(), "full": square}[kind]
-    full = {"identity": torch.eye(7, dtype=torch.float64), "diagonal": square.diagonal().diag(), "full": square}[kind]
+    full = {"identity": torch.eye(n, dtype=torch.float64), "diagonal": square.diagonal().diag(), "full": square}[kind]
+    before = square.clone()
     expected = matrix @ full @ matrix.T
-    assert torch.allclose(lower_core(matrix, gram).tril(), expected.tril(), atol=1e-10)
+    found = congruence(matrix, gram)
+    torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-10)
+    assert torch.equal(found, found.T)
     assert trace_of_square(matrix, gram) == pytest.approx(float(expected.trace()), rel=1e-12)
+    assert trace_of_square(matrix.float(), gram) == pytest.approx(float(expected.trace()), rel=1e-5)
+    half = half_weigh(torch.eye(n, dtype=torch.float64), gram)
+    torch.testing.assert_close(half + half.T, full, rtol=1e-12, atol=1e-12)
+    assert half_weigh(matrix.float(), gram).dtype == torch.float32
+    assert torch.equal(square, before), "a Gram is shared by the linears of a site"
+
+
+def test_half_a_gram_keeps_its_digits_where_the_matrix_is_blind_to_what_dominates():
+    """A loss is measured on what is left of the weight, which has next to nothing along the massive directions of the inputs."""
+    massive = torch.nn.functional.normalize(torch.randn(400, dtype=torch.float64, generator=torch.Generator().manual_seed(1)), dim=0)
+    gram = semidefinite(400, 800) / 800 + 1e3 * torch.outer(massive, massive)
+    matrix = torch.randn(300, 400, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
+    matrix = (matrix - torch.outer(matrix @ massive, massive)).float()
+    assert trace_of_square(matrix, gram.float()) == pytest.approx(float((matrix.double() @ gram * matrix.double()).sum()), rel=1e-5)
 
 
 def test_a_positive_definite_gram_is_not_damped():
