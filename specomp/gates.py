@@ -56,9 +56,13 @@ class GateBudget:
         self.owner = torch.repeat_interleave(torch.arange(len(linears), device=device), torch.tensor(self.counts, device=device))
         self._share = (self.price / self.dense.sum())[self.owner].float()
 
-    def soft_retention(self, gates: Tensor, threshold: float, temperature: float) -> Tensor:
-        """Differentiable retention: component i counts sigmoid((S_i - threshold) / temperature). May exceed 1: nothing is capped."""
-        return (torch.sigmoid((gates - threshold) / temperature) * self._share).sum()
+    def soft_retention(self, gates: Tensor, threshold: float, temperature: float, *, straight_through: bool = False) -> Tensor:
+        """Differentiable retention: component i counts sigmoid((S_i - threshold) / temperature). May exceed 1: nothing is capped.
+
+        straight_through: the value counts S_i >= threshold; only the gradient is that of the sigmoid.
+        """
+        soft = (torch.sigmoid((gates - threshold) / temperature) * self._share).sum()
+        return soft + ((gates >= threshold) * self._share).sum() - soft.detach() if straight_through else soft
 
     def ranks(self, gates: Tensor, threshold: float) -> Tensor:
         """Components (L,) of each linear at or above the threshold, at least one."""

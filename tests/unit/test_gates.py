@@ -141,6 +141,20 @@ def test_gradient_of_the_soft_count_against_finite_differences(temperature):
     assert (gates.grad > 0).all(), "a higher gate always costs more"
 
 
+def test_straight_through_has_the_hard_value_and_the_soft_gradient():
+    linears = specs([(4, 6), (5, 5), (3, 8)])
+    budget, grads = GateBudget(linears, counts_of(linears)), []
+    for straight in (False, True):
+        gates = torch.linspace(0.1, 1.4, sum(counts_of(linears))).requires_grad_()
+        value = budget.soft_retention(gates, THRESHOLD, 0.3, straight_through=straight)
+        value.backward()
+        grads.append(gates.grad)
+    counts = [int((part >= THRESHOLD).sum()) for part in gates.split(budget.counts)]
+    hard = sum(c * (x.m + x.n) for c, x in zip(counts, linears, strict=True)) / sum(x.params for x in linears)
+    assert value.item() == pytest.approx(hard, rel=1e-5)
+    assert torch.allclose(grads[0], grads[1])
+
+
 @pytest.mark.parametrize("gate", [0.0, 0.4999, 0.5, 1.9])
 def test_ranks_are_at_least_one(gate):
     linears = specs([(4, 6), (5, 5)])
