@@ -19,6 +19,8 @@ from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 from pydantic import ValidationError
 
 from specomp.errors import UserError
+from specomp.methods.base import Method
+from specomp.methods.spectrum import SpectrumTraining
 from specomp.models.family import LinearSpec
 from specomp.models.files import first_line, one_line
 from specomp.models.load import torch_device
@@ -58,16 +60,28 @@ def _typed(value: Any) -> str:
     return str(value) if isinstance(value, (str, int, float)) else f"<{type(value).__name__}>"
 
 
-def check_machine(source: Source, trainer: Callable[..., L.Trainer]) -> None:
-    """Device and loop, before the model is loaded. Raises UserError."""
+def check_machine(source: Source, trainer: Callable[..., L.Trainer]) -> int:
+    """Device and loop, before the model is loaded; returns the number of processes that train. Raises UserError."""
     torch_device(source.device, source.device_map)
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # that an accelerator is left idle is meant, see conf/trainer
-            trainer()
+            return trainer().world_size
     except (MisconfigurationException, ValueError, TypeError, RuntimeError) as error:
         raise UserError(f"trainer: {one_line(error)}") from error
+
+
+def check_training(method: Method, num_samples: int, processes: int) -> None:
+    """A method that trains: its other slots, data and processes. Raises UserError."""
+    training = method.training
+    if not isinstance(training, SpectrumTraining):
+        raise UserError(f"method.training is a {type(training).__name__}; specomp trains specomp.methods.spectrum.SpectrumTraining.")
+    if method.compensation.needs:
+        raise UserError(
+            f"A training starts from components, which {type(method.compensation).__name__} does not keep: use method/compensation=none."
+        )
+    training.check(num_samples, processes)
 
 
 def check_budget(linears: Sequence[LinearSpec], retention: float) -> None:

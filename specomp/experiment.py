@@ -11,7 +11,7 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
 from specomp.cache import Cache
-from specomp.checks import check_machine, make
+from specomp.checks import check_machine, check_training, make
 from specomp.data.calibration import CalibrationSet, CalibrationSpec
 from specomp.evaluation.suite import Suite
 from specomp.methods.base import Method, Quantizer, describe
@@ -72,10 +72,13 @@ def build(cfg: DictConfig) -> Experiment:
     parts = {name: make(cfg, name) for name in ("method", "ratio", "calibration", "quantizer", "trainer", "tracking")}
     dense_needs(parts["method"], parts["calibration"].upstream)
     source, suite = make(cfg, "model"), make(cfg, "benchmark")
-    check_machine(source, parts["trainer"])
+    processes = check_machine(source, parts["trainer"])
     context = source.max_length(cache)
     suite.validate(context)
     tokenizer = source.tokenizer(cache)
+    samples = parts["calibration"].build(tokenizer, max_length=context)
+    if parts["method"].training.phases:
+        check_training(parts["method"], samples.num_samples, processes)
     return Experiment(
         source=source,
         suite=suite,
@@ -84,7 +87,7 @@ def build(cfg: DictConfig) -> Experiment:
         outputs=outputs,
         records=RecordStore(outputs / "records"),
         tokenizer=tokenizer,
-        samples=parts["calibration"].build(tokenizer, max_length=context),
+        samples=samples,
         choices={name: str(choice) for name, choice in HydraConfig.get().runtime.choices.items() if not name.startswith("hydra/")},
         config={**OmegaConf.to_container(cfg, resolve=True), "overrides": list(HydraConfig.get().overrides.task)},  # type: ignore[dict-item]
         **parts,

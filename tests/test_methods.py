@@ -27,6 +27,7 @@ MODELS = {
 RATIOS = ("cr20", "cr60")
 # The search tries every candidate on every linear; V2 divides by log(loss), and losses grow with the number of tokens.
 EXTRA = {
+    "soco": ["method.training.steps_factor=0.02"],
     "asvd_strs": ["method.allocation.candidates=[0.1,0.6]", "calibration.num_samples=2"],
     # 128 products in bfloat16 make a Gram that is not positive definite, which only the Cholesky route minds.
     "svd_llm_cholesky": ["calibration.precision=float32"],

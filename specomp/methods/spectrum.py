@@ -1,9 +1,11 @@
 """Settings of a training of singular spectra: which phases, how a score becomes a gate, how it is optimized, what is kept of it."""
 
+from dataclasses import replace
 from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
+from specomp.errors import UserError
 from specomp.gates import MAPPINGS, Mapping, MappingName
 from specomp.phases import Phase
 from specomp.settings import configurable
@@ -30,6 +32,7 @@ class SpectrumTraining:
 
     stages: dict[str, Phase]
     phases: Annotated[list[str], Field(min_length=1)]
+    steps_factor: Positive
     mapping: MappingName
     deviation: bool
     threshold: Positive
@@ -65,7 +68,23 @@ class SpectrumTraining:
     @property
     def schedule(self) -> dict[str, Phase]:
         """The phases to run, in order, by name; one used twice gets a number."""
-        return {f"{name}{'' if name not in self.phases[:i] else i + 1}": self.stages[name] for i, name in enumerate(self.phases)}
+        names = [f"{name}{'' if name not in self.phases[:i] else i + 1}" for i, name in enumerate(self.phases)]
+        phases = [self.stages[name] for name in self.phases]
+        steps = [max(1, round(phase.steps * self.steps_factor)) for phase in phases]
+        return {name: replace(phase, steps=count) for name, phase, count in zip(names, phases, steps, strict=True)}
+
+    def check(self, num_samples: int, processes: int) -> None:
+        """Whether a calibration set and a trainer fit. Raises UserError."""
+        if num_samples <= self.held_out:
+            raise UserError(
+                f"method.training.held_out={self.held_out} samples are kept aside, but the calibration set has {num_samples}: "
+                "raise calibration.num_samples."
+            )
+        if self.batch_size % (processes * self.micro_batch_size):
+            raise UserError(
+                f"method.training.batch_size={self.batch_size} is not a multiple of trainer.devices={processes} processes times "
+                f"micro_batch_size={self.micro_batch_size}."
+            )
 
     @property
     def gate(self) -> Mapping:

@@ -12,10 +12,12 @@ import json
 import logging
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
+import transformers
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
@@ -50,7 +52,9 @@ def save_compressed(
     The folder appears complete or not at all; an earlier export there is replaced. Raises UserError when the folder holds
     something else, when a linear is of another type, and when the disk is full.
     """
-    family_of(model.config).linears(model)
+    linears = family_of(model.config).linears(model)
+    biases = added_biases(model, [x.name for x in linears])
+    switches = _bias_switches(model, len(linears), biases) if form == "dense" else {}
     ranks = {name: module.rank for name, module in low_rank_linears(model).items()}
     dtypes = {parameter.dtype for parameter in model.parameters() if parameter.is_floating_point()}
     if len(dtypes) > 1:
@@ -61,9 +65,9 @@ def save_compressed(
             tokenizer.save_pretrained(target)
         base = base_model_type(model.config)
         config = json.loads((target / "config.json").read_text())
-        foreign = ("auto_map", "lowrank_ranks")  # of the folder that the model itself was loaded from
+        foreign = ("auto_map", "lowrank_ranks", "lowrank_biases")  # of the folder that the model itself was loaded from
         kept = {key: value for key, value in config.items() if key not in foreign}
-        _write_json(target / "config.json", kept | _identity(base, ranks, form))
+        _write_json(target / "config.json", kept | switches | _identity(base, ranks, biases, form))
         if form == "factors":
             (target / f"{_file_stem(base)}.py").write_text(modelling_source(base))
         for shard in target.glob("*.safetensors"):
@@ -89,6 +93,31 @@ def low_rank_linears(model: nn.Module) -> dict[str, LowRankLinear]:
     return {name: module for name, module in model.named_modules() if isinstance(module, LowRankLinear)}
 
 
+def added_biases(model: PreTrainedModel, names: Sequence[str]) -> list[str]:
+    """Those of the linears that have a bias where the architecture has none (SoCo's deviation term)."""
+    biased = [name for name in names if any(part.endswith("bias") for part, _ in model.get_submodule(name).named_parameters())]
+    if not biased:
+        return []
+    base = base_model_type(model.config)
+    plain = CONFIG_MAPPING[base](**{k: v for k, v in model.config.to_dict().items() if k not in ("model_type", "auto_map")})
+    with torch.device("meta"):
+        original = getattr(transformers, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[base])(plain)
+    return [name for name in biased if original.get_submodule(name).bias is None]
+
+
+def _bias_switches(model: PreTrainedModel, count: int, biases: Sequence[str]) -> dict[str, bool]:
+    """The config fields with which the stock architecture has these biases. Raises UserError when there are none."""
+    if not biases:
+        return {}
+    switches = ("attention_bias", "mlp_bias")
+    if len(biases) == count and all(hasattr(model.config, x) for x in switches):
+        return dict.fromkeys(switches, True)
+    raise UserError(
+        f"{len(biases)} of {count} linears have an output bias, which a stock {type(model).__name__} cannot hold: use export=factors, or "
+        "train with method.training.deviation=false."
+    )
+
+
 def merged_state(model: nn.Module) -> dict[str, Tensor]:
     """The state dict with the factors of each LowRankLinear multiplied out to `weight` (m n), and its bias under `bias`."""
     state = dict(model.state_dict())
@@ -105,6 +134,8 @@ def modelling_source(base: str) -> str:
     config, model = _class_names(base)
     copied = "\n\n".join(inspect.getsource(item) for item in (LowRankLinear, low_rank_config, low_rank_model))
     return f'''"""A {base} model whose linears listed in config.json (lowrank_ranks) are products of two factors.
+
+Those of lowrank_biases have a bias that the architecture has not.
 
 Written by specomp {__version__}. Loads with AutoModelForCausalLM.from_pretrained(FOLDER, trust_remote_code=True), or after
 `import specomp` without that option.
@@ -124,13 +155,14 @@ Specomp{model} = low_rank_model({model}, Specomp{config})
 '''
 
 
-def _identity(base: str, ranks: dict[str, int], form: str) -> dict[str, Any]:
+def _identity(base: str, ranks: dict[str, int], biases: list[str], form: str) -> dict[str, Any]:
     """The fields of config.json that say which classes open the folder."""
     config, model = _class_names(base)
     if form == "dense":
         return {"model_type": base, "architectures": [model]}
     classes = {"AutoConfig": f"{_file_stem(base)}.Specomp{config}", "AutoModelForCausalLM": f"{_file_stem(base)}.Specomp{model}"}
-    return {"model_type": COMPRESSED_PREFIX + base, "architectures": [f"Specomp{model}"], "auto_map": classes, "lowrank_ranks": ranks}
+    own = {"lowrank_ranks": ranks, "lowrank_biases": biases}
+    return {"model_type": COMPRESSED_PREFIX + base, "architectures": [f"Specomp{model}"], "auto_map": classes, **own}
 
 
 def _class_names(base: str) -> tuple[str, str]:

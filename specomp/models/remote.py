@@ -6,15 +6,19 @@ folder also loads where specomp is not installed: they may use nothing but torch
 
 from typing import Any
 
+import torch
+
 from specomp.modules import LowRankLinear
 
 
 def low_rank_config(base: Any, compressed_type: str) -> Any:
-    """The config class of `base` with a model_type of its own and the rank of every LowRankLinear by its full module name."""
+    """The config class of `base` with a model_type of its own, and by full module name the rank of every LowRankLinear and which
+    linears have a bias that those of `base` have not."""
 
     class LowRankConfig(base):  # type: ignore[misc]
         model_type = compressed_type  # unknown to a stock transformers: a clear error there, never random weights
         lowrank_ranks: dict[str, int] | None = None
+        lowrank_biases: list[str] | None = None
 
     LowRankConfig.__name__ = LowRankConfig.__qualname__ = f"Specomp{base.__name__}"
     return LowRankConfig
@@ -28,6 +32,10 @@ def low_rank_model(base: Any, low_rank_config_class: Any) -> Any:
 
         def __init__(self, config: Any) -> None:
             super().__init__(config)
+            added = set(config.lowrank_biases or ())
+            for name in added:
+                linear = self.get_submodule(name)
+                linear.bias = torch.nn.Parameter(linear.weight.new_zeros(linear.out_features))
             for name, rank in (config.lowrank_ranks or {}).items():
                 dense = self.get_submodule(name)
                 place = {"dtype": dense.weight.dtype, "device": dense.weight.device}  # the meta device while weights are being loaded

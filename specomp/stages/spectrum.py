@@ -21,7 +21,6 @@ from torch import Tensor, nn
 
 from specomp.budget import fill_ranks
 from specomp.cache import atomic_path, digest, make_folder, waiting
-from specomp.errors import UserError
 from specomp.factors import balanced
 from specomp.gates import GateBudget
 from specomp.methods.base import Method, Quantizer, describe
@@ -108,9 +107,8 @@ def train(
 
 
 def settings_of(method: Method) -> SpectrumTraining:
-    """The training slot of a method that trains spectra, which is the only training there is a stage for. Raises UserError."""
-    if not isinstance(method.training, SpectrumTraining):
-        raise UserError(f"method.training is a {type(method.training).__name__}; specomp trains specomp.methods.spectrum.SpectrumTraining.")
+    """The training slot; that it is one for spectra was checked when the experiment was built."""
+    assert isinstance(method.training, SpectrumTraining)
     return method.training
 
 
@@ -126,11 +124,6 @@ def _fit(
     logger: Callable[[], Any],
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
     training, samples, start = settings_of(method), setup.samples, time.perf_counter()
-    if samples.num_samples <= training.held_out:
-        raise UserError(
-            f"Training keeps method.training.held_out={training.held_out} samples aside, but the calibration set has "
-            f"{samples.num_samples}: raise calibration.num_samples."
-        )
     teacher, device = TeacherStates(setup), setup.model.device
     gated = gate(setup, training, ranks, spectra)
     module = SpectrumModule(setup, training, ratio, teacher, gated, seed=seed, curve_file=curve_file)
@@ -177,7 +170,7 @@ class _Final(L.Callback):
 def _trainer(
     setup: Setup, training: SpectrumTraining, module: SpectrumModule, callbacks: list[L.Callback], folder: Path, logger: Any
 ) -> L.Trainer:
-    """The configured trainer with what a training needs. Raises UserError when the batch cannot be shared out."""
+    """The configured trainer with what a training needs."""
     checkpoints = ModelCheckpoint(folder, filename="{step:06d}", every_n_train_steps=training.checkpoint_every, save_top_k=1, monitor=None)
     trainer = setup.trainer(
         max_steps=module.schedule.total,
@@ -189,13 +182,8 @@ def _trainer(
         gradient_clip_val=training.gradient_clip,
         precision="bf16-mixed" if training.precision == "bfloat16" else "32-true",
     )
-    at_once = trainer.world_size * training.micro_batch_size
-    if training.batch_size % at_once:
-        raise UserError(
-            f"method.training.batch_size={training.batch_size} is not a multiple of {trainer.world_size} processes times "
-            f"micro_batch_size={training.micro_batch_size}."
-        )
-    trainer.accumulate_grad_batches = training.batch_size // at_once
+    training.check(setup.samples.num_samples, trainer.world_size)
+    trainer.accumulate_grad_batches = training.batch_size // (trainer.world_size * training.micro_batch_size)
     return trainer
 
 
