@@ -56,13 +56,9 @@ class GateBudget:
         self.owner = torch.repeat_interleave(torch.arange(len(linears), device=device), torch.tensor(self.counts, device=device))
         self._share = (self.price / self.dense.sum())[self.owner].float()
 
-    def soft_retention(self, gates: Tensor, threshold: float, temperature: float, *, straight_through: bool = False) -> Tensor:
-        """Differentiable retention: component i counts sigmoid((S_i - threshold) / temperature). May exceed 1: nothing is capped.
-
-        straight_through: the value counts S_i >= threshold; only the gradient is that of the sigmoid.
-        """
-        soft = (torch.sigmoid((gates - threshold) / temperature) * self._share).sum()
-        return soft + ((gates >= threshold) * self._share).sum() - soft.detach() if straight_through else soft
+    def soft_retention(self, gates: Tensor, threshold: float, temperature: float) -> Tensor:
+        """Differentiable retention: component i counts sigmoid((S_i - threshold) / temperature). May exceed 1: nothing is capped."""
+        return (torch.sigmoid((gates - threshold) / temperature) * self._share).sum()
 
     def ranks(self, gates: Tensor, threshold: float) -> Tensor:
         """Components (L,) of each linear at or above the threshold, at least one."""
@@ -78,14 +74,19 @@ class GateBudget:
         return self.retention_of(self.ranks(gates, threshold))
 
     def threshold_for(self, gates: Tensor, retention: float) -> float:
-        """The lowest global threshold that keeps at most `retention`, by bisection; 0 when everything fits."""
+        """The global threshold, by bisection, that keeps as much as `retention` allows; 0 when everything fits.
+
+        Halfway between the last gate dropped and the first one kept, so that no rounding of a gate decides anything.
+        """
         low, high = 0.0, float(gates.max()) * (1 + 1e-6) + 1e-6
         if self.hard_retention(gates, low) <= retention:
             return low
         for _ in range(BISECTIONS):
             middle = (low + high) / 2
             low, high = (middle, high) if self.hard_retention(gates, middle) > retention else (low, middle)
-        return high
+        gates = gates.detach()
+        kept, dropped = gates[gates >= high], gates[gates < high]
+        return float((kept.min() + dropped.max()) / 2) if len(kept) and len(dropped) else high
 
     def kept(self, gates: Tensor, threshold: float) -> Tensor:
         """Which components (K,) stay: at or above the threshold, all of a linear stored dense anyway, the best of each."""
@@ -93,6 +94,8 @@ class GateBudget:
         keep = gates >= threshold
         ranks = self.ranks(gates, threshold)
         keep |= (ranks * self.price >= self.dense)[self.owner]
-        best = torch.full_like(self.price, -torch.inf, dtype=gates.dtype).scatter_reduce_(0, self.owner, gates, "amax")
         alone = torch.zeros_like(self.price).index_add_(0, self.owner, keep.double()) == 0
-        return keep | (alone[self.owner] & (gates >= best[self.owner]))
+        for linear in alone.nonzero().flatten().tolist():
+            first = sum(self.counts[:linear])
+            keep[first + int(gates[first : first + self.counts[linear]].argmax())] = True
+        return keep

@@ -43,7 +43,7 @@ class Convergence:
         if len(history) < 2 * self.window or hard_retention > target:
             return False
         now, before = (sum(part) / self.window for part in (history[-self.window :], history[-2 * self.window : -self.window]))
-        return now > before * (1 - self.tolerance)
+        return now >= before * (1 - self.tolerance)
 
 
 @configurable

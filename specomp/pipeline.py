@@ -152,6 +152,8 @@ def produce(experiment: Experiment, record: Record) -> tuple[Any, Any, list[dict
         record.note(
             f"measured retention {balance.measured_retention:.4f}, target {target.retention:.4f} ({balance.deviation:+.2%}): "
             f"whole ranks, as {describe(experiment.method.allocation)} gives them"
+            if not experiment.method.training.phases
+            else f"whole components, chosen with {describe(experiment.method.training)['pruning']}"
         )
     linears = [report.as_dict() for report in reports]
     experiment.records.save_linears(record.key, linears)

@@ -61,9 +61,6 @@ OVERRIDES = [
 ]
 
 # Reported bugs; each test that is marked with one passes as soon as it is mended, and then says so.
-EQUALS = "specomp/gates.py, GateBudget.kept: of a linear wholly below the threshold it keeps every component that ties for the best"
-HALVES = "specomp/stages/spectrum.py, _trainer: ModelCheckpoint writes the step it resumed from again, between two accumulated passes"
-ENDED = "specomp/stages/spectrum.py, _fit: a resumed run at max_steps never reaches on_train_end, which writes final.ckpt"
 
 
 def soco(*, whitened: bool = False, **changes: Any) -> Method:
@@ -235,7 +232,6 @@ def test_packed_factors_are_the_weights_of_the_training(cache, family_name, whit
     assert False in seen
 
 
-@pytest.mark.xfail(strict=True, reason=EQUALS)
 def test_gates_that_are_all_equal_still_meet_the_budget(cache):
     """A first step of learning rate 0, as warm-up has, leaves every gate at its start."""
     setup, chosen = make_setup("llama", cache), soco(phases=["coarse"], stages={"coarse": {"steps": 1, "prune_margin": None}}, warmup=0.5)
@@ -438,7 +434,6 @@ def test_killed_between_two_forward_passes_of_a_step(cache, monkeypatch, uninter
     same(fit(make_setup("llama_gqa", cache), chosen), uninterrupted("accumulated"))
 
 
-@pytest.mark.xfail(strict=True, reason=HALVES)
 def test_killed_twice_at_the_same_place(cache, monkeypatch, uninterrupted):
     """The second time right after the first forward pass of the step it had resumed at, half a gradient later."""
     chosen = resumable("accumulated")
@@ -455,7 +450,7 @@ def test_killed_again_and_again(cache, monkeypatch, uninterrupted):
     same(fit(make_setup("llama_gqa", cache), resumable()), uninterrupted("pruned"))
 
 
-@pytest.mark.parametrize("variant", [pytest.param("pruned", marks=pytest.mark.xfail(strict=True, reason=ENDED)), "early"])
+@pytest.mark.parametrize("variant", ["pruned", "early"])
 def test_killed_after_the_last_checkpoint(cache, monkeypatch, uninterrupted, variant):
     """Every step is done and in a checkpoint, but the training had not ended."""
     chosen = resumable(variant)

@@ -31,7 +31,12 @@ class CoarseCompression(Phase):
     price: Weight  # lambda_c
 
     def loss(self, terms: LossTerms, progress: float) -> Tensor:
-        """Performance loss plus the priced hinge on the soft retention."""
+        """Performance loss plus the priced hinge on the soft retention, until pruning now would meet the budget.
+
+        The soft count lags behind the hard one: it still counts losers that are not yet 0, and alone would overshoot.
+        """
+        if terms.hard_retention <= terms.target:
+            return terms.performance
         wanted = terms.initial + (terms.target - terms.initial) * progress
         return terms.performance + self.price * excess(terms, wanted).clamp_min(0)
 

@@ -38,7 +38,6 @@ class SpectrumTraining:
     threshold: Positive
     temperature_start: Positive
     temperature_end: Positive
-    straight_through: bool
     label_weight: Weight
     learning_rate: Positive
     learning_rate_deviation: Positive

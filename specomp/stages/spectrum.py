@@ -11,6 +11,7 @@ import time
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ import lightning as L
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint as recompute
 
 from specomp.budget import fill_ranks
 from specomp.cache import atomic_path, digest, make_folder, waiting
@@ -137,12 +139,20 @@ def _fit(
     )
     with lightning_loop() as terminable:
         warnings.simplefilter("ignore")  # Lightning's advice on workers, logging intervals and resuming
+        if training.activation_checkpointing:
+            for layer in setup.layers:
+                layer.forward = partial(recompute, layer.forward, use_reentrant=False)  # type: ignore[method-assign]
         trainer = _trainer(setup, training, module, [terminable], folder, logger())
         batches = Batches(module.schedule.total * trainer.accumulate_grad_batches, module)
         trainer.fit(module, batches, ckpt_path=str(checkpoint) if checkpoint else None, weights_only=True)
     module.to(device)
+    for layer in setup.layers:
+        vars(layer).pop("forward", None)
     # Not from the module: where several processes trained, this one only watched.
-    final = torch.load(folder / FINAL, map_location="cpu", weights_only=True)
+    # A run that was killed between its last step and its end resumes at a checkpoint that is the end.
+    ended = folder / FINAL if (folder / FINAL).exists() else checkpoint
+    assert ended is not None
+    final = torch.load(ended, map_location="cpu", weights_only=True)
     stored = {name.removeprefix("student."): value for name, value in final["state_dict"].items()}
     content = {
         "steps": len(final["curve"]),
@@ -155,6 +165,14 @@ def _fit(
         "curve": final["curve"],
     }
     return stored, content
+
+
+class _Checkpoints(ModelCheckpoint):
+    """Knows after a resume which step it has: it would save it again, in the middle of an accumulated gradient."""
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        super().on_train_start(trainer, pl_module)
+        self._last_global_step_saved = trainer.global_step
 
 
 class _Final(L.Callback):
@@ -171,7 +189,7 @@ def _trainer(
     setup: Setup, training: SpectrumTraining, module: SpectrumModule, callbacks: list[L.Callback], folder: Path, logger: Any
 ) -> L.Trainer:
     """The configured trainer with what a training needs."""
-    checkpoints = ModelCheckpoint(folder, filename="{step:06d}", every_n_train_steps=training.checkpoint_every, save_top_k=1, monitor=None)
+    checkpoints = _Checkpoints(folder, filename="{step:06d}", every_n_train_steps=training.checkpoint_every, save_top_k=1, monitor=None)
     trainer = setup.trainer(
         max_steps=module.schedule.total,
         max_epochs=1,
@@ -238,7 +256,7 @@ def choose(
         elif pruning.ranks == "trained":
             chosen[linear.name] = mask.nonzero().flatten()
         else:
-            chosen[linear.name] = values.topk(count).indices.sort().values
+            chosen[linear.name] = values.topk(min(count, int(trained.alive[linear.name].sum()))).indices.sort().values
     account = {
         "threshold": threshold,
         "exact_threshold": exact,
@@ -262,7 +280,9 @@ def pack(
         module, spectrum = setup.model.get_submodule(name), spectra(linear.name)
         device = spectrum.U.device
         index, stats = index.to(device), dense(name)
-        gates = trained.gates[name].to(device) if training.pruning.values == "trained" else torch.ones_like(spectrum.s)
+        gates = trained.gates[name].to(device).where(trained.alive[name].to(device), 1.0)  # of a component that training dropped: as it was
+        if training.pruning.values == "plain":
+            gates = torch.ones_like(gates)
         factors = balanced(spectrum.U[:, index] * gates[index], spectrum.rows[index])
         whole = nn.Linear(linear.n, linear.m, bias=False, device="meta")
         whole.weight = nn.Parameter(factors.product().to(setup.model.dtype))

@@ -62,7 +62,7 @@ class SpectrumModule(L.LightningModule):
         self.progress = 0.0
         self.budget = self._budget()
         with torch.no_grad():
-            self.initial = float(self.soft_retention(self.flat_gates()))
+            self.initial = float(self.budget.soft_retention(self.flat_gates(), training.threshold, training.temperature_start))
         self.sums: dict[str, float] = {}
         self.last: dict[str, float] = {}
         self.curve: list[dict[str, Any]] = []
@@ -121,7 +121,7 @@ class SpectrumModule(L.LightningModule):
             )
         terms = LossTerms(
             performance=performance,
-            soft_retention=self.soft_retention(gates),
+            soft_retention=self.budget.soft_retention(gates, settings.threshold, self._temperature()),
             hard_retention=self.budget.hard_retention(gates, settings.threshold),
             gates=gates,
             threshold=settings.threshold,
@@ -131,11 +131,6 @@ class SpectrumModule(L.LightningModule):
         self._tokens += len(self.samples_of(batch_idx)) * self._context[0].samples.length * self.trainer.world_size
         self._account(terms)
         return self.phase.loss(terms, self.progress)
-
-    def soft_retention(self, gates: Tensor) -> Tensor:
-        """Differentiable retention at the temperature of the moment."""
-        settings = self.training_settings
-        return self.budget.soft_retention(gates, settings.threshold, self._temperature(), straight_through=settings.straight_through)
 
     def _temperature(self) -> float:
         settings, schedule = self.training_settings, self.schedule

@@ -141,20 +141,6 @@ def test_gradient_of_the_soft_count_against_finite_differences(temperature):
     assert (gates.grad > 0).all(), "a higher gate always costs more"
 
 
-def test_straight_through_has_the_hard_value_and_the_soft_gradient():
-    linears = specs([(4, 6), (5, 5), (3, 8)])
-    budget, grads = GateBudget(linears, counts_of(linears)), []
-    for straight in (False, True):
-        gates = torch.linspace(0.1, 1.4, sum(counts_of(linears))).requires_grad_()
-        value = budget.soft_retention(gates, THRESHOLD, 0.3, straight_through=straight)
-        value.backward()
-        grads.append(gates.grad)
-    counts = [int((part >= THRESHOLD).sum()) for part in gates.split(budget.counts)]
-    hard = sum(c * (x.m + x.n) for c, x in zip(counts, linears, strict=True)) / sum(x.params for x in linears)
-    assert value.item() == pytest.approx(hard, rel=1e-5)
-    assert torch.allclose(grads[0], grads[1])
-
-
 @pytest.mark.parametrize("gate", [0.0, 0.4999, 0.5, 1.9])
 def test_ranks_are_at_least_one(gate):
     linears = specs([(4, 6), (5, 5)])
@@ -229,7 +215,7 @@ def test_everything_fits_after_components_were_dropped():
     budget = GateBudget(linears, [2, 3])
     gates = torch.tensor([1.0, 0.9, 0.001, 1.2, 0.3])
     assert budget.threshold_for(gates, 5 * 16 / 128) == 0.0
-    assert budget.threshold_for(gates, 5 * 16 / 128 - 1e-6) == pytest.approx(0.001, rel=1e-3)
+    assert budget.threshold_for(gates, 5 * 16 / 128 - 1e-6) == pytest.approx((0.001 + 0.3) / 2, rel=1e-5), "between dropped and kept"
 
 
 @examples
@@ -284,13 +270,6 @@ def test_what_stays_has_no_gradient():
     assert not budget.ranks(gates, THRESHOLD).requires_grad
 
 
-EQUALS = (
-    "specomp/gates.py, GateBudget.kept: of a linear wholly below the threshold, `gates >= best` keeps every component that ties for the "
-    "best, although ranks() counts one"
-)
-
-
-@pytest.mark.xfail(strict=True, reason=EQUALS)
 def test_of_equal_gates_below_the_threshold_one_stays():
     """Equal gates are real: all of them before the first step, and those whose score is below 0 under the clamped identity."""
     budget = GateBudget(specs([(8, 8), (8, 8)]), [3, 3])
@@ -299,7 +278,6 @@ def test_of_equal_gates_below_the_threshold_one_stays():
     assert kept_counts(budget, gates, THRESHOLD) == [1, 2]
 
 
-@pytest.mark.xfail(strict=True, reason=EQUALS)
 @examples
 @given(problems(ties=True), st.floats(0.0, 3.0))
 def test_equal_gates_stay_as_counted(problem, threshold):

@@ -40,18 +40,19 @@ def terms(*, soft: float = 0.5, hard: float = 0.5, gates: Tensor | None = None) 
 @pytest.mark.parametrize(("progress", "wanted"), [(0.0, 1.5), (0.5, 1.05), (0.9, 0.69), (1.0, 0.6)])
 def test_the_coarse_budget_tightens_linearly(progress, wanted):
     for soft in (wanted - 0.2, wanted + 0.2):
-        loss = COARSE.loss(terms(soft=soft), progress).item()
+        loss = COARSE.loss(terms(soft=soft, hard=0.9), progress).item()
         assert loss == pytest.approx(PERFORMANCE + 10 * max(0.0, soft - wanted) / 0.4, rel=1e-4)
 
 
 def test_under_the_budget_the_hinge_neither_costs_nor_pulls():
-    given = terms(soft=0.5)
+    given = terms(soft=0.5, hard=0.9)
     COARSE.loss(given, 1.0).backward()
     assert float(given.soft_retention.grad) == 0
     assert float(given.performance.grad) == 1
-    over = terms(soft=0.7)
+    over = terms(soft=0.7, hard=0.9)
     COARSE.loss(over, 1.0).backward()
     assert float(over.soft_retention.grad) == pytest.approx(10 / 0.4)
+    assert float(COARSE.loss(terms(soft=0.7, hard=TARGET), 1.0)) == pytest.approx(PERFORMANCE), "pruning now would meet the budget"
 
 
 @pytest.mark.parametrize(
