@@ -52,7 +52,7 @@ def test_under_the_budget_the_hinge_neither_costs_nor_pulls():
     over = terms(soft=0.7, hard=0.9)
     COARSE.loss(over, 1.0).backward()
     assert float(over.soft_retention.grad) == pytest.approx(10 / 0.4)
-    assert float(COARSE.loss(terms(soft=0.7, hard=TARGET), 1.0)) == pytest.approx(PERFORMANCE), "pruning now would meet the budget"
+    assert COARSE.loss(terms(soft=0.7, hard=TARGET), 1.0).item() == pytest.approx(PERFORMANCE), "pruning now would meet the budget"
 
 
 @pytest.mark.parametrize(
