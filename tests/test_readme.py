@@ -1,4 +1,4 @@
-"""What the README says can be typed can be typed, and its example of a new method runs."""
+"""What the README and the method cards say can be typed can be typed, and its example of a new method runs."""
 
 import re
 import shlex
@@ -11,7 +11,8 @@ from hydra.utils import instantiate
 from running import CONF, ROOT, compose_run
 
 README = (ROOT / "README.md").read_text()
-COMMANDS = [line.split("#")[0].strip() for line in README.splitlines() if re.match(r"    python run\.py ", line)]
+CARDS = (ROOT / "specomp" / "methods" / "README.md").read_text()
+COMMANDS = [line.split("#")[0].strip() for text in (README, CARDS) for line in text.splitlines() if re.match(r"    python run\.py ", line)]
 PLACEHOLDERS = {"FOLDER": "folder", "F": "calibration.npy", "G": "test.npy"}
 
 
