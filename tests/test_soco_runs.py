@@ -10,9 +10,11 @@ from typing import Any
 
 import pytest
 import torch
+from command import command
 from hydra.utils import instantiate
 from omegaconf import OmegaConf
 from running import CONF, compose_config, compose_run, make_setup, random_tokens, store, stored_record
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 import specomp.pipeline
@@ -646,3 +648,30 @@ def test_a_training_can_start_from_a_truncated_spectrum(tmp_path, produced):
         assert int(row["rank"]) <= uniform
     assert record.ledger["measured_retention"] <= 0.6
     assert record.training["initial_soft_retention"] < 1
+
+
+# --- several processes ---------------------------------------------------------------------------------------------------------------
+
+
+def test_two_processes_train_as_one(tmp_path):
+    """Two real processes over gloo, each with half of every batch, against one that accumulates it."""
+    scores = []
+    for trainer in ("default", "ddp_cpu"):
+        folder = tmp_path / trainer
+        folder.mkdir()
+        done = command(folder, "method=soco", f"trainer={trainer}", "method.training.batch_size=2", "method.training.steps_factor=0.04")
+        assert done.returncode == 0, done.stderr
+        (found,) = (folder / "cache" / "trained").glob("*/scores.safetensors")
+        scores.append(load_file(found))
+    alone, together = scores
+    assert alone.keys() == together.keys()
+    for name, value in alone.items():
+        assert torch.allclose(value.float(), together[name].float(), atol=1e-5), name
+    assert any(float(value.float().std()) > 0.01 for name, value in alone.items() if name.endswith(".scores")), "they did train"
+
+
+def test_a_batch_that_cannot_be_shared_out_is_refused_before_the_model_is_loaded(tmp_path):
+    done = command(tmp_path, "method=soco", "trainer=ddp_cpu")
+    assert done.returncode != 0
+    assert "batch_size=1 is not a multiple of trainer.devices=2" in done.stdout + done.stderr
+    assert not (tmp_path / "cache" / "teacher").exists()
