@@ -63,11 +63,16 @@ def part_name(sample: int) -> str:
 
 
 def head_of(model: torch.nn.Module) -> Head:
-    """Hidden states (..., hidden) -> logits (..., vocabulary), with the soft cap of the families that have one."""
+    """Hidden states (..., hidden) -> float32 logits (..., vocabulary), with the soft cap of the families that have one.
+
+    Under autocast the weight is cast once, here: autocast itself casts a frozen one anew at every product.
+    """
     output, cap = model.get_output_embeddings(), getattr(model.config, "final_logit_softcapping", None)  # type: ignore[operator, union-attr]
+    kind = output.weight.device.type
+    weight = output.weight.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else output.weight
 
     def head(hidden: Tensor) -> Tensor:
-        logits: Tensor = output(hidden).float()
+        logits = torch.nn.functional.linear(hidden.to(weight.dtype), weight, output.bias).float()
         return logits if cap is None else torch.tanh(logits / cap) * cap
 
     return head
@@ -93,6 +98,7 @@ class _Distillation(torch.autograd.Function):
     @staticmethod
     def forward(ctx, student, teacher, head, chunk, labels, weight):  # type: ignore[no-untyped-def]
         total, gradients = torch.zeros((), dtype=torch.float64, device=student.device), []
+        followed = 0 if labels is None else max(1, int((labels != -100).sum()))
         for start in range(0, len(student), chunk):
             part = slice(start, start + chunk)
             with torch.no_grad():
@@ -100,15 +106,19 @@ class _Distillation(torch.autograd.Function):
             piece = student[part].detach().requires_grad_()
             with torch.enable_grad():
                 logits = head(piece)
-                loss = torch.nn.functional.kl_div(torch.log_softmax(logits, dim=-1), reference, reduction="sum", log_target=True)
-                if labels is not None:
-                    # every sample's last token has no successor: the mean is over those that have
-                    share = len(student) / max(1, int((labels != -100).sum()))
-                    entropy = torch.nn.functional.cross_entropy(logits, labels[part], ignore_index=-100, reduction="sum")
-                    loss = loss + weight * share * entropy
-                loss = loss / len(student)
-                gradients.append(torch.autograd.grad(loss, piece)[0])
-            total += loss.detach().double()
+            own = torch.log_softmax(logits.detach(), dim=-1)
+            wanted, slope = reference.exp(), own.exp()
+            total += (wanted * (reference - own)).sum(dtype=torch.float64) / len(student)
+            # d KL / d logits = softmax(own) - softmax(reference), d cross-entropy / d logits = softmax(own) - one-hot
+            gradient = (slope - wanted) / len(student)
+            if followed:
+                rows = (labels[part] != -100).nonzero().flatten()
+                chosen = labels[part][rows]
+                # every sample's last token has no successor: the mean is over those that have
+                total -= weight * own[rows, chosen].sum(dtype=torch.float64) / followed
+                gradient[rows] += slope[rows] * (weight / followed)
+                gradient[rows, chosen] -= weight / followed
+            gradients.append(torch.autograd.grad(logits, piece, gradient)[0])
         ctx.save_for_backward(torch.cat(gradients))
         return total.float()
 

@@ -55,7 +55,6 @@ class SpectrumModule(L.LightningModule):
         self._context = (setup, teacher)
         self.training_settings, self.target, self.seed = training, ratio.retention, seed
         self.gated = dict(gated)
-        self.head = head_of(setup.model)
         self.linears = [x for x in setup.linears if x.name in self.gated]
         self.schedule = PhaseSchedule(training.schedule, cosine(training.warmup, training.learning_rate_final))
         self.phase: Phase = next(iter(training.schedule.values()))
@@ -106,7 +105,7 @@ class SpectrumModule(L.LightningModule):
         settings, device = self.training_settings, next(self.student.parameters()).device
         ids = setup.samples.tokens[indices].to(device)
         hidden = setup.family.decoder(self.student)(input_ids=ids, use_cache=False).last_hidden_state
-        return distillation(hidden, teacher(indices).to(device), self.head, settings.token_chunk, ids, settings.label_weight)
+        return distillation(hidden, teacher(indices).to(device), head_of(self.student), settings.token_chunk, ids, settings.label_weight)
 
     def training_step(self, batch: int, batch_idx: int) -> Tensor:
         """Loss terms once; the phase weighs them."""
