@@ -62,8 +62,6 @@ OVERRIDES = [
     *("method.training.learning_rate=0.3", "method.training.checkpoint_every=1"),
 ]
 
-# Reported bugs; each test that is marked with one passes as soon as it is mended, and then says so.
-
 
 def soco(*, whitened: bool = False, **changes: Any) -> Method:
     """The method of conf/method/soco.yaml with PINNED and other changes to its training."""
@@ -648,6 +646,16 @@ def test_a_training_can_start_from_a_truncated_spectrum(tmp_path, produced):
         assert int(row["rank"]) <= uniform
     assert record.ledger["measured_retention"] <= 0.6
     assert record.training["initial_soft_retention"] < 1
+
+
+def test_recomputed_activations_change_nothing(tmp_path):
+    """Less memory, the same training; the decoder layers are left as they were."""
+    found = []
+    for recompute in (False, True):
+        setup = make_setup("llama_gqa", Cache(tmp_path / str(recompute)))
+        found.append(fit(setup, soco(activation_checkpointing=recompute)))
+        assert not any("forward" in vars(layer) for layer in setup.layers)
+    assert torch.equal(flat(found[0]), flat(found[1]))
 
 
 # --- several processes ---------------------------------------------------------------------------------------------------------------
