@@ -68,7 +68,8 @@ class Phased(Protocol):
     """What a module must offer to be trained in phases."""
 
     phase: Phase
-    progress: float
+    progress: float  # within the phase, in [0, 1)
+    position: float  # within the planned run, in [0, 1)
 
     def performance(self) -> float:
         """Of the last optimizer step, the same on every process."""
@@ -110,9 +111,9 @@ class PhaseSchedule(L.Callback):
             return
         done = trainer.global_step - self.start
         pl_module.phase, pl_module.progress = self.phases[self.index], done / self.phases[self.index].steps
-        planned = (sum(phase.steps for phase in self.phases[: self.index]) + done) / self.total
+        pl_module.position = (sum(phase.steps for phase in self.phases[: self.index]) + done) / self.total
         for group in trainer.optimizers[0].param_groups:
-            group["lr"] = group["base_lr"] * self.learning_rate(planned)
+            group["lr"] = group["base_lr"] * self.learning_rate(pl_module.position)
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Move on when the phase is over. Batches that only accumulate a gradient change nothing."""

@@ -30,8 +30,9 @@ from specomp.stages.calibrate import DenseStatistics, dense_statistics
 from specomp.stages.compress import LinearReport, compress, dense_needs
 from specomp.stages.decompose import DenseSpectra
 from specomp.stages.probe import make_probe
+from specomp.stages.prune import pack
 from specomp.stages.setup import Setup
-from specomp.stages.spectrum import pack, train
+from specomp.stages.spectrum import train
 
 log = logging.getLogger(__name__)
 UNCOMPRESSED = Ratio(compression=0)

@@ -33,7 +33,8 @@ from specomp.ratio import Ratio
 from specomp.stages.calibrate import dense_statistics
 from specomp.stages.compress import dense_needs
 from specomp.stages.decompose import DenseSpectra
-from specomp.stages.spectrum import Trained, gate, pack, train
+from specomp.stages.prune import pack
+from specomp.stages.spectrum import Trained, gate, train
 from specomp.stages.train import SpectrumModule
 
 PHASES = ["coarse", "alternate", "sparsify", "polish"]

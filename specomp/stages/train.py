@@ -53,12 +53,12 @@ class SpectrumModule(L.LightningModule):
         self.student = setup.model
         # Lightning must not see what is not the student's.
         self._context = (setup, teacher)
-        self.training_settings, self.target, self.seed = training, ratio.retention, seed
+        self.settings, self.target, self.seed = training, ratio.retention, seed
         self.gated = dict(gated)
         self.linears = [x for x in setup.linears if x.name in self.gated]
         self.schedule = PhaseSchedule(training.schedule, cosine(training.warmup, training.learning_rate_final))
         self.phase: Phase = next(iter(training.schedule.values()))
-        self.progress = 0.0
+        self.progress = self.position = 0.0
         self.budget = self._budget()
         with torch.no_grad():
             self.initial = float(self.budget.soft_retention(self.flat_gates(), training.threshold, training.temperature_start))
@@ -76,9 +76,13 @@ class SpectrumModule(L.LightningModule):
         """(K,) of all components that exist."""
         return torch.cat([self.gated[x.name].gates() for x in self.linears])
 
+    def on_fit_start(self) -> None:
+        """The loop may have moved the student."""
+        self.budget = self._budget()
+
     def configure_optimizers(self) -> torch.optim.Optimizer:
         """AdamW without decay; `base_lr` is what the schedule multiplies."""
-        settings = self.training_settings
+        settings = self.settings
         groups = [{"params": [x.scores for x in self.gated.values()], "lr": settings.learning_rate, "base_lr": settings.learning_rate}]
         deviations = [x.deviation for x in self.gated.values() if x.deviation is not None]
         if deviations:
@@ -90,7 +94,7 @@ class SpectrumModule(L.LightningModule):
 
     def samples_of(self, batch_idx: int) -> list[int]:
         """Indices of the samples of one forward pass: a function of its number, the process and the seed alone."""
-        size, held_out = self.training_settings.micro_batch_size, self.training_settings.held_out
+        size, held_out = self.settings.micro_batch_size, self.settings.held_out
         count = self._context[0].samples.num_samples - held_out
         first = (batch_idx * self.trainer.world_size + self.trainer.global_rank) * size
         return [self._order(position // count, count)[position % count] for position in range(first, first + size)]
@@ -102,14 +106,14 @@ class SpectrumModule(L.LightningModule):
     def performance_of(self, indices: list[int]) -> Tensor:
         """The distillation loss on samples."""
         setup, teacher = self._context
-        settings, device = self.training_settings, next(self.student.parameters()).device
+        settings, device = self.settings, next(self.student.parameters()).device
         ids = setup.samples.tokens[indices].to(device)
         hidden = setup.family.decoder(self.student)(input_ids=ids, use_cache=False).last_hidden_state
         return distillation(hidden, teacher(indices).to(device), head_of(self.student), settings.token_chunk, ids, settings.label_weight)
 
     def training_step(self, batch: int, batch_idx: int) -> Tensor:
         """Loss terms once; the phase weighs them."""
-        settings, gates = self.training_settings, self.flat_gates()
+        settings, gates = self.settings, self.flat_gates()
         self._fade(gates, self.phase.cut(self.progress))
         performance = self.performance_of(self.samples_of(batch_idx))
         if not math.isfinite(float(performance)) or float(performance) > settings.divergence:
@@ -132,9 +136,8 @@ class SpectrumModule(L.LightningModule):
         return self.phase.loss(terms, self.progress)
 
     def _temperature(self) -> float:
-        settings, schedule = self.training_settings, self.schedule
-        done = (sum(x.steps for x in schedule.phases[: schedule.index]) + self.progress * self.phase.steps) / schedule.total
-        return float(settings.temperature_start * (settings.temperature_end / settings.temperature_start) ** done)
+        settings = self.settings
+        return float(settings.temperature_start * (settings.temperature_end / settings.temperature_start) ** self.position)
 
     def _fade(self, gates: Tensor, cut: float) -> None:
         """Set the masks: losers at the cut threshold count 1 - cut."""
@@ -147,7 +150,7 @@ class SpectrumModule(L.LightningModule):
 
     def cut_threshold(self, gates: Tensor) -> float:
         """Where the hard cut is made."""
-        settings = self.training_settings
+        settings = self.settings
         return self.budget.threshold_for(gates, self.target) if settings.pruning.exact_budget else float(settings.threshold)
 
     # --- what the schedule and the logs ask
@@ -179,7 +182,7 @@ class SpectrumModule(L.LightningModule):
     def kept_by_kind(self) -> dict[str, int]:
         """Components at or above the threshold, per type of linear."""
         counts: dict[str, int] = {}
-        for linear, rank in zip(self.linears, self.budget.ranks(self.flat_gates(), self.training_settings.threshold).tolist(), strict=True):
+        for linear, rank in zip(self.linears, self.budget.ranks(self.flat_gates(), self.settings.threshold).tolist(), strict=True):
             counts[linear.kind] = counts.get(linear.kind, 0) + int(rank)
         return counts
 
@@ -212,7 +215,7 @@ class SpectrumModule(L.LightningModule):
         log.info(
             "phase %s ended at step %d: held-out KL %.3f uncut, %.3f cut at %.3f (retention %.4f; %.4f at %.2f)",
             *(name, state["step"], state["kl"], state["kl_cut"], state["threshold"], state["retention"]),
-            *(state["retention_at_fixed"], self.training_settings.threshold),
+            *(state["retention_at_fixed"], self.settings.threshold),
         )
 
     @torch.no_grad()
@@ -228,7 +231,7 @@ class SpectrumModule(L.LightningModule):
     @torch.no_grad()
     def measure(self) -> dict[str, float]:
         """KL on the held-out samples as trained and after the hard cut, and what that cut keeps."""
-        settings, gates = self.training_settings, self.flat_gates()
+        settings, gates = self.settings, self.flat_gates()
         count = self._context[0].samples.num_samples
         indices = list(range(count - settings.held_out, count))
         threshold, values = self.cut_threshold(gates), {}
@@ -244,7 +247,7 @@ class SpectrumModule(L.LightningModule):
         }
 
     def _autocast(self) -> Any:
-        if self.training_settings.precision == "bfloat16":
+        if self.settings.precision == "bfloat16":
             return torch.autocast(self.device.type, torch.bfloat16)
         return nullcontext()
 
