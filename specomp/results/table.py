@@ -38,14 +38,17 @@ def flatten(record: Record) -> dict[str, Any]:
         for metric, value in values.items():
             row[f"{name} {metric}"] = value
         row[f"{name} collapsed"] = bool(values.get("collapsed"))
-    row["seconds"] = sum(record.seconds.get(stage, 0.0) for stage in ("calibrate", "allocate", "compress"))
+    row["seconds"] = sum(record.seconds.get(stage, 0.0) for stage in ("calibrate", "allocate", "train", "compress"))
+    if record.training:
+        # Of the training itself, which the run of this record may have read from the cache.
+        row |= {"train seconds": record.training.get("seconds"), "train tokens": record.training.get("tokens")}
     return row
 
 
 def variant(record: Record) -> str:
     """What the command line changed inside the method: slot choices and settings, as typed."""
     overrides = [x.lstrip("+") for x in record.config.get("overrides") or []]
-    return " ".join(x for x in overrides if x.startswith(("method.", "method/", "calibration.upstream", "calibration.precision")))
+    return " ".join(x for x in overrides if x.startswith(("method.", "method/", "calibration.", "seed=")))
 
 
 def select(rows: Sequence[Mapping[str, Any]], where: Mapping[str, str]) -> list[Mapping[str, Any]]:
@@ -66,7 +69,8 @@ def default_columns(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     """What a reader wants first: who, how much, how good, how long."""
     metrics = [c for c in columns_of(rows) if c.rpartition(" ")[2] in METRICS]
     leading = ["model", "method"] + (["variant"] if any(row["variant"] for row in rows) else [])
-    return [*leading, "compression", "target", "measured", *metrics, "seconds", "status", "record"]
+    training = [c for c in ("train seconds", "train tokens") if any(row.get(c) is not None for row in rows)]
+    return [*leading, "compression", "target", "measured", *metrics, "seconds", *training, "status", "record"]
 
 
 def cell(row: Mapping[str, Any], column: str) -> str:

@@ -63,6 +63,15 @@ def test_flatten_names_metrics_by_benchmark():
     assert row["record"] == record(acc=0.5).key[:12]
 
 
+def test_a_training_is_priced_even_where_it_came_from_the_cache():
+    trained = record()
+    trained.training = {"seconds": 600.0, "tokens": 1024}
+    row = flatten(trained)
+    assert (row["train seconds"], row["train tokens"]) == (600.0, 1024)
+    assert "train seconds" in default_columns([row])
+    assert "train seconds" not in default_columns([flatten(record())])
+
+
 def test_variant_is_what_was_changed_inside_the_method():
     overrides = ["method=adasvd", "method.allocation.budget=raw", "+method/whitening=none", "ratio=cr40", "calibration.upstream=compressed"]
     assert variant(record(overrides=overrides)) == "method.allocation.budget=raw method/whitening=none calibration.upstream=compressed"
