@@ -55,6 +55,10 @@ class Cache:
         self.misses: dict[str, int] = {}
         self._counting = threading.Lock()
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """In another process the same folder; what it finds there is counted there."""
+        return Cache, (self.root,)
+
     def lock(self, kind: str, key: str) -> FileLock:
         """The inter-process lock of an entry; reentrant within this process."""
         folder = self.root / "locks"

@@ -138,13 +138,16 @@ class PhaseSchedule(L.Callback):
         self.index, self.start, self.history = state_dict["index"], state_dict["start"], list(state_dict["history"])
 
 
-def cosine(warmup: float, final: float) -> Callable[[float], float]:
-    """Linear from 0 over the share `warmup` of the run, then half a cosine down to `final`."""
+@dataclass(frozen=True)
+class Cosine:
+    """Multiple of the base learning rate: linear from 0 over the share `warmup` of the run, then half a cosine down to `final`."""
 
-    def rate(done: float) -> float:
-        if done < warmup:
-            return done / warmup
-        share = (done - warmup) / (1 - warmup)
-        return final + (1 - final) * (1 + math.cos(math.pi * share)) / 2
+    warmup: float
+    final: float
 
-    return rate
+    def __call__(self, done: float) -> float:
+        """At a share of the planned run in [0, 1)."""
+        if done < self.warmup:
+            return done / self.warmup
+        share = (done - self.warmup) / (1 - self.warmup)
+        return self.final + (1 - self.final) * (1 + math.cos(math.pi * share)) / 2

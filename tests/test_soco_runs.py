@@ -662,13 +662,14 @@ def test_recomputed_activations_change_nothing(tmp_path):
 # --- several processes ---------------------------------------------------------------------------------------------------------------
 
 
-def test_two_processes_train_as_one(tmp_path):
+@pytest.mark.parametrize("strategy", ["ddp_fork", "ddp_spawn"])  # of trainer=ddp_cpu, and of trainer=ddp
+def test_two_processes_train_as_one(tmp_path, strategy):
     """Two real processes over gloo, each with half of every batch, against one that accumulates it."""
     scores = []
-    for trainer in ("default", "ddp_cpu"):
-        folder = tmp_path / trainer
+    for trainer in (["trainer=default"], ["trainer=ddp_cpu", f"trainer.strategy={strategy}"]):
+        folder = tmp_path / str(len(trainer))
         folder.mkdir()
-        done = command(folder, "method=soco", f"trainer={trainer}", "method.training.batch_size=2", "method.training.steps_factor=0.04")
+        done = command(folder, "method=soco", *trainer, "method.training.batch_size=2", "method.training.steps_factor=0.04")
         assert done.returncode == 0, done.stderr
         (found,) = (folder / "cache" / "trained").glob("*/scores.safetensors")
         scores.append(load_file(found))

@@ -22,7 +22,7 @@ from specomp.errors import UserError
 from specomp.gates import GateBudget
 from specomp.methods.spectrum import SpectrumTraining
 from specomp.modules import GatedLinear
-from specomp.phases import LossTerms, Phase, PhaseSchedule, cosine
+from specomp.phases import Cosine, LossTerms, Phase, PhaseSchedule
 from specomp.progress import track
 from specomp.ratio import Ratio
 from specomp.stages.setup import Setup
@@ -56,7 +56,7 @@ class SpectrumModule(L.LightningModule):
         self.settings, self.target, self.seed = training, ratio.retention, seed
         self.gated = dict(gated)
         self.linears = [x for x in setup.linears if x.name in self.gated]
-        self.schedule = PhaseSchedule(training.schedule, cosine(training.warmup, training.learning_rate_final))
+        self.schedule = PhaseSchedule(training.schedule, Cosine(training.warmup, training.learning_rate_final))
         self.phase: Phase = next(iter(training.schedule.values()))
         self.progress = self.position = 0.0
         self.budget = self._budget()

@@ -8,7 +8,7 @@ import pytest
 from pydantic import ValidationError
 
 from specomp.methods.soco import Recovery
-from specomp.phases import Convergence, Phase, PhaseSchedule, cosine
+from specomp.phases import Convergence, Cosine, Phase, PhaseSchedule
 
 RATES = {"scores": 0.05, "deviation": 0.002}
 
@@ -60,7 +60,7 @@ def drive(schedule: PhaseSchedule, module: FakeModule, trainer: Any, *, steps: i
 
 def make(*, until: Convergence | None = None, steps: tuple[int, ...] = (2, 3, 1), warmup: float = 0.0) -> PhaseSchedule:
     phases: dict[str, Phase] = {name: recovery(count, until) for name, count in zip("abc", steps, strict=False)}
-    return PhaseSchedule(phases, cosine(warmup, 0.1))
+    return PhaseSchedule(phases, Cosine(warmup, 0.1))
 
 
 def test_order_and_boundaries():
@@ -108,7 +108,7 @@ def test_a_finished_run_that_is_resumed_does_nothing():
 
 @pytest.mark.parametrize("warmup", [0.0, 0.3])
 def test_learning_rates_are_the_base_times_the_planned_share(warmup):
-    rate = cosine(warmup, 0.1)
+    rate = Cosine(warmup, 0.1)
     schedule, module, trainer = make(warmup=warmup), FakeModule(), fake_trainer()
     for step in range(schedule.total):
         schedule.on_train_batch_start(trainer, module, None, step)
@@ -124,7 +124,7 @@ def test_a_phase_that_ends_early_hands_its_place_in_the_plan_on():
     schedule, module, trainer = make(until=Convergence(window=2, tolerance=0.01), steps=(10, 10)), FakeModule(losses=[1.0]), fake_trainer()
     seen = drive(schedule, module, trainer, steps=100)
     assert [x[1] for x in seen] == ["a"] * 4 + ["b"] * 4
-    rate = cosine(0.0, 0.1)
+    rate = Cosine(0.0, 0.1)
     assert seen[4] == (4, "b", 0.0, pytest.approx(RATES["scores"] * rate(0.5)))
     assert trainer.should_stop
 
@@ -227,11 +227,11 @@ def test_a_phase_checks_its_settings(change):
     ],
 )
 def test_cosine(warmup, final, done, value):
-    assert cosine(warmup, final)(done) == pytest.approx(value)
+    assert Cosine(warmup, final)(done) == pytest.approx(value)
 
 
 def test_cosine_rises_then_falls():
-    rate = cosine(0.25, 0.1)
+    rate = Cosine(0.25, 0.1)
     values = [rate(i / 100) for i in range(100)]
     assert values[:26] == sorted(values[:26])
     assert values[25:] == sorted(values[25:], reverse=True)
