@@ -17,6 +17,7 @@ from specomp.models.family import LinearSpec
 
 MappingName = Literal["two_sigmoid", "sigmoid", "identity", "exp"]
 BISECTIONS = 60
+TIE = 1e-14  # a million of these are less than one float32 step at the usual threshold
 
 
 @dataclass(frozen=True)
@@ -55,14 +56,24 @@ class GateBudget:
         self.price = torch.tensor([x.m + x.n for x in linears], dtype=torch.float64, device=device)
         self.owner = torch.repeat_interleave(torch.arange(len(linears), device=device), torch.tensor(self.counts, device=device))
         self._share = (self.price / self.dense.sum())[self.owner].float()
+        place = torch.cat([torch.arange(count, dtype=torch.float64) / max(count, 1) for count in self.counts]).argsort(stable=True)
+        self._lead = torch.empty(len(place), dtype=torch.float64, device=device)
+        self._lead[place.to(device)] = TIE * torch.arange(len(place), 0, -1, dtype=torch.float64, device=device)
 
     def soft_retention(self, gates: Tensor, threshold: float, temperature: float) -> Tensor:
         """Differentiable retention: component i counts sigmoid((S_i - threshold) / temperature). May exceed 1: nothing is capped."""
         return (torch.sigmoid((gates - threshold) / temperature) * self._share).sum()
 
+    def distinct(self, gates: Tensor) -> Tensor:
+        """Gates (K,) in float64 without ties: of equal ones that of the larger singular value comes first.
+
+        Ties are the rule, not the exception, after few steps: AdamW's first ones have the same length for every score.
+        """
+        return gates.detach().double() + self._lead
+
     def ranks(self, gates: Tensor, threshold: float) -> Tensor:
         """Components (L,) of each linear at or above the threshold, at least one."""
-        kept = torch.zeros_like(self.price).index_add_(0, self.owner, (gates.detach() >= threshold).double())
+        kept = torch.zeros_like(self.price).index_add_(0, self.owner, (self.distinct(gates) >= threshold).double())
         return kept.clamp_min(1)
 
     def retention_of(self, ranks: Tensor) -> float:
@@ -78,21 +89,21 @@ class GateBudget:
 
         Halfway between the last gate dropped and the first one kept, so that no rounding of a gate decides anything.
         """
-        low, high = 0.0, float(gates.max()) * (1 + 1e-6) + 1e-6
+        low, high = 0.0, float(gates.detach().max()) * (1 + 1e-6) + 1e-6
         if self.hard_retention(gates, low) <= retention:
             return low
         for _ in range(BISECTIONS):
             middle = (low + high) / 2
             low, high = (middle, high) if self.hard_retention(gates, middle) > retention else (low, middle)
-        gates = gates.detach()
+        gates = self.distinct(gates)
         kept, dropped = gates[gates >= high], gates[gates < high]
         return float((kept.min() + dropped.max()) / 2) if len(kept) and len(dropped) else high
 
     def kept(self, gates: Tensor, threshold: float) -> Tensor:
         """Which components (K,) stay: at or above the threshold, all of a linear stored dense anyway, the best of each."""
-        gates = gates.detach()
-        keep = gates >= threshold
         ranks = self.ranks(gates, threshold)
+        gates = self.distinct(gates)
+        keep = gates >= threshold
         keep |= (ranks * self.price >= self.dense)[self.owner]
         alone = torch.zeros_like(self.price).index_add_(0, self.owner, keep.double()) == 0
         for linear in alone.nonzero().flatten().tolist():

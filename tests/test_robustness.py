@@ -130,7 +130,7 @@ def test_ctrl_c_inside_the_lightning_loop():
         def predict_step(self, batch: int, batch_idx: int) -> None:
             signal.raise_signal(signal.SIGINT)
 
-    handler = signal.getsignal(signal.SIGINT)
+    handler = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs start with Ctrl-C ignored
     with pytest.raises(KeyboardInterrupt):
         predict(trainer_factory(), Interrupted(), range(3), "interrupted", 3)
-    assert signal.getsignal(signal.SIGINT) is handler
+    assert signal.signal(signal.SIGINT, handler) is signal.default_int_handler

@@ -284,3 +284,14 @@ def test_equal_gates_stay_as_counted(problem, threshold):
     linears, budget, gates = problem
     kept = kept_counts(budget, gates, threshold)
     assert by_hand(linears, kept) <= budget.hard_retention(gates, threshold) + 1e-12
+
+
+def test_of_equal_gates_the_larger_singular_values_stay():
+    """All scores tied, as after AdamW's first steps: the budget is met still, and every linear gives up the same share."""
+    budget = GateBudget(specs([(8, 8), (16, 16)]), [8, 16])
+    gates = torch.full((24,), 0.75)
+    threshold = budget.threshold_for(gates, 0.5)
+    first, second = budget.kept(gates, threshold).split([8, 16])
+    assert first.tolist() == [True] * 2 + [False] * 6
+    assert second.tolist() == [True] * 4 + [False] * 12
+    assert budget.hard_retention(gates, threshold) == 0.5
