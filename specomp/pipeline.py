@@ -24,7 +24,7 @@ from specomp.models.files import checked_folder, first_line
 from specomp.models.load import torch_device
 from specomp.ratio import Ratio
 from specomp.results.figures import training_figure
-from specomp.results.record import Record, provenance, record_key
+from specomp.results.record import Record, point_of, provenance, record_key
 from specomp.results.summary import show
 from specomp.stages.calibrate import DenseStatistics, dense_statistics
 from specomp.stages.compress import LinearReport, compress, dense_needs
@@ -44,6 +44,8 @@ def run(cfg: DictConfig) -> float | None:
     key = record_key(experiment.identity())
     with waiting(experiment.records.lock(key), f"works on record {key[:12]}"):
         record = resume(experiment, key)
+        if (point := point_of(experiment.config)) not in record.points:
+            record.points.append(point)
         try:
             execute(experiment, record)
             record.status, record.error = "ok", None

@@ -26,8 +26,8 @@ LEVELS = {
 }
 # Besides the standard library, torch and pydantic.
 THIRD_PARTY = {
-    "hydra": {"run.py", "specomp/pipeline.py", "specomp/experiment.py", "specomp/checks.py"},
-    "omegaconf": {"run.py", "specomp/pipeline.py", "specomp/experiment.py", "specomp/checks.py"},
+    "hydra": {"run.py", "specomp/pipeline.py", "specomp/experiment.py", "specomp/checks.py", "specomp/results/sweep.py"},
+    "omegaconf": {"run.py", "specomp/pipeline.py", "specomp/experiment.py", "specomp/checks.py", "specomp/results/sweep.py"},
     "wandb": {"specomp/results/tracking.py"},
     "matplotlib": {"specomp/results/figures.py"},
     "lm_eval": {"specomp/evaluation/harness.py"},

@@ -43,6 +43,7 @@ ENDS = [2, 4, 6, 7]
 LAST = ENDS[-1]
 # The settings that the tests' numbers depend on, whatever the yaml's defaults become; so fast that a few steps move gates across 0.5.
 PINNED = {
+    "precision": "float32",
     "phases": PHASES,
     "stages": {
         "coarse": {"steps": STEPS["coarse"], "price": 10.0, "prune_margin": 1.25},

@@ -106,6 +106,16 @@ class Efficiency:
         """For example efficiency@1:128+16:bs1+4 (prompt + new tokens, batch sizes)."""
         return f"efficiency@{self.version}:{self.prompt_tokens}+{self.new_tokens}:bs{'+'.join(map(str, self.batch_sizes))}"
 
+    @property
+    def protocol(self) -> str:
+        """The id: it depends on no text."""
+        return self.id
+
+    @property
+    def metric(self) -> str:
+        """Decoding at the first batch size."""
+        return f"decode_tokens_per_s_bs{self.batch_sizes[0]}"
+
     def validate(self, max_length: int) -> None:
         """Raises UserError when prompt and new tokens exceed a context of `max_length` tokens."""
         if self.prompt_tokens + self.new_tokens > max_length:

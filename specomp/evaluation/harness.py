@@ -35,6 +35,7 @@ STOCK_FILES = {
     "openbookqa": "openbookqa/openbookqa.yaml",
 }
 MMLU = "mmlu"
+MMLU_SUBJECTS = 57
 MMLU_FILES = "mmlu/default/mmlu_*.yaml"  # one per subject
 SUFFIXES = (".jsonl", ".jsonl.gz")
 SPLIT_KEYS = ("training_split", "validation_split", "test_split", "fewshot_split")
@@ -45,7 +46,7 @@ BATCHES_PER_CHUNK = 32  # requests are sorted by length within a chunk; progress
 
 @configurable
 class HarnessTask:
-    """One lm-eval task or group. `limit` is documents per task (mmlu: per subject); `num_fewshot` None is the task's own number;
+    """One lm-eval task or group. `limit` is documents, shared evenly by the subjects of mmlu; `num_fewshot` None is the task's own number;
     `data_root` None loads the data from the hub; `metric` is the one the result must contain."""
 
     task: str
@@ -58,10 +59,20 @@ class HarnessTask:
 
     @property
     def id(self) -> str:
-        """For example piqa@1, piqa@1:limit100, mmlu@1:5shot."""
+        """For example piqa@1, piqa@1:limit100, mmlu@1:5shot, mmlu@1:limit2each (subject)."""
         settings = [f"{self.num_fewshot}shot"] if self.num_fewshot is not None else []
-        settings += [f"limit{self.limit}"] if self.limit is not None else []
+        settings += [f"limit{self.limit_each}{'each' if self.task == MMLU else ''}"] if self.limit is not None else []
         return ":".join([f"{self.task}@{self.version}", *settings])
+
+    @property
+    def protocol(self) -> str:
+        """The id: it has no part that depends on a local text."""
+        return self.id
+
+    @property
+    def limit_each(self) -> int | None:
+        """Documents of each task of the group."""
+        return None if self.limit is None else -(-self.limit // (MMLU_SUBJECTS if self.task == MMLU else 1))
 
     def validate(self, max_length: int) -> None:
         """Raises UserError for an unknown task, a metric it is known to lack and, with a data root, for missing files.
@@ -84,7 +95,7 @@ class HarnessTask:
                 task.set_fewshot_seed(seed=FEWSHOT_SEED)
             lm = _language_model(model, tokenizer, self.batch_size, self.id)
             # not simple_evaluate: it reseeds every generator of the process and collects the environment (1 s a call)
-            results = evaluate(lm=lm, task_dict=loaded, limit=self.limit, bootstrap_iters=BOOTSTRAP_ITERS, log_samples=False)
+            results = evaluate(lm=lm, task_dict=loaded, limit=self.limit_each, bootstrap_iters=BOOTSTRAP_ITERS, log_samples=False)
         scores = _scores(results, self.task) | {"nonfinite_requests": float(lm.nonfinite), "truncated_requests": float(lm.truncated)}
         self._check_metric(scores)
         if lm.nonfinite or lm.truncated:

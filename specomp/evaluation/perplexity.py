@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, ClassVar
 
 import torch
 from pydantic import Field, PositiveInt
@@ -140,6 +140,7 @@ def _vocabulary(model: PreTrainedModel) -> int:
 class Perplexity:
     """Perplexity of a text corpus. `window` is in tokens; `max_windows` None means the whole text."""
 
+    metric: ClassVar[str] = "ppl"
     name: str
     version: PositiveInt
     corpus: TextSource
@@ -151,8 +152,12 @@ class Perplexity:
     def id(self) -> str:
         """For example wikitext2@1:512x24:5d1f0c92, the last part from the hash of the text: a local part of a corpus, or another
         Python's documentation, is another benchmark. Reads the text."""
-        text = self.corpus.describe()["sha256"][:8]
-        return f"{self.name}@{self.version}:{self.window}x{self.max_windows or 'all'}:{text}"
+        return self.protocol + self.corpus.describe()["sha256"][:8]
+
+    @property
+    def protocol(self) -> str:
+        """The id without the text, up to and with its colon."""
+        return f"{self.name}@{self.version}:{self.window}x{self.max_windows or 'all'}:"
 
     def validate(self, max_length: int) -> None:
         """Raises UserError when a window does not fit a context of `max_length` tokens, or the text cannot be had."""
@@ -188,6 +193,7 @@ class Perplexity:
 class TokenFilePerplexity:
     """Perplexity of prepared token ids; every row of the file is one window. The ids must come from the model's own tokenizer."""
 
+    metric: ClassVar[str] = "ppl"
     name: str
     version: PositiveInt
     path: Path
@@ -199,7 +205,12 @@ class TokenFilePerplexity:
         """Names the content of the file, not its place: token_ids@1:xall:3f2a91c0. Raises UserError when it cannot be read."""
         windows = self._windows()
         content = hashlib.sha256(windows.numpy().tobytes() + repr(tuple(windows.shape)).encode()).hexdigest()[:8]
-        return f"{self.name}@{self.version}:x{self.max_windows or 'all'}:{content}"
+        return self.protocol + content
+
+    @property
+    def protocol(self) -> str:
+        """The id without the content, up to and with its colon."""
+        return f"{self.name}@{self.version}:x{self.max_windows or 'all'}:"
 
     def validate(self, max_length: int) -> None:
         """Raises UserError when the file cannot be read or its rows do not fit a context of `max_length` tokens."""

@@ -18,6 +18,14 @@ class Benchmark(Protocol):
     def id(self) -> str:
         """Name, version and what the numbers depend on: "wikitext2@1:2048xall"; results are stored under it."""
 
+    @property
+    def protocol(self) -> str:
+        """What of the id is known without reading any text; it ends with a colon where the content follows."""
+
+    @property
+    def metric(self) -> str:
+        """The metric that tables quote."""
+
     def validate(self, max_length: int) -> None:
         """Raise UserError when the benchmark cannot run on a model with a context of `max_length` tokens; loads no model."""
 

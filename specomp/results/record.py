@@ -9,13 +9,15 @@ import json
 import logging
 import os
 import platform
+import re
 import resource
+import shutil
 import subprocess
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Literal
@@ -28,8 +30,13 @@ from specomp.errors import UserError
 
 log = logging.getLogger(__name__)
 SCHEMA = 1
+COMMITTED = Path(__file__).resolve().parents[2] / "experiments" / "records"
 # Bumped when the same settings would give other weights.
 WEIGHTS_VERSION = 1
+# What of a config says which weights are wanted; what inside it only says where they are made; what of a calibration only says how fast.
+WEIGHTS = ("model", "method", "ratio", "calibration", "quantizer", "seed")
+MACHINE = {"device", "device_map", "data_root", "local", "partial"}
+MEMORY = {"batch_size", "window"}
 PACKAGES = ("specomp", "torch", "transformers", "lightning", "datasets", "lm_eval", "hydra-core", "safetensors")
 
 
@@ -47,6 +54,7 @@ class Record:
     calibration: dict[str, Any] = field(default_factory=dict)
     ledger: dict[str, Any] = field(default_factory=dict)
     training: dict[str, Any] = field(default_factory=dict)
+    points: list[str] = field(default_factory=list)  # `point_of` every config that asked for these weights
     metrics: dict[str, dict[str, float]] = field(default_factory=dict)
     dense_metrics: dict[str, dict[str, float]] = field(default_factory=dict)
     texts: dict[str, Any] = field(default_factory=dict)
@@ -85,6 +93,20 @@ def peak_memory() -> int:
 def record_key(identity: Mapping[str, Any]) -> str:
     """sha256 of what determines the weights."""
     return digest({"version": WEIGHTS_VERSION, **identity})
+
+
+def point_of(config: Mapping[str, Any]) -> str:
+    """Short hash of what a config asks for, the same on every machine; unlike the key it needs neither model nor text."""
+
+    def portable(value: Any) -> Any:
+        if isinstance(value, Mapping):
+            return {k: portable(v) for k, v in value.items() if k not in MACHINE}
+        return [portable(v) for v in value] if isinstance(value, (list, tuple)) else value
+
+    wanted = {name: portable(config.get(name)) for name in WEIGHTS}
+    if isinstance(wanted["calibration"], Mapping):
+        wanted["calibration"] = {k: v for k, v in wanted["calibration"].items() if k not in MEMORY}
+    return digest(wanted)[:16]
 
 
 class RecordStore:
@@ -145,6 +167,44 @@ class RecordStore:
             except UserError as error:
                 log.warning("%s Skipped.", error)
         return records
+
+
+def stores(folders: Sequence[Path] | None) -> list[RecordStore]:
+    """The given folders, or where runs write theirs and then the committed ones."""
+    own = Path(os.environ.get("SPECOMP_OUTPUTS", "outputs")) / "records"
+    return [RecordStore(x) for x in (folders or [own, COMMITTED]) if Path(x).is_dir()]
+
+
+def stored(folders: Sequence[Path] | None) -> list[Record]:
+    """Their records; of one key the first, with the metrics of all."""
+    found: dict[str, Record] = {}
+    for store in stores(folders):
+        for record in store.all():
+            first = found.setdefault(record.key, record)
+            first.metrics = record.metrics | first.metrics
+            first.dense_metrics = record.dense_metrics | first.dense_metrics
+            first.points = list(dict.fromkeys([*first.points, *record.points]))
+    return list(found.values())
+
+
+def publish(records: Sequence[Record], sources: Sequence[RecordStore], folder: Path) -> list[Path]:
+    """Copy records, and their csv of linears, into a folder to commit; absolute paths are cut to their last part."""
+
+    def portable(value: Any) -> Any:
+        if isinstance(value, Mapping):
+            return {k: portable(v) for k, v in value.items()}
+        if isinstance(value, (list, tuple)):
+            return [portable(v) for v in value]
+        # also inside an override as it was typed, key=/a/path
+        return re.sub(r"(^|=)/\S*/", r"\1.../", value) if isinstance(value, str) else value
+
+    target = RecordStore(folder)
+    for record in records:
+        target.save(replace(record, config=portable(record.config), model_folder=None, calibration=portable(record.calibration)))
+        found = next((p for store in sources if (p := store.companion(record.key, "linears.csv")).exists()), None)
+        if found is not None and found != target.companion(record.key, "linears.csv"):
+            shutil.copyfile(found, target.companion(record.key, "linears.csv"))
+    return [target.path(record.key) for record in records]
 
 
 def read_record(path: Path) -> Record:

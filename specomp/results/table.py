@@ -1,11 +1,9 @@
-"""python -m specomp.results.table [FOLDER] [--format markdown|csv|latex] [--where key=value ...] [--columns ...]: records as a table.
-
-A row per record, sorted by model, ratio and method; a column per metric. Only what was measured: a missing cell is --.
+"""python -m specomp.results.table EXPERIMENT [overrides ...]: the table of a sweep, with the paper's numbers beside it.
+python -m specomp.results.table [FOLDER] [--where key=value ...] [--columns ...]: every record of a folder as a row, sorted by model,
+ratio and method. Both: --format markdown|csv|latex. Only what was measured: a missing cell is --.
 """
 
 import argparse
-import csv
-import io
 import logging
 import math
 import sys
@@ -14,7 +12,10 @@ from pathlib import Path
 from typing import Any
 
 from specomp.errors import UserError
-from specomp.results.record import Record, RecordStore
+from specomp.results.paper import paper_table, write
+from specomp.results.record import Record, RecordStore, publish, stored, stores
+from specomp.results.render import FORMS, Form, render
+from specomp.results.sweep import load_sweep, names
 
 METRICS = ("ppl", "acc")
 MISSING = "--"
@@ -87,61 +88,67 @@ def cell(row: Mapping[str, Any], column: str) -> str:
     return str(value)
 
 
-def render(rows: Sequence[Mapping[str, Any]], columns: Sequence[str], form: str) -> str:
+def listing(rows: Sequence[Mapping[str, Any]], columns: Sequence[str], form: Form) -> str:
     """The table as markdown, csv or LaTeX (booktabs)."""
-    body = [[cell(row, column) for column in columns] for row in rows]
-    if form == "csv":
-        text = io.StringIO()
-        writer = csv.writer(text)
-        writer.writerow(columns)
-        writer.writerows(body)
-        return text.getvalue()
-    if form == "latex":
-        escape = str.maketrans({"_": r"\_", "%": r"\%", "&": r"\&", "#": r"\#"})
-        lines = [" & ".join(x.translate(escape) for x in line) + r" \\" for line in [list(columns), *body]]
-        rules = [
-            r"\begin{tabular}{" + "l" * len(columns) + "}",
-            r"\toprule",
-            lines[0],
-            r"\midrule",
-            *lines[1:],
-            r"\bottomrule",
-            r"\end{tabular}",
-        ]
-        return "\n".join(rules) + "\n"
-    widths = [max(len(line[i]) for line in [list(columns), *body]) for i in range(len(columns))]
-    aligned = [
-        "| " + " | ".join(text.ljust(width) for text, width in zip(line, widths, strict=True)) + " |" for line in [list(columns), *body]
-    ]
-    return "\n".join([aligned[0], "|" + "|".join("-" * (width + 2) for width in widths) + "|", *aligned[1:]]) + "\n"
+    return render(columns, [[cell(row, column) for column in columns] for row in rows], form)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Command line; returns the exit code."""
     parser = argparse.ArgumentParser(prog="python -m specomp.results.table", description=__doc__)
-    parser.add_argument("folder", nargs="?", default="outputs/records", type=Path, help="folder of records (default: outputs/records)")
-    parser.add_argument("--format", choices=("markdown", "csv", "latex"), default="markdown")
-    parser.add_argument("--where", nargs="*", default=[], metavar="COLUMN=VALUE", help="keep rows with these values")
-    parser.add_argument("--columns", nargs="*", help="columns to print (default: the most asked for)")
-    options = parser.parse_args(arguments)
+    parser.add_argument("what", nargs="?", default="outputs/records", help="experiment, or folder of records (default: outputs/records)")
+    parser.add_argument("overrides", nargs="*", help="of an experiment: what was typed after experiment=NAME")
+    parser.add_argument("--format", choices=FORMS, default="markdown")
+    listed = parser.add_argument_group("of a folder")
+    listed.add_argument("--where", nargs="*", default=[], metavar="COLUMN=VALUE", help="keep rows with these values")
+    listed.add_argument("--columns", nargs="*", help="columns to print (default: the most asked for)")
+    swept = parser.add_argument_group("of an experiment")
+    swept.add_argument("--records", nargs="*", type=Path, help="folders of records (default: yours and the committed ones)")
+    swept.add_argument("--write", type=Path, metavar="FOLDER", help="write table.md, table.csv and table.tex there")
+    swept.add_argument("--publish", type=Path, metavar="FOLDER", help="copy the records there, without paths of this machine")
+    swept.add_argument("--missing", action="store_true", help="print only the commands that fill what is missing")
+    options = parser.parse_intermixed_args(arguments)
     try:
-        if not options.folder.is_dir():
-            raise UserError(f"No folder of records at {options.folder}: run `python run.py` first, or name one.")
-        rows = [flatten(record) for record in RecordStore(options.folder).all()]
-        if not rows:
-            raise UserError(f"No records in {options.folder}: run `python run.py` first, or name another folder.")
-        malformed = [x for x in options.where if "=" not in x]
-        if malformed:
-            raise UserError(f"--where {malformed[0]}: expected COLUMN=VALUE.")
-        chosen = select(rows, dict(x.split("=", 1) for x in options.where))
-        unknown = [x for x in options.columns or [] if x not in columns_of(rows)]
-        if unknown:
-            raise UserError(f"--columns {unknown[0]}: no such column; there are {', '.join(columns_of(rows))}.")
-        sys.stdout.write(render(chosen, options.columns or default_columns(rows), options.format))
+        if options.what in names():
+            sys.stdout.write(experiment(options))
+        else:
+            sys.stdout.write(folder(options))
     except UserError as error:
         logging.getLogger("specomp").error("%s", error)
         return 1
     return 0
+
+
+def experiment(options: argparse.Namespace) -> str:
+    """The table of an experiment, or where it was written."""
+    sweep = load_sweep(options.what, options.overrides, stored(options.records))
+    text = ""
+    if options.publish is not None:
+        text += f"{len(publish(sweep.records, stores(options.records), options.publish))} records in {options.publish}\n"
+    if options.write is not None:
+        text += "".join(f"{path}\n" for path in write(sweep, options.write))
+    if options.missing:
+        text += "".join(f"{line}\n" for line in sweep.missing())
+    return text if options.publish or options.write or options.missing else paper_table(sweep, options.format)
+
+
+def folder(options: argparse.Namespace) -> str:
+    """Every record of a folder as a row."""
+    place = Path(options.what)
+    if not place.is_dir():
+        known = f"; experiments: {', '.join(names())}" if names() else ""
+        raise UserError(f"No folder of records at {place}: run `python run.py` first, or name one{known}.")
+    rows = [flatten(record) for record in RecordStore(place).all()]
+    if not rows:
+        raise UserError(f"No records in {place}: run `python run.py` first, or name another folder.")
+    malformed = [x for x in options.where if "=" not in x]
+    if malformed:
+        raise UserError(f"--where {malformed[0]}: expected COLUMN=VALUE.")
+    chosen = select(rows, dict(x.split("=", 1) for x in options.where))
+    unknown = [x for x in options.columns or [] if x not in columns_of(rows)]
+    if unknown:
+        raise UserError(f"--columns {unknown[0]}: no such column; there are {', '.join(columns_of(rows))}.")
+    return listing(chosen, options.columns or default_columns(rows), options.format)
 
 
 if __name__ == "__main__":

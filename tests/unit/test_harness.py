@@ -193,7 +193,7 @@ def test_a_metric_the_task_lacks(model: LlamaForCausalLM, tokenizer: PreTrainedT
 
 def test_identity() -> None:
     assert make("piqa", limit=None).id == "piqa@1"
-    assert make("mmlu", num_fewshot=5, limit=100).id == "mmlu@1:5shot:limit100"
+    assert make("mmlu", num_fewshot=5, limit=100).id == "mmlu@1:5shot:limit2each"
 
 
 def test_requests_of_one_context_stay_together() -> None:

@@ -10,7 +10,7 @@ import pytest
 
 from specomp.errors import UserError
 from specomp.results.record import Record, RecordStore, record_key
-from specomp.results.table import MISSING, cell, columns_of, default_columns, flatten, main, render, select, variant
+from specomp.results.table import MISSING, cell, columns_of, default_columns, flatten, listing, main, select, variant
 
 
 def record(method="svd", compression=0.4, ppl=12.345, *, model="llama", overrides=(), status="ok", **values) -> Record:
@@ -204,7 +204,7 @@ def test_select_refuses_a_column_by_name():
 
 
 def test_render_of_nothing_has_a_header():
-    assert render([], ["model", "method"], "markdown") == "| model | method |\n|-------|--------|\n"
+    assert listing([], ["model", "method"], "markdown") == "| model | method |\n|-------|--------|\n"
 
 
 def test_as_a_module(folder):

@@ -1,0 +1,192 @@
+"""Every paper table: its sweep composes for every model, its published cells belong to it, and a small one runs from sweep to table."""
+
+import csv
+import json
+import os
+import re
+import shlex
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from hydra import compose, initialize_config_dir
+from running import CONF, ROOT, compose_config, store
+
+from specomp.checks import make
+from specomp.errors import UserError
+from specomp.pipeline import run
+from specomp.results.paper import grid, paper_table, write
+from specomp.results.record import RecordStore, point_of, publish
+from specomp.results.render import Bold, render
+from specomp.results.sweep import Sweep, load_sweep, names
+from specomp.results.table import main
+
+EXPERIMENTS = names()
+PAPER_MODELS = ("llama2_7b", "opt_6_7b", "mistral_7b", "vicuna_7b")
+TINY = ["debug=tiny", "ratio=cr40", "benchmark=tiny", "save=false"]
+
+
+def test_there_is_an_experiment_for_every_table():
+    assert {f"adasvd_table{x}" for x in ("1", "2", "3a", "3b", "3c", "3d")} | {"soco_table", "soco_ablation"} <= set(EXPERIMENTS)
+
+
+@pytest.mark.parametrize("name", EXPERIMENTS)
+def test_opens_with_what_it_is(name):
+    lines = (CONF / "experiment" / f"{name}.yaml").read_text().splitlines()
+    assert lines[0] == "# @package _global_"
+    assert lines[1].startswith("# ")
+
+
+@pytest.mark.parametrize("name", EXPERIMENTS)
+def test_every_point_is_a_valid_experiment_of_its_own(name):
+    """Method, ratio, quantizer and benchmark of every point pass their own checks, and no two points are the same."""
+    sweep = load_sweep(name, [], [])
+    marks = set()
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        for point in sweep.points:
+            cfg = compose("config", overrides=[f"experiment={name}", *(f"{k}={v}" for k, v in point.keys.items())])
+            for group in ("method", "ratio", "quantizer", "benchmark"):
+                make(cfg, group)
+            marks.add(point_of({key: str(value) for key, value in cfg.items()}))
+    assert len(marks) == len(sweep.points) == len(sweep.missing()), "nothing has run"
+
+
+@pytest.mark.parametrize("overrides", [*([f"model={x}"] for x in PAPER_MODELS[1:]), ["model=smollm2_135m", "budget=cpu"]], ids=str)
+@pytest.mark.parametrize("name", EXPERIMENTS)
+def test_every_experiment_composes_for_every_model(name, overrides):
+    narrow = [] if name == "soco_ablation" else ["ratio=cr60"]
+    assert load_sweep(name, [*overrides, *narrow], []).missing()
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "experiments").glob("*/expected.csv")), ids=lambda p: p.parent.name)
+def test_published_cells_belong_to_the_sweep(path):
+    sweep = load_sweep(path.parent.name, [], [])
+    with path.open(newline="") as file:
+        header = next(csv.reader(file))
+    keys = [x for x in header if x not in {"model", "metric", "value", "source", "note"}]
+    assert set(keys) <= set(sweep.keys)
+    labels = {c.label for c in sweep.columns}
+    for quote in sweep.quotes:
+        assert quote.metric in labels
+        assert re.match(r"arXiv:\d{4}\.\d{5} Table \d", quote.source)
+        assert quote.value > 0 if quote.metric.endswith("ppl") else 0 < quote.value < 1
+    used = [q for p in sweep.points for c in sweep.columns if (q := sweep.quote(p, c)) is not None and q.model == p.models]
+    assert {id(q) for q in used} == {id(q) for q in sweep.quotes}, "every quoted cell has a place in the table, and one only"
+    assert len(used) == len(sweep.quotes)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    """adasvd_table3a at debug=tiny, both points run."""
+    folder = tmp_path_factory.mktemp("experiment")
+    for choice in ("none", "adacomp"):
+        assert run(compose_config(folder, "experiment=adasvd_table3a", *TINY, f"method/compensation={choice}")) is not None
+    return folder
+
+
+def swept(folder: Path, *overrides: str) -> Sweep:
+    return load_sweep("adasvd_table3a", [*TINY, *overrides], store(folder).all())
+
+
+def test_a_sweep_becomes_a_table(folder):
+    sweep = swept(folder)
+    assert not sweep.missing()
+    header, body = grid(sweep)
+    assert header == ["ratio", "method/compensation", "", "retention", "pydocs ppl"]
+    assert body[0][0] == "dense"
+    assert [line[1] for line in body[1:]] == ["none", "adacomp"]
+    values = [point.values(sweep.columns[0])[0] for point in sweep.points]
+    shown = [line[-1] for line in body[1:]]
+    assert all(f"{v:.2f}" in (x.text if isinstance(x, Bold) else x) for v, x in zip(values, shown, strict=True))
+    text = paper_table(sweep, "markdown")
+    assert "Missing" not in text
+    assert "predicted tokens in windows of 32" in text
+
+
+def test_what_is_missing_is_a_command_that_fills_it(folder, tmp_path):
+    sweep = swept(folder, "ratio=cr40,cr60")
+    missing = sweep.missing()
+    assert len(missing) == 2
+    assert all("ratio=cr60" in x for x in missing)
+    run(compose_config(tmp_path, *shlex.split(missing[0])[2:]))
+    after = load_sweep("adasvd_table3a", [*TINY, "ratio=cr40,cr60"], [*store(folder).all(), *store(tmp_path).all()])
+    assert after.missing() == missing[1:]
+
+
+def test_a_point_is_found_again_elsewhere(folder):
+    """Device, batch sizes and data roots are not part of what was asked for."""
+    sweep = swept(folder, "model.device=cpu", "calibration.batch_size=3")
+    assert not sweep.missing()
+    assert swept(folder, "calibration.num_samples=3").missing()
+
+
+def test_one_record_answers_to_every_command_that_asks_for_it(folder):
+    """Spelled differently, the same weights: the record learns the second name."""
+    before = len(store(folder).all())
+    run(compose_config(folder, *TINY, "method=adasvd", "seed=0"))
+    records = store(folder).all()
+    assert len(records) == before
+    assert not swept(folder).missing()
+
+
+def test_seeds_become_mean_and_deviation(folder):
+    sweep = swept(folder, "seed=0,1")
+    assert sweep.keys == ["ratio", "method/compensation"]
+    assert [len(p.commands) for p in sweep.points] == [2, 2]
+    first = sweep.points[0].records[0]
+    other = replace(first, key="f" * 64, metrics={k: {**v, "ppl": v["ppl"] + 1} for k, v in first.metrics.items()})
+    both = replace(sweep, points=[replace(sweep.points[0], records=(first, other))])
+    assert "± 0.71" in paper_table(both, "markdown")
+
+
+def test_two_records_in_one_cell_are_refused(folder):
+    records = store(folder).all()
+    twin = replace(next(r for r in records if r.points and r.choices["method"] != "dense"), key="e" * 64)
+    with pytest.raises(UserError, match="answer to the same command"):
+        load_sweep("adasvd_table3a", TINY, [*records, twin])
+
+
+def test_published_records_give_the_same_table(folder, tmp_path):
+    sweep = swept(folder)
+    paths = publish(sweep.records, [store(folder)], tmp_path / "records")
+    assert len(paths) == 2
+    for path in paths:
+        text = path.read_text()
+        assert str(folder) not in text
+        assert json.loads(text)["model_folder"] is None
+        assert path.with_suffix(".linears.csv").exists()
+    again = load_sweep("adasvd_table3a", TINY, RecordStore(tmp_path / "records").all())
+    for form in ("markdown", "csv", "latex"):
+        assert paper_table(again, form) == paper_table(sweep, form)
+    assert {p.name for p in write(again, tmp_path / "table")} == {"table.md", "table.csv", "table.tex"}
+
+
+def test_command_line(folder, tmp_path, capsys):
+    records = ["--records", str(folder / "outputs" / "records")]
+    assert main(["adasvd_table3a", *TINY, *records]) == 0
+    assert "# AdaSVD Table 3a" in capsys.readouterr().out
+    assert main(["adasvd_table3a", *TINY, "ratio=cr60", "--missing", *records]) == 0
+    assert len(capsys.readouterr().out.splitlines()) == 2
+    assert main(["adasvd_table3a", *TINY, "--publish", str(tmp_path / "x"), "--write", str(tmp_path / "y"), *records]) == 0
+    assert (tmp_path / "y" / "table.md").exists()
+    assert main(["adasvd_table3a", "no_such_key=1"]) == 1
+
+
+def test_a_sweep_in_a_process_of_its_own(folder):
+    """`python run.py -m experiment=...`: nothing is left to do."""
+    environment = {"SPECOMP_OUTPUTS": str(folder / "outputs"), "SPECOMP_CACHE": str(folder / "cache"), "OMP_NUM_THREADS": "1"}
+    line = [sys.executable, str(ROOT / "run.py"), "-m", "experiment=adasvd_table3a", *TINY]
+    done = subprocess.run(line, cwd=folder, env=os.environ | environment, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("is complete.") == 2
+
+
+def test_bold_and_escapes():
+    body = [["a_b", Bold("1.0")], ["c ± d", "2"]]
+    assert "**1.0**" in render(["x", "y"], body, "markdown")
+    latex = render(["x", "y"], body, "latex")
+    assert r"a\_b & \textbf{1.0}" in latex
+    assert r"$\pm$" in latex
+    assert render(["x", "y"], body, "csv").splitlines()[1] == "a_b,1.0"
