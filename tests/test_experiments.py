@@ -1,10 +1,12 @@
 """Every paper table: its sweep composes for every model, its published cells belong to it, and a small one runs from sweep to table."""
 
 import csv
+import html
 import json
 import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -20,6 +22,7 @@ from specomp.pipeline import run
 from specomp.results.paper import grid, paper_table, write
 from specomp.results.record import RecordStore, point_of, publish
 from specomp.results.render import Bold, render
+from specomp.results.report import main as report
 from specomp.results.sweep import Sweep, load_sweep, names
 from specomp.results.table import main
 
@@ -190,3 +193,41 @@ def test_bold_and_escapes():
     assert r"a\_b & \textbf{1.0}" in latex
     assert r"$\pm$" in latex
     assert render(["x", "y"], body, "csv").splitlines()[1] == "a_b,1.0"
+
+
+def browser() -> str | None:
+    return next((path for x in ("chromium", "chromium-browser", "google-chrome") if (path := shutil.which(x))), None)
+
+
+def test_the_report_is_one_file_with_everything_in_it(folder, tmp_path):
+    for ratio in ("cr40", "cr60"):
+        for choice in ("none", "adacomp"):
+            run(compose_config(folder, "experiment=adasvd_table3a", *TINY, f"ratio={ratio}", f"method/compensation={choice}"))
+    typed = ["adasvd_table3a", *TINY, "ratio=cr40,cr60", "--records", str(folder / "outputs" / "records")]
+    assert report(typed + ["--output", str(tmp_path / "report.html")]) == 0
+    page = (tmp_path / "report.html").read_text()
+    assert not re.search(r'(src|href)="(https?:)?//', page), "nothing is loaded from a network"
+    assert page.count("<svg") == page.count("</svg>") == 2 + 2 + 4 + 1  # curves, profiles, maps, times
+    assert "<table>" in page
+    assert "Missing" not in page
+    assert page.count(' id="') == len(set(re.findall(r' id="([^"]+)"', page))), "figures share one page and must not share ids"
+
+
+@pytest.mark.skipif(browser() is None, reason="no Chromium on this machine")
+@pytest.mark.parametrize("width", [390, 1280])
+def test_the_report_in_a_browser(folder, tmp_path, width):
+    """Tables and figures are there, and at the width of a phone nothing but a table's own box scrolls sideways."""
+    path = tmp_path / "report.html"
+    assert report(["adasvd_table3a", *TINY, "--records", str(folder / "outputs" / "records"), "--output", str(path)]) == 0
+    measure = """<script>document.title = JSON.stringify({
+      page: document.documentElement.scrollWidth, window: window.innerWidth, tables: document.querySelectorAll("table tbody tr").length,
+      drawn: [...document.querySelectorAll("figure svg")].filter(x => x.closest("details") || x.getBoundingClientRect().height > 50).length,
+      figures: document.querySelectorAll("figure").length})</script>"""
+    path.write_text(path.read_text().replace("</body>", measure + "</body>"))
+    quiet = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-sync", "--no-first-run"]
+    line = [str(browser()), *quiet, f"--user-data-dir={tmp_path / 'profile'}", f"--window-size={width},900", "--dump-dom", path.as_uri()]
+    page = subprocess.run(line, capture_output=True, text=True, timeout=120).stdout
+    found = json.loads(html.unescape(re.findall("<title>(.*?)</title>", page)[0]))
+    assert found["page"] <= found["window"]
+    assert found["tables"] >= 3
+    assert found["drawn"] == found["figures"] > 0

@@ -29,7 +29,7 @@ THIRD_PARTY = {
     "hydra": {"run.py", "specomp/pipeline.py", "specomp/experiment.py", "specomp/checks.py", "specomp/results/sweep.py"},
     "omegaconf": {"run.py", "specomp/pipeline.py", "specomp/experiment.py", "specomp/checks.py", "specomp/results/sweep.py"},
     "wandb": {"specomp/results/tracking.py"},
-    "matplotlib": {"specomp/results/figures.py"},
+    "matplotlib": {"specomp/results/figures.py", "specomp/results/charts.py"},
     "lm_eval": {"specomp/evaluation/harness.py"},
     "huggingface_hub": {"specomp/models/"},
     "tokenizers": {"specomp/models/"},

@@ -12,7 +12,13 @@ from running import CONF, ROOT, compose_run
 
 README = (ROOT / "README.md").read_text()
 CARDS = (ROOT / "specomp" / "methods" / "README.md").read_text()
-COMMANDS = [line.split("#")[0].strip() for text in (README, CARDS) for line in text.splitlines() if re.match(r"    python run\.py ", line)]
+EXPERIMENTS = (ROOT / "experiments" / "README.md").read_text()
+COMMANDS = [
+    line.split("#")[0].strip()
+    for text in (README, CARDS, EXPERIMENTS)
+    for line in text.splitlines()
+    if re.match(r"    python run\.py ", line)
+]
 PLACEHOLDERS = {"FOLDER": "folder", "F": "calibration.npy", "G": "test.npy"}
 
 

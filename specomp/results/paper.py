@@ -60,9 +60,9 @@ def facts(sweep: Sweep) -> list[str]:
 
 def _calibration(record: Record) -> str:
     described = record.calibration
-    corpus = described.get("corpus") or {}
-    text = " ".join(str(corpus[x]) for x in ("name", "split") if corpus.get(x)) or record.choices.get("calibration", "")
-    return f"{described.get('num_samples')} samples of {described.get('length')} tokens, {text}"
+    source = described.get("source") or {}
+    text = "/".join(str(source[x]) for x in ("name", "split") if source.get(x)) or record.choices.get("calibration", "")
+    return f"{described.get('samples')} samples of {described.get('length')} tokens, {text}"
 
 
 def accuracies(sweep: Sweep) -> list[Column]:

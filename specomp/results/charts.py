@@ -1,0 +1,205 @@
+"""The figures of a report, as SVG text. Everything drawn is also in the records and their csv of linears."""
+
+import csv
+import hashlib
+import io
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+import matplotlib as mpl
+from matplotlib.backends.backend_svg import FigureCanvasSVG
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, NullFormatter
+
+from specomp.results.record import Record
+from specomp.results.sweep import Column, Point, Sweep
+
+RATIO = "ratio"
+SIZE = (6.4, 4.0)  # inches
+STAGES = ("calibrate", "allocate", "train", "compress", "evaluate")
+Linears = Sequence[Mapping[str, str]]
+Curve = tuple[list[float], list[float]]
+
+
+def curves(sweep: Sweep, column: Column, *, against: str) -> str | None:
+    """One metric per method. against: retention, or bytes of the whole model. None when no two points make a line."""
+    if RATIO not in sweep.keys:
+        return None
+    place: Callable[[Record], float] = {
+        "retention": lambda r: float(r.ledger["measured_retention"]),
+        "bytes": lambda r: float(r.ledger["compressed"]["model_bytes"]) / 1e6,
+    }[against]
+    lines: dict[str, list[tuple[float, float]]] = {}
+    for point in sweep.points:
+        values = point.values(column)
+        if values:
+            lines.setdefault(series(point), []).append((fmean(place(r) for r in point.done), fmean(values)))
+    if not any(len(line) > 1 for line in lines.values()):
+        return None
+    figure, axes = _new()
+    for name, line in lines.items():
+        axes.plot(*zip(*sorted(line), strict=True), marker="o", markersize=4, linewidth=1.5, label=name)
+    dense = sweep.dense(column)
+    if dense is not None:
+        axes.axhline(dense, color="0.5", linewidth=1, linestyle=":", label="dense")
+    label = "stored share of the linears' parameters (retention)" if against == "retention" else "MB of the whole model"
+    axes.set(xlabel=label, ylabel=column.label, yscale="log" if column.lower_is_better else "linear")
+    if column.lower_is_better:
+        _plain_ticks(axes.yaxis)
+    axes.legend(fontsize="small", frameon=False)
+    return svg(figure)
+
+
+def steps(sweep: Sweep, column: Column) -> str | None:
+    """One metric against a swept number (iterations, gap, ...), a line per value of the other keys. None when no key is a number."""
+    numeric = next((k for k in reversed(sweep.keys) if all(_number(p.keys[k]) is not None for p in sweep.points)), None)
+    if numeric is None:
+        return None
+    lines: dict[str, list[tuple[float, float]]] = {}
+    for point in sweep.points:
+        x = _number(point.keys[numeric])
+        if x is not None and (values := point.values(column)):
+            name = ", ".join(v for k, v in point.keys.items() if k != numeric) or point.models
+            lines.setdefault(name, []).append((x, fmean(values)))
+    if not any(len(line) > 1 for line in lines.values()):
+        return None
+    figure, axes = _new()
+    for name, line in lines.items():
+        axes.plot(*zip(*sorted(line), strict=True), marker="o", markersize=4, linewidth=1.5, label=name)
+    axes.set(xlabel=numeric, ylabel=column.label, yscale="log" if column.lower_is_better else "linear")
+    if column.lower_is_better:
+        _plain_ticks(axes.yaxis)
+    axes.legend(fontsize="small", frameon=False)
+    return svg(figure)
+
+
+def rank_map(linears: Linears) -> str:
+    """Stored share of every linear: types by decoder layer."""
+    kinds, layers, share = by_kind(linears, lambda x: int(x["stored"]) / (int(x["m"]) * int(x["n"])))
+    figure = Figure(figsize=(SIZE[0], 0.9 + 0.28 * len(kinds)), layout="constrained")
+    axes = figure.subplots()
+    image = axes.imshow([[share.get((kind, layer), float("nan")) for layer in layers] for kind in kinds], aspect="auto", vmin=0, vmax=1)
+    axes.set_yticks(range(len(kinds)), kinds)
+    axes.set(xlabel="decoder layer")
+    figure.colorbar(image, ax=axes, label="stored share")
+    return svg(figure)
+
+
+def layer_profile(found: Mapping[str, Linears]) -> str:
+    """Stored share of whole decoder layers, a line per record: the bowl of an importance-based allocation."""
+    figure, axes = _new()
+    for name, linears in found.items():
+        stored: dict[int, list[int]] = {}
+        for x in linears:
+            pair = stored.setdefault(_layer(x["name"]), [0, 0])
+            pair[0] += int(x["stored"])
+            pair[1] += int(x["m"]) * int(x["n"])
+        layers = sorted(stored)
+        axes.plot(layers, [stored[i][0] / stored[i][1] for i in layers], marker=".", linewidth=1.2, label=name)
+    axes.set(xlabel="decoder layer", ylabel="stored share", ylim=(0, 1.05))
+    axes.legend(fontsize="small", frameon=False)
+    return svg(figure)
+
+
+def error_profile(found: Mapping[str, Linears]) -> str:
+    """Relative output error in the norm of the inputs, mean over the linears of a decoder layer."""
+    figure, axes = _new()
+    for name, linears in found.items():
+        errors: dict[int, list[float]] = {}
+        for x in linears:
+            errors.setdefault(_layer(x["name"]), []).append(float(x["norm_error"]))
+        layers = sorted(errors)
+        axes.plot(layers, [fmean(errors[i]) for i in layers], marker=".", linewidth=1.2, label=name)
+    axes.set(xlabel="decoder layer", ylabel="relative error in the method's norm", ylim=(0, None))
+    axes.legend(fontsize="small", frameon=False)
+    return svg(figure)
+
+
+def stage_times(found: Mapping[str, Record]) -> str:
+    """Seconds of every stage of the run that made a record; what came from the cache cost nothing."""
+    figure = Figure(figsize=(SIZE[0], 0.9 + 0.3 * len(found)), layout="constrained")
+    axes = figure.subplots()
+    left = [0.0] * len(found)
+    for stage in STAGES:
+        widths = [r.seconds.get(stage, 0.0) for r in found.values()]
+        axes.barh(range(len(found)), widths, left=left, label=stage)
+        left = [a + b for a, b in zip(left, widths, strict=True)]
+    axes.set_yticks(range(len(found)), list(found))
+    axes.invert_yaxis()
+    axes.set(xlabel="seconds")
+    axes.legend(fontsize="small", frameon=False, ncols=3)
+    return svg(figure)
+
+
+def training_curve(rows: Sequence[Mapping[str, str]]) -> str:
+    """KL and retention of a spectrum training, step by step."""
+    figure, axes = _new()
+    step = [int(x["step"]) for x in rows]
+    axes.plot(step, [float(x["kl"]) for x in rows], color="0.4", linewidth=0.8, label="KL per token")
+    axes.set(xlabel="optimizer step", ylabel="KL per token", yscale="log")
+    right = axes.twinx()
+    for name, style in (("soft", "--"), ("hard", "-")):
+        right.plot(step, [float(x[name]) for x in rows], style, color="tab:blue", linewidth=1, label=f"{name} retention")
+    right.set(ylabel="retention", ylim=(0, None))
+    handles, labels = (a + b for a, b in zip(axes.get_legend_handles_labels(), right.get_legend_handles_labels(), strict=True))
+    axes.legend(handles, labels, fontsize="small", frameon=False)
+    return svg(figure)
+
+
+def series(point: Point) -> str:
+    """What a line of a figure is called: the swept values besides the ratio."""
+    return ", ".join(v for k, v in point.keys.items() if k != RATIO) or point.models
+
+
+def by_kind(linears: Linears, value: Callable[[Mapping[str, str]], float]) -> tuple[list[str], list[int], dict[tuple[str, int], float]]:
+    """(types, decoder layers, value by both)."""
+    found = {(x["name"].rpartition(".")[2], _layer(x["name"])): value(x) for x in linears}
+    return list(dict.fromkeys(kind for kind, _ in found)), sorted({layer for _, layer in found}), found
+
+
+def read_csv(paths: Iterable[Path]) -> list[dict[str, str]]:
+    """Rows of the first file that exists; none where none does."""
+    path = next((p for p in paths if p.exists()), None)
+    if path is None:
+        return []
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def svg(figure: Figure) -> str:
+    """The figure as an <svg> element: text stays text, the same figure the same bytes."""
+    text = io.StringIO()
+    with mpl.rc_context({"svg.fonttype": "none", "svg.hashsalt": "specomp"}):
+        FigureCanvasSVG(figure)
+        figure.savefig(text, format="svg", metadata={"Date": None, "Creator": None})
+    body = text.getvalue()
+    body = body[body.index("<svg") :]
+    # Figures that share a page must not share ids: matplotlib counts from 1 in each.
+    mark = hashlib.sha256(body.encode()).hexdigest()[:8]
+    return re.sub(r'(\bid="|url\(#|href="#)', rf"\g<1>{mark}-", body)
+
+
+def _new() -> tuple[Figure, Any]:
+    figure = Figure(figsize=SIZE, layout="constrained")
+    axes = figure.subplots()
+    axes.spines[["top", "right"]].set_visible(False)
+    return figure, axes
+
+
+def _plain_ticks(axis: Any) -> None:
+    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axis.set_minor_formatter(NullFormatter())
+
+
+def _layer(name: str) -> int:
+    return next(int(part) for part in name.split(".") if part.isdigit())
+
+
+def _number(text: str) -> float | None:
+    try:
+        return float(text)
+    except ValueError:
+        return None
