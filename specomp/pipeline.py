@@ -5,6 +5,7 @@ Build and check everything that is cheap; stop if the record says it is done; th
 
 import logging
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import torch
@@ -150,7 +151,7 @@ def produce(experiment: Experiment, record: Record) -> tuple[Any, Any, list[dict
         reports = factorize(experiment, setup, record)
     after = measure(setup.model, setup.linears)
     balance = ledger(target.retention, before, after)
-    record.ledger = counts(balance, target, setup, num_dense=sum(x.dense for x in reports))
+    record.ledger = counts(balance, target, setup, num_dense=sum(x.dense for x in reports)) | mean_errors(reports)
     if abs(balance.deviation) > 1e-3:
         record.note(
             f"measured retention {balance.measured_retention:.4f}, target {target.retention:.4f} ({balance.deviation:+.2%}): "
@@ -234,6 +235,14 @@ def counts(balance: Ledger, target: Ratio, setup: Setup, *, num_dense: int) -> d
         "num_linears": len(setup.linears),
         "num_dense": num_dense,
     }
+
+
+def mean_errors(reports: list[LinearReport]) -> dict[str, float]:
+    """Means over the factorized linears: relative error in the method's norm, and what compensation left of the loss."""
+    low = [x for x in reports if not x.dense]
+    gains = [x.compensation_gain for x in low if x.compensation_gain is not None]
+    found = {"norm_error": fmean(x.norm_error for x in low)} if low else {}
+    return found | ({"compensation_gain": fmean(gains)} if gains else {})
 
 
 def evaluate(metrics: dict[str, dict[str, float]], benchmark: Benchmark, model: Any, tokenizer: Any) -> None:

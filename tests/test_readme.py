@@ -17,7 +17,7 @@ COMMANDS = [
     line.split("#")[0].strip()
     for text in (README, CARDS, EXPERIMENTS)
     for line in text.splitlines()
-    if re.match(r"    python run\.py ", line)
+    if re.match(r"    python run\.py ", line) and not re.search(r"hydra/(launcher|sweeper)=", line)  # those need extras
 ]
 PLACEHOLDERS = {"FOLDER": "folder", "F": "calibration.npy", "G": "test.npy"}
 

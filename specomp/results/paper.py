@@ -7,7 +7,7 @@ from statistics import fmean
 
 from specomp.results.record import Record
 from specomp.results.render import Bold, Cell, Form, render
-from specomp.results.sweep import Column, Point, Sweep, mean_std
+from specomp.results.sweep import LEDGER, Column, Point, Sweep, mean_std
 
 MISSING = "--"
 DENSE = "dense"
@@ -41,6 +41,7 @@ def facts(sweep: Sweep) -> list[str]:
     if records:
         described = dict.fromkeys(_calibration(r) for r in records if r.calibration)
         lines.append("calibration: " + "; ".join(described))
+    lines += [f"{c.label}: mean over the factorized linears, see the csv of linears" for c in sweep.columns if c.protocol == LEDGER]
     for column in sweep.columns:
         found = next((v for r in records for k, v in r.metrics.items() if column.of(r) is not None and k.startswith(column.protocol)), None)
         if found is None:
@@ -158,7 +159,8 @@ def _number(column: Column, value: float | None) -> str:
         return MISSING
     if column.metric.startswith("acc"):
         return f"{100 * value:.1f}"
-    return f"{value:.2f}" if abs(value) < 1000 else f"{value:.0f}"
+    digits = 4 if column.protocol == LEDGER else 2
+    return f"{value:.{digits}f}" if abs(value) < 1000 else f"{value:.0f}"
 
 
 def _mean(values: Sequence[float | None]) -> str:

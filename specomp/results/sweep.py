@@ -25,11 +25,13 @@ from specomp.results.record import Record, point_of
 
 ROOT = Path(__file__).resolve().parents[2]
 SEED = "seed"
+LEDGER = "ledger"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Column:
-    """One metric of one benchmark. protocol: its id, or where that ends with the hash of a text, all before it (with the colon)."""
+    """One metric of one benchmark. protocol: its id, or where that ends with the hash of a text, all before it (with the colon);
+    "ledger" for what is counted on the compressed model itself (Record.ledger)."""
 
     label: str
     protocol: str
@@ -38,10 +40,12 @@ class Column:
     @property
     def lower_is_better(self) -> bool:
         """Whether the best value is the smallest."""
-        return self.metric == "ppl"
+        return self.metric == "ppl" or self.protocol == LEDGER
 
     def of(self, record: Record, *, dense: bool = False) -> float | None:
         """The value in a record, of the compressed model or of its dense reference."""
+        if self.protocol == LEDGER:
+            return None if dense else record.ledger.get(self.metric)
         metrics = record.dense_metrics if dense else record.metrics
         found = [v for k, v in metrics.items() if k == self.protocol or (self.protocol.endswith(":") and k.startswith(self.protocol))]
         if len(found) > 1:
@@ -210,9 +214,12 @@ def _one(found: Sequence[Record], line: Sequence[str]) -> Record | None:
 
 
 def columns_of(cfg: DictConfig) -> list[Column]:
-    """One column per part of the benchmark suite, in its order."""
+    """One column per part of the benchmark suite, in its order, after those of the ledger that the experiment asks for."""
     suite = instantiate(cfg.benchmark)
-    return [Column(label=f"{label} {part.metric}", protocol=part.protocol, metric=part.metric) for label, part in suite.parts.items()]
+    counted = [Column(label=name.replace("_", " "), protocol=LEDGER, metric=name) for name in cfg.table.get("ledger") or []]
+    return counted + [
+        Column(label=f"{label} {part.metric}", protocol=part.protocol, metric=part.metric) for label, part in suite.parts.items()
+    ]
 
 
 def quotes(path: Path) -> list[Quote]:
