@@ -1,7 +1,6 @@
 """The figures of a report, as SVG text. Everything drawn is also in the records and their csv of linears."""
 
 import csv
-import hashlib
 import io
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -176,10 +175,13 @@ def svg(figure: Figure) -> str:
         FigureCanvasSVG(figure)
         figure.savefig(text, format="svg", metadata={"Date": None, "Creator": None})
     body = text.getvalue()
-    body = body[body.index("<svg") :]
-    # Figures that share a page must not share ids: matplotlib counts from 1 in each.
-    mark = hashlib.sha256(body.encode()).hexdigest()[:8]
-    return re.sub(r'(\bid="|url\(#|href="#)', rf"\g<1>{mark}-", body)
+    return body[body.index("<svg") :]
+
+
+def numbered(page: str) -> str:
+    """The page with the ids of every figure made its own: matplotlib counts from 1 in each."""
+    before, *drawings = page.split("<svg")
+    return before + "".join("<svg" + re.sub(r'(\bid="|url\(#|href="#)', rf"\g<1>f{i}-", x) for i, x in enumerate(drawings))
 
 
 def _new() -> tuple[Figure, Any]:

@@ -71,7 +71,7 @@ def report(sweep: Sweep, folders: Sequence[RecordStore]) -> str:
         parts += [f"<h2>Missing: {len(missing)} runs</h2>", "<pre>" + html.escape("\n".join(missing)) + "</pre>"]
     title = f"<title>{html.escape(sweep.caption)}</title>"
     head = f'<meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">{title}<style>{STYLE}</style>'
-    return f'<!doctype html>\n<html lang="en"><head>{head}</head>\n<body>\n' + "\n".join(parts) + "\n</body></html>\n"
+    return f'<!doctype html>\n<html lang="en"><head>{head}</head>\n<body>\n' + charts.numbered("\n".join(parts)) + "\n</body></html>\n"
 
 
 def labels(sweep: Sweep) -> dict[str, Record]:
