@@ -11,7 +11,7 @@ from typing import Any
 import matplotlib as mpl
 from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, NullFormatter
+from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
 from specomp.results.record import Record
 from specomp.results.sweep import Column, Point, Sweep
@@ -119,7 +119,7 @@ def error_profile(found: Mapping[str, Linears]) -> str:
 
 def stage_times(found: Mapping[str, Record]) -> str:
     """Seconds of every stage of the run that made a record; what came from the cache cost nothing."""
-    figure = Figure(figsize=(SIZE[0], 0.9 + 0.3 * len(found)), layout="constrained")
+    figure = Figure(figsize=(SIZE[0], 1.2 + 0.3 * len(found)), layout="constrained")
     axes = figure.subplots()
     left = [0.0] * len(found)
     for stage in STAGES:
@@ -129,7 +129,7 @@ def stage_times(found: Mapping[str, Record]) -> str:
     axes.set_yticks(range(len(found)), list(found))
     axes.invert_yaxis()
     axes.set(xlabel="seconds")
-    axes.legend(fontsize="small", frameon=False, ncols=3)
+    figure.legend(loc="outside upper center", fontsize="small", frameon=False, ncols=len(STAGES))
     return svg(figure)
 
 
@@ -192,6 +192,8 @@ def _new() -> tuple[Figure, Any]:
 
 
 def _plain_ticks(axis: Any) -> None:
+    """20, 50, 100 and not 10^2: the range is often less than a decade."""
+    axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     axis.set_minor_formatter(NullFormatter())
 
