@@ -49,7 +49,10 @@ def rows(record: Record) -> list[tuple[str, str, str, str]]:
         )
     )
     lines.append(_row("parameters of the whole model", dense["model_params"], compressed["model_params"], "{:,.0f}"))
-    lines.append(_row("bytes in memory", dense["model_bytes"], compressed["model_bytes"], "{:,.0f}"))
+    held = compressed.get("held_bytes", compressed["model_bytes"])
+    if held != compressed["model_bytes"]:
+        lines.append(_row("bytes stored, integers packed", dense["model_bytes"], compressed["model_bytes"], "{:,.0f}"))
+    lines.append(_row("bytes in memory", dense["model_bytes"], held, "{:,.0f}"))
     lines.append(_row("multiply-adds per token (linears and head)", dense["macs_per_token"], compressed["macs_per_token"], "{:,.0f}"))
     target, measured = ledger["target_retention"], ledger["measured_retention"]
     lines.append(("retention of the linears (target)", f"({target:.4f})", f"{measured:.4f}", f"{measured / target - 1:+.2%}"))
