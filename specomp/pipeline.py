@@ -211,19 +211,17 @@ def note_quantization(record: Record, reports: list[LinearReport], dtype: torch.
     rounded = [x for x in reports if x.quantization_error is not None]
     if not rounded:
         return
-    quantizer = record.identity["quantizer"]
+    quantizer, held_in = record.identity["quantizer"], str(dtype).removeprefix("torch.")
     record.note(
-        f"the factors of {len(rounded)} linears have {quantizer['bits']} bits: metrics are of the rounded numbers held in {str(dtype).removeprefix('torch.')} "
+        f"the factors of {len(rounded)} linears have {quantizer['bits']} bits: metrics are of the rounded numbers held in {held_in} "
         "(simulated), model_bytes is what a folder of factors stores"
     )
     if len(rounded) < len(reports):
         record.note(f"{len(reports) - len(rounded)} linears stay dense and are not quantized")
-    more = [x for x in rounded if x.quantization_damping > quantizer["damping"]]
+    asked = quantizer.get("damping", 0.0)
+    more = [x.quantization_damping for x in rounded if x.quantization_damping > asked]
     if more:
-        worst = max(x.quantization_damping for x in more)
-        record.note(
-            f"GPTQ of {len(more)} linears needed more damping than {quantizer['damping']:g}, at most {worst:.1e} of their mean diagonal"
-        )
+        record.note(f"GPTQ of {len(more)} linears needed more damping than {asked:g}, at most {max(more):.1e} of their mean diagonal")
 
 
 def reference(experiment: Experiment, setup: Setup) -> dict[str, dict[str, float]]:

@@ -28,7 +28,7 @@ from specomp.ratio import rank_for_retention
 from specomp.stages.calibrate import dense_statistics
 from specomp.statistics import Gram
 
-LINEARS = ("layers.2.self_attn.q_proj", "layers.15.self_attn.k_proj", "layers.15.mlp.down_proj", "layers.28.mlp.up_proj")
+LINEARS = ("2.self_attn.q_proj", "15.self_attn.k_proj", "15.mlp.down_proj", "28.mlp.up_proj")
 # name: (group_size, symmetric, act_order); with act_order and groups, gptqmodel is told to keep static groups, as ours does
 SETTINGS = {
     "per row, asymmetric, act-order": (None, False, True),
@@ -65,7 +65,7 @@ def main() -> None:
     dense = dense_statistics(setup, {Gram()})
     quotients: dict[str, list[float]] = {name: [] for name in SETTINGS}
     print(f"{'linear, factor, setting':<72} {'gptqmodel':>10} {'ours':>10} {'ours/its':>9} {'nearest':>9}")
-    for linear in (x for x in setup.linears if x.name.endswith(LINEARS)):
+    for linear in (x for x in setup.linears if x.name.removeprefix("model.layers.") in LINEARS):
         gram = dense(linear.name)[Gram()]
         weight = setup.model.get_submodule(linear.name).weight.detach()
         factors = truncate(GramNorm(gram).decompose(weight), rank_for_retention(linear.m, linear.n, 0.6))
@@ -77,7 +77,7 @@ def main() -> None:
                 theirs = reference(factor, seen, group_size, symmetric, act_order)
                 a, b, c = (error(x, factor, seen) for x in (theirs, mine, round_to_nearest(factor, spacing).values()))
                 quotients[name].append(b / a)
-                label = f"{linear.name.removeprefix('model.')} {part} {tuple(factor.shape)}, {name}"
+                label = f"{linear.name.removeprefix('model.layers.')} {part} {tuple(factor.shape)}, {name}"
                 print(f"{label:<72} {a:>10.5f} {b:>10.5f} {b / a:>9.4f} {c:>9.5f}", flush=True)
     for name, found in quotients.items():
         mean = math.exp(sum(map(math.log, found)) / len(found))

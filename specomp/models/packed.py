@@ -52,9 +52,8 @@ def quantization_config(model: nn.Module) -> dict[str, Any]:
 def unpacking() -> Iterator[None]:
     """Around from_pretrained of a packed folder: no advice about short blocks. Raises UserError without compressed-tensors."""
     try:
-        from loguru import logger
-
         import compressed_tensors  # noqa: F401
+        from loguru import logger
     except ImportError as error:
         raise UserError("This folder holds packed integers: pip install 'specomp[int4]' to read it.") from error
     logger.disable("compressed_tensors")
