@@ -2,8 +2,10 @@
 
 The published setting is SVD-LLM's script (svdllm_gptq.sh, quant_llama.py; AdaSVD follows it): GPTQ of Vt with the Gram G of the linear's
 inputs, of U with V^T G V, the Gram of the unrounded Vt's outputs. Notation: W ~= U Vt, U (m, r), Vt (r, n), G (n, n).
-Differs from the script: inputs are those the compress stage has (of the dense model, or of the compressed decoder layers before where the
-method streams them), never of the other rounded linears in the same decoder layer.
+Factors truncated in the norm of the same G have V^T G V diagonal (components are orthogonal in it), so GPTQ of their U is rounding to the
+nearest: only repaired, trained or rebalanced factors, other norms and order=sequential leave it something to do.
+Differs from the script, which rounds a finished model: inputs are those the compress stage has (of the dense model; or of the compressed
+and rounded decoder layers before, where the method streams them), not those of rounded linears in the same decoder layer.
 """
 
 from typing import Annotated, Literal

@@ -30,7 +30,7 @@ log = logging.getLogger(__name__)
 SCHEMA = 1
 # Bumped when the same settings would give other weights.
 WEIGHTS_VERSION = 1
-PACKAGES = ("specomp", "torch", "transformers", "lightning", "datasets", "lm_eval", "hydra-core", "safetensors")
+PACKAGES = ("specomp", "torch", "transformers", "lightning", "datasets", "lm_eval", "hydra-core", "safetensors", "compressed-tensors")
 
 
 @dataclass(kw_only=True)

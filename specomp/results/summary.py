@@ -18,9 +18,10 @@ def show(record: Record, *, console: Console | None = None) -> None:
     console = console or Console(width=None if sys.stdout.isatty() else FILE_WIDTH)
     choice = record.choices
     ledger = record.ledger
-    table = Table(
-        title=f"{choice['model']}, {choice['method']}, compression {ledger['target_compression']:.0%}", box=SIMPLE, title_justify="left"
-    )
+    title = f"{choice['model']}, {choice['method']}, compression {ledger['target_compression']:.0%}"
+    if choice.get("quantizer", "none") != "none":
+        title += f", {choice['quantizer']}"
+    table = Table(title=title, box=SIMPLE, title_justify="left")
     table.add_column("")
     for column in ("dense", "compressed", "compressed / dense"):
         table.add_column(column, justify="right")

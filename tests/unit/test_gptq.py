@@ -8,7 +8,7 @@ from problems import make
 from torch import Tensor
 
 from specomp.errors import UserError
-from specomp.factors import GramNorm, LowRankFactors, QuantizedFactors
+from specomp.factors import GramNorm, LowRankFactors, QuantizedFactors, truncate
 from specomp.quantization.factors import FactorQuantizer, rebalanced
 from specomp.quantization.gptq import gptq, inverse_factor
 from specomp.quantization.rtn import Spacing, round_to_nearest
@@ -185,6 +185,15 @@ def test_factors_are_rounded_each_with_what_it_sees():
         assert torch.allclose(part, alone.values(), atol=1e-5)
     assert found.grids[0].scales.shape == (24, 2) and found.grids[1].scales.shape == (21, 3)
     assert found.damping == 0.01
+
+
+def test_whitened_factors_leave_gptq_nothing_to_do_for_u():
+    """Components that are orthogonal in the Gram norm do not mix: the Hessian of U is diagonal."""
+    made = make(24, 40, 11, 1, 200)
+    exact, stats = truncate(GramNorm(made.gram).decompose(made.W), 11), Stats({Gram(): made.gram})
+    found = {x: quantizer(algorithm=x)(exact, stats, torch.float32) for x in ("gptq", "rtn")}
+    assert torch.equal(found["gptq"].U, found["rtn"].U)
+    assert not torch.equal(found["gptq"].Vt, found["rtn"].Vt)
 
 
 def test_sequential_shows_u_what_the_rounded_vt_gives():
