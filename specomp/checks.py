@@ -7,6 +7,7 @@ import re
 import warnings
 from collections.abc import Callable, Sequence
 from functools import partial
+from importlib.util import find_spec
 from typing import Any
 
 import lightning as L
@@ -19,13 +20,16 @@ from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 from pydantic import ValidationError
 
 from specomp.errors import UserError
-from specomp.methods.base import Method
+from specomp.methods.base import Method, Quantizer
 from specomp.methods.spectrum import SpectrumTraining
 from specomp.models.family import LinearSpec
 from specomp.models.files import first_line, one_line
 from specomp.models.load import torch_device
 from specomp.models.sources import Source
+from specomp.options import Options
 from specomp.ratio import retained
+
+log = logging.getLogger(__name__)
 
 
 def make(cfg: DictConfig, group: str) -> Any:
@@ -82,6 +86,19 @@ def check_training(method: Method, num_samples: int, processes: int) -> None:
             f"A training starts from components, which {type(method.compensation).__name__} does not keep: use method/compensation=none."
         )
     training.check(num_samples, processes)
+
+
+def check_quantizer(method: Method, quantizer: Quantizer, options: Options) -> None:
+    """Whether quantized factors can be stored, before any work. Raises UserError."""
+    if quantizer.bits >= 16:
+        return
+    if method.is_dense:
+        log.warning("method=dense has no factors: quantizer is not used.")
+    elif options.save and options.export == "factors" and find_spec("compressed_tensors") is None:
+        raise UserError(
+            f"Saving factors of {quantizer.bits} bits needs compressed-tensors: pip install 'specomp[int4]', or set save=false, which "
+            "evaluates all the same."
+        )
 
 
 def check_budget(linears: Sequence[LinearSpec], retention: float) -> None:

@@ -11,7 +11,7 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
 from specomp.cache import Cache
-from specomp.checks import check_machine, check_training, make
+from specomp.checks import check_machine, check_quantizer, check_training, make
 from specomp.data.calibration import CalibrationSet, CalibrationSpec
 from specomp.evaluation.suite import Suite
 from specomp.methods.base import Method, Quantizer, describe
@@ -70,7 +70,8 @@ def build(cfg: DictConfig) -> Experiment:
     outputs = Path(str(cfg.paths.outputs)).expanduser().absolute()
     cache = Cache(str(cfg.paths.cache))
     parts = {name: make(cfg, name) for name in ("method", "ratio", "calibration", "quantizer", "trainer", "tracking")}
-    dense_needs(parts["method"], parts["calibration"].upstream)
+    dense_needs(parts["method"], parts["calibration"].upstream, parts["quantizer"])
+    check_quantizer(parts["method"], parts["quantizer"], options)
     source, suite = make(cfg, "model"), make(cfg, "benchmark")
     processes = check_machine(source, parts["trainer"])
     context = source.max_length(cache)

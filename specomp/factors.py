@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from specomp.errors import UserError
+from specomp.grid import Grid
 from specomp.linalg import SOLVE_DTYPE, SolveDtype, cholesky_damped, congruence, eigh_descending, trace_of_square
 from specomp.ratio import break_even_rank
 
@@ -37,6 +38,14 @@ class LowRankFactors:
     def product(self) -> Tensor:
         """U @ Vt (m, n)."""
         return self.U @ self.Vt
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class QuantizedFactors(LowRankFactors):
+    """Factors whose numbers lie on grids, that of U first; damping: the most that a Hessian needed, of its mean diagonal."""
+
+    grids: tuple[Grid, Grid]
+    damping: float
 
 
 @dataclass(frozen=True)

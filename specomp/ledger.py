@@ -10,15 +10,21 @@ from dataclasses import asdict, dataclass
 from torch import nn
 
 from specomp.models.family import LinearSpec
+from specomp.modules import GridLinear
 
 
 @dataclass(frozen=True, kw_only=True)
 class Size:
-    """Counts of one model. Multiply-adds per token: every linear and the head, without attention scores, which depend on the context."""
+    """Counts of one model. Multiply-adds per token: every linear and the head, without attention scores, which depend on the context.
+
+    model_bytes: what a folder of factors stores, with scales and zeros where weights are integers. held_bytes: what the parameters took
+    while the model was evaluated, which is more where the integers are simulated (their values held in the model's dtype).
+    """
 
     linear_params: int
     model_params: int
     model_bytes: int
+    held_bytes: int
     macs_per_token: int
 
 
@@ -26,10 +32,14 @@ def measure(model: nn.Module, linears: Sequence[LinearSpec]) -> Size:
     """Count a model; `linears` are the compressible ones. Biases are not weights: they count in the model, not in the linears."""
     parameters = list(model.parameters())  # each shared tensor once
     macs = sum(module.weight.numel() for module in model.modules() if isinstance(module, nn.Linear))
+    held = sum(p.numel() * p.element_size() for p in parameters)
+    on_grids = [module for module in model.modules() if isinstance(module, GridLinear)]
+    saved = sum(x.weight.numel() * x.weight.element_size() - x.grid.num_bytes(x.out_features, x.in_features) for x in on_grids)
     return Size(
         linear_params=sum(_weights(model.get_submodule(linear.name)) for linear in linears),
         model_params=sum(p.numel() for p in parameters),
-        model_bytes=sum(p.numel() * p.element_size() for p in parameters),
+        model_bytes=held - saved,
+        held_bytes=held,
         macs_per_token=macs,
     )
 

@@ -5,6 +5,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
+from specomp.grid import Grid
+
 
 class LowRankLinear(nn.Module):
     """y = U (Vt x) + b: a linear of weight U Vt (m n) kept as its factors, `v_proj` (n -> r, no bias) and `u_proj` (r -> m, with the bias).
@@ -64,6 +66,19 @@ class LowRankLinear(nn.Module):
     def extra_repr(self) -> str:
         """Sizes, as nn.Linear prints them, plus the rank."""
         return f"in_features={self.in_features}, out_features={self.out_features}, rank={self.rank}, bias={self.u_proj.bias is not None}"
+
+
+class GridLinear(nn.Linear):
+    """An nn.Linear whose weight (m n), held in the model's dtype, lies on a grid: what a folder stores as integers (models/packed.py)."""
+
+    grid: Grid
+
+    @classmethod
+    def of(cls, linear: nn.Linear, grid: Grid) -> "GridLinear":
+        """Takes over the parameters of a linear whose weight was rounded to this grid."""
+        module = cls(linear.in_features, linear.out_features, bias=linear.bias is not None, device="meta")
+        module.weight, module.bias, module.grid = linear.weight, linear.bias, grid
+        return module
 
 
 class GatedLinear(nn.Module):

@@ -150,6 +150,7 @@ def produce(experiment: Experiment, record: Record) -> tuple[Any, Any, list[dict
                 record.dense_metrics |= reference(experiment, setup)
         reports = factorize(experiment, setup, record)
     after = measure(setup.model, setup.linears)
+    note_quantization(record, reports, setup.model.dtype)
     balance = ledger(target.retention, before, after)
     record.ledger = counts(balance, target, setup, num_dense=sum(x.dense for x in reports)) | mean_errors(reports)
     if abs(balance.deviation) > 1e-3:
@@ -179,7 +180,7 @@ def factorize(experiment: Experiment, setup: Setup, record: Record) -> list[Line
     """Calibrate, allocate, compress: the method itself."""
     method, upstream = experiment.method, experiment.calibration.upstream
     with record.stage("calibrate"):
-        dense = dense_statistics(setup, dense_needs(method, upstream))
+        dense = dense_statistics(setup, dense_needs(method, upstream, experiment.quantizer))
     # An allocation may ask for dense spectra although the whitening will see compressed inputs: made when asked for.
     spectra_statistics = dense if upstream == "dense" else DenseStatistics(setup, method.whitening.needs)
     trains = bool(method.training.phases)
@@ -198,9 +199,32 @@ def factorize(experiment: Experiment, setup: Setup, record: Record) -> list[Line
             f"at most {max(x.damping for x in damped):.1e} of their mean diagonal"
         )
     worst = max(reports, key=lambda x: x.loss_over_bound)
-    if not method.compensation.needs and setup.model.dtype == torch.float32 and worst.loss_over_bound > 1.01:
+    if (
+        not method.compensation.needs
+        and experiment.quantizer.bits >= 16
+        and setup.model.dtype == torch.float32
+        and worst.loss_over_bound > 1.01
+    ):
         record.note(f"{worst.name} loses {worst.loss_over_bound:.3f} times its Eckart-Young bound: try method.whitening.solve=float64")
     return reports
+
+
+def note_quantization(record: Record, reports: list[LinearReport], dtype: torch.dtype) -> None:
+    """Which weights are integers, and where the Hessians were damped by more than was asked; nothing without quantization."""
+    rounded = [x for x in reports if x.quantization_error is not None]
+    if not rounded:
+        return
+    quantizer, held_in = record.identity["quantizer"], str(dtype).removeprefix("torch.")
+    record.note(
+        f"the factors of {len(rounded)} linears have {quantizer['bits']} bits: metrics are of the rounded numbers held in {held_in} "
+        "(simulated), model_bytes is what a folder of factors stores"
+    )
+    if len(rounded) < len(reports):
+        record.note(f"{len(reports) - len(rounded)} linears stay dense and are not quantized")
+    asked = quantizer.get("damping", 0.0)
+    more = [x.quantization_damping for x in rounded if x.quantization_damping > asked]
+    if more:
+        record.note(f"GPTQ of {len(more)} linears needed more damping than {asked:g}, at most {max(more):.1e} of their mean diagonal")
 
 
 def reference(experiment: Experiment, setup: Setup) -> dict[str, dict[str, float]]:

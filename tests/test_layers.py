@@ -12,7 +12,7 @@ PACKAGE = ROOT / "specomp"
 
 # A file or folder of the package may import itself and what stands on a lower level.
 LEVELS = {
-    **dict.fromkeys(("errors", "settings", "progress", "linalg"), 0),
+    **dict.fromkeys(("errors", "settings", "progress", "linalg", "grid"), 0),
     **dict.fromkeys(("cache", "ratio", "options"), 1),
     **dict.fromkeys(("factors", "modules"), 2),
     **dict.fromkeys(("models", "statistics"), 3),
@@ -31,6 +31,8 @@ THIRD_PARTY = {
     "wandb": {"specomp/results/tracking.py"},
     "matplotlib": {"specomp/results/figures.py", "specomp/results/charts.py"},
     "lm_eval": {"specomp/evaluation/harness.py"},
+    "compressed_tensors": {"specomp/models/packed.py"},
+    "loguru": {"specomp/models/packed.py"},
     "huggingface_hub": {"specomp/models/"},
     "tokenizers": {"specomp/models/"},
     "transformers": {"specomp/models/", "specomp/data/", "specomp/evaluation/", "specomp/stages/setup.py"},

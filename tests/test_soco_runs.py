@@ -79,7 +79,7 @@ def soco(*, whitened: bool = False, **changes: Any) -> Method:
 
 
 def spectra_of(setup, chosen: Method) -> DenseSpectra:
-    statistics = dense_statistics(setup, dense_needs(chosen, "dense"))
+    statistics = dense_statistics(setup, dense_needs(chosen, "dense", NoQuantizer()))
     return DenseSpectra(setup, chosen.target, chosen.whitening, statistics, complete=True)
 
 
@@ -97,7 +97,7 @@ def fit(setup, chosen: Method, *, compression: float = 0.4, ranks: dict[str, int
 
 def packed(setup, chosen: Method, trained: Trained, *, compression: float = 0.4):
     """The packing stage: reports and account."""
-    statistics = dense_statistics(setup, dense_needs(chosen, "dense"))
+    statistics = dense_statistics(setup, dense_needs(chosen, "dense", NoQuantizer()))
     found = pack(setup, chosen, NoQuantizer(), Ratio(compression=compression), trained, spectra_of(setup, chosen), statistics)
     return found[0], found[-1]
 

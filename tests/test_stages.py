@@ -52,7 +52,7 @@ ADACR = AdaCR(min_retention_gap=0.1, importance="block_influence", budget="water
 
 def run_method(setup, chosen: Method, compression: float = 0.4, ranks: dict[str, int] | None = None):
     """What pipeline.factorize does, without a record."""
-    dense = dense_statistics(setup, dense_needs(chosen, setup.calibration.upstream))
+    dense = dense_statistics(setup, dense_needs(chosen, setup.calibration.upstream, NoQuantizer()))
     spectra = DenseSpectra(setup, chosen.target, chosen.whitening, dense)
     if ranks is None:
         ranks = chosen.allocation(setup.linears, Ratio(compression=compression), dense, spectra, make_probe(setup, spectra, chosen.packing))
@@ -255,18 +255,18 @@ def test_no_gradient_and_no_trainable_parameter_is_left(cache):
 
 def test_gradient_statistics_do_not_exist_for_compressed_inputs():
     fisher = FisherWhitening(side="in", eps=1e-6, solve="auto")
-    assert dense_needs(method(whitening=fisher), "dense") == {Fisher("in")}
+    assert dense_needs(method(whitening=fisher), "dense", NoQuantizer()) == {Fisher("in")}
     with pytest.raises(UserError, match=r"calibration\.upstream=dense"):
-        dense_needs(method(whitening=fisher), "compressed")
+        dense_needs(method(whitening=fisher), "compressed", NoQuantizer())
 
 
 def test_dense_needs_are_the_union_of_what_is_read_from_the_dense_model():
     whole = method(allocation=ADACR, compensation=ADACOMP)
-    assert dense_needs(whole, "dense") == {Gram(), IOCosine()}
-    assert dense_needs(whole, "compressed") == {IOCosine()}
-    assert dense_needs(method(compensation=UpdateU(upstream="dense", num_samples=None)), "compressed") == {Gram()}
+    assert dense_needs(whole, "dense", NoQuantizer()) == {Gram(), IOCosine()}
+    assert dense_needs(whole, "compressed", NoQuantizer()) == {IOCosine()}
+    assert dense_needs(method(compensation=UpdateU(upstream="dense", num_samples=None)), "compressed", NoQuantizer()) == {Gram()}
     with pytest.raises(UserError, match="num_samples=null"):
-        dense_needs(method(compensation=UpdateU(upstream="dense", num_samples=2)), "dense")
+        dense_needs(method(compensation=UpdateU(upstream="dense", num_samples=2)), "dense", NoQuantizer())
 
 
 # --- compressed upstream -------------------------------------------------------------------------------------------------------------
@@ -384,7 +384,7 @@ def test_decoder_layers_run_once_for_dense_statistics_and_twice_along_the_stream
     setup = make_setup("llama", cache, upstream=upstream)
     counts = count_layers(setup)
     batches = len(setup.samples.predict_dataloader())
-    needs = dense_needs(chosen, upstream)
+    needs = dense_needs(chosen, upstream, NoQuantizer())
     run_method(setup, chosen)
     dense_passes = 1 if needs else 0
     assert counts.total() <= (dense_passes + streams) * len(setup.layers) * batches

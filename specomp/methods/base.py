@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields, is_dataclass
 from typing import Any, Literal, Protocol, runtime_checkable
 
+import torch
 from torch import Tensor, nn
 
 from specomp.factors import LowRankFactors, Norm, Spectrum
@@ -104,12 +105,16 @@ class Packing(Protocol):
 
 @runtime_checkable
 class Quantizer(Protocol):
-    """Quantization of the factors; bits per stored number."""
+    """Quantization of the factors; bits per stored number, 16 where they stay in the model's dtype."""
 
     bits: int
 
-    def __call__(self, factors: LowRankFactors, stats: Stats) -> LowRankFactors:
-        """Fake-quantized factors, dtype unchanged."""
+    @property
+    def needs(self) -> frozenset[Statistic]:
+        """Statistics it reads, of the inputs that the method itself last looked at."""
+
+    def __call__(self, factors: LowRankFactors, stats: Stats, dtype: torch.dtype) -> LowRankFactors:
+        """The factors for a model of this dtype: QuantizedFactors, or unchanged."""
 
 
 @configurable

@@ -6,11 +6,11 @@ from typing import Any, ClassVar
 from torch import Tensor, nn
 
 from specomp.budget import fill_ranks, floor_ranks, full_rank
-from specomp.factors import GramNorm, LowRankFactors, Norm
+from specomp.factors import GramNorm, LowRankFactors, Norm, QuantizedFactors
 from specomp.linalg import SolveDtype
 from specomp.methods.base import Probe, Spectra, StatsOf, Upstream
 from specomp.models.family import LinearSpec
-from specomp.modules import LowRankLinear
+from specomp.modules import GridLinear, LowRankLinear
 from specomp.ratio import Ratio
 from specomp.settings import configurable
 from specomp.statistics import Statistic, Stats
@@ -87,5 +87,9 @@ class Factors:
     """Store U (m, r) and Vt (r, n): r (m + n) numbers."""
 
     def __call__(self, linear: nn.Linear, factors: LowRankFactors) -> nn.Module:
-        """A LowRankLinear in the linear's dtype, on its device."""
-        return LowRankLinear.from_factors(factors.U, factors.Vt, linear.bias, dtype=linear.weight.dtype, device=linear.weight.device)
+        """A LowRankLinear in the linear's dtype, on its device; rounded factors keep their grids."""
+        old = linear.weight
+        packed = LowRankLinear.from_factors(factors.U, factors.Vt, linear.bias, dtype=old.dtype, device=old.device)
+        if isinstance(factors, QuantizedFactors):
+            packed.u_proj, packed.v_proj = map(GridLinear.of, (packed.u_proj, packed.v_proj), factors.grids)
+        return packed

@@ -2,7 +2,8 @@
 
 form="factors"  U and Vt as they are. The config has a model_type of its own (specomp_llama) and lists the rank of every low-rank
                 linear; one generated Python file makes the folder self-contained. Loads by plain AutoModelForCausalLM after
-                `import specomp`, or without specomp by trust_remote_code=True; with neither, transformers refuses.
+                `import specomp`, or without specomp by trust_remote_code=True; with neither, transformers refuses. Rounded factors are
+                packed (packed.py), and need compressed-tensors to be read.
 form="dense"    U Vt multiplied out to plain linears under the original model_type: loads everywhere, saves no memory.
 """
 
@@ -29,6 +30,7 @@ from specomp.errors import UserError
 from specomp.models.families import COMPRESSED_PREFIX, base_model_type, family_of
 from specomp.models.files import checked_folder
 from specomp.models.load import LoadedModel, open_model, quiet
+from specomp.models.packed import grid_linears, packed_state, quantization_config, unpack_model, unpacking
 from specomp.models.remote import low_rank_config, low_rank_model
 from specomp.models.sources import folder_config, folder_tokenizer
 from specomp.modules import LowRankLinear
@@ -59,15 +61,18 @@ def save_compressed(
     dtypes = {parameter.dtype for parameter in model.parameters() if parameter.is_floating_point()}
     if len(dtypes) > 1:
         log.warning("%s: weights of several dtypes (%s); loading casts them to one.", folder, ", ".join(sorted(map(str, dtypes))))
+    packed = form == "factors" and bool(grid_linears(model))
+    state = merged_state(model) if form == "dense" else packed_state(model) if packed else None
     with _replacing(Path(folder)) as target:
         with quiet():
-            model.save_pretrained(target, state_dict=merged_state(model) if form == "dense" else None, max_shard_size=MAX_SHARD)
+            model.save_pretrained(target, state_dict=state, max_shard_size=MAX_SHARD)
             tokenizer.save_pretrained(target)
         base = base_model_type(model.config)
         config = json.loads((target / "config.json").read_text())
         foreign = ("auto_map", "lowrank_ranks", "lowrank_biases")  # of the folder that the model itself was loaded from
+        quantized = {"quantization_config": quantization_config(model)} if packed else {}
         kept = {key: value for key, value in config.items() if key not in foreign}
-        _write_json(target / "config.json", kept | switches | _identity(base, ranks, biases, form))
+        _write_json(target / "config.json", kept | switches | _identity(base, ranks, biases, form) | quantized)
         if form == "factors":
             (target / f"{_file_stem(base)}.py").write_text(modelling_source(base))
         for shard in target.glob("*.safetensors"):
@@ -85,7 +90,12 @@ def load(folder: Path | str, *, dtype: str | None = None, device_map: str | None
     family = family_of(config)
     tokenizer = folder_tokenizer(path, trust_remote_code=False)
     device = "cpu" if device_map is None else "auto"
-    return LoadedModel(open_model(path, config, dtype=dtype or "auto", device=device, device_map=device_map), tokenizer, family)
+    packed = getattr(config, "quantization_config", None) is not None
+    with unpacking() if packed else contextlib.nullcontext():
+        model = open_model(path, config, dtype=dtype or "auto", device=device, device_map=device_map)
+    if packed:
+        unpack_model(model)
+    return LoadedModel(model, tokenizer, family)
 
 
 def low_rank_linears(model: nn.Module) -> dict[str, LowRankLinear]:

@@ -37,7 +37,7 @@ WEIGHTS_VERSION = 1
 WEIGHTS = ("model", "method", "ratio", "calibration", "quantizer", "seed")
 MACHINE = {"device", "device_map", "data_root", "local", "partial"}
 MEMORY = {"batch_size", "window"}
-PACKAGES = ("specomp", "torch", "transformers", "lightning", "datasets", "lm_eval", "hydra-core", "safetensors")
+PACKAGES = ("specomp", "torch", "transformers", "lightning", "datasets", "lm_eval", "hydra-core", "safetensors", "compressed-tensors")
 
 
 @dataclass(kw_only=True)

@@ -18,9 +18,10 @@ def show(record: Record, *, console: Console | None = None) -> None:
     console = console or Console(width=None if sys.stdout.isatty() else FILE_WIDTH)
     choice = record.choices
     ledger = record.ledger
-    table = Table(
-        title=f"{choice['model']}, {choice['method']}, compression {ledger['target_compression']:.0%}", box=SIMPLE, title_justify="left"
-    )
+    title = f"{choice['model']}, {choice['method']}, compression {ledger['target_compression']:.0%}"
+    if choice.get("quantizer", "none") != "none":
+        title += f", {choice['quantizer']}"
+    table = Table(title=title, box=SIMPLE, title_justify="left")
     table.add_column("")
     for column in ("dense", "compressed", "compressed / dense"):
         table.add_column(column, justify="right")
@@ -49,7 +50,10 @@ def rows(record: Record) -> list[tuple[str, str, str, str]]:
         )
     )
     lines.append(_row("parameters of the whole model", dense["model_params"], compressed["model_params"], "{:,.0f}"))
-    lines.append(_row("bytes in memory", dense["model_bytes"], compressed["model_bytes"], "{:,.0f}"))
+    held = compressed.get("held_bytes", compressed["model_bytes"])
+    if held != compressed["model_bytes"]:
+        lines.append(_row("bytes stored, integers packed", dense["model_bytes"], compressed["model_bytes"], "{:,.0f}"))
+    lines.append(_row("bytes in memory", dense["model_bytes"], held, "{:,.0f}"))
     lines.append(_row("multiply-adds per token (linears and head)", dense["macs_per_token"], compressed["macs_per_token"], "{:,.0f}"))
     target, measured = ledger["target_retention"], ledger["measured_retention"]
     lines.append(("retention of the linears (target)", f"({target:.4f})", f"{measured:.4f}", f"{measured / target - 1:+.2%}"))

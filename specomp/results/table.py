@@ -47,9 +47,11 @@ def flatten(record: Record) -> dict[str, Any]:
 
 
 def variant(record: Record) -> str:
-    """What the command line changed inside the method: slot choices and settings, as typed."""
+    """What the command line changed inside the method: slot choices and settings, as typed; and the quantizer, where there is one."""
     overrides = [x.lstrip("+") for x in record.config.get("overrides") or []]
-    return " ".join(x for x in overrides if x.startswith(("method.", "method/", "calibration.", "seed=")))
+    typed = [x for x in overrides if x.startswith(("method.", "method/", "calibration.", "quantizer.", "seed="))]
+    quantizer = record.choices.get("quantizer", "none")
+    return " ".join(typed if quantizer == "none" or record.choices.get("method") == "dense" else [f"quantizer={quantizer}", *typed])
 
 
 def select(rows: Sequence[Mapping[str, Any]], where: Mapping[str, str]) -> list[Mapping[str, Any]]:

@@ -9,14 +9,14 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
-from typing import Any
+from typing import Any, Literal
 
 import lightning as L
 import torch
 from torch import Tensor
 
 from specomp.errors import UserError
-from specomp.factors import GramNorm, LowRankFactors, Spectrum, truncate
+from specomp.factors import GramNorm, LowRankFactors, QuantizedFactors, Spectrum, truncate
 from specomp.linalg import relative
 from specomp.methods.base import Method, Quantizer, Upstream
 from specomp.models.family import LinearSpec
@@ -50,6 +50,9 @@ class LinearReport:
     # Loss on the compensation's own inputs after over before it; null without compensation.
     compensation_gain: float | None = None
     damping: float = 0.0
+    # Of the rounded product to the unrounded one, in the method's norm; null without quantization. Damping: the most of both Hessians.
+    quantization_error: float | None = None
+    quantization_damping: float = 0.0
     seconds: float = 0.0
 
     def as_dict(self) -> dict[str, Any]:
@@ -68,7 +71,11 @@ class CompressionModule(L.LightningModule):
         self._setup = (setup,)
         self.method, self.quantizer, self.ranks, self.spectra, self.dense = method, quantizer, ranks, spectra, dense
         self.reports: list[LinearReport] = []
-        self.whiten_streamed = setup.calibration.upstream == "compressed" and bool(method.whitening.needs)
+        upstream = setup.calibration.upstream
+        self.quantize_from = quantizer_reads(method, upstream, quantizer)
+        self.whiten_needs = method.whitening.needs | (quantizer.needs if self.quantize_from == "whitening" else frozenset())
+        self.repair_needs = method.compensation.needs | (quantizer.needs if self.quantize_from == "repair" else frozenset())
+        self.whiten_streamed = upstream == "compressed" and bool(self.whiten_needs)
         self.repair_streamed = method.compensation.upstream == "compressed" and bool(method.compensation.needs)
         self.stream: HiddenStream | None = None
 
@@ -98,7 +105,7 @@ class CompressionModule(L.LightningModule):
         """What the still dense decoder layer sees of compressed inputs: for the whitening, and for the repair."""
         if self.stream is None:
             return {}, {}
-        whitening, repair = self.method.whitening.needs, self.method.compensation.needs
+        whitening, repair = self.whiten_needs, self.repair_needs
         limit = self.method.compensation.num_samples
         if limit is None:
             needs = (whitening if self.whiten_streamed else frozenset()) | (repair if self.repair_streamed else frozenset())
@@ -116,16 +123,19 @@ class CompressionModule(L.LightningModule):
             return report
         module = linear_module(setup.model, linear)
         W = module.weight.detach()
-        whitening_stats = stats_of(linear, whitening_values, method.whitening.needs) if self.whiten_streamed else self.dense(linear.name)
+        whitening_stats = stats_of(linear, whitening_values, self.whiten_needs) if self.whiten_streamed else self.dense(linear.name)
         target, norm = method.target(W, whitening_stats), method.whitening(whitening_stats)
         spectrum = decompose(norm, target, linear.name) if self.whiten_streamed else self.spectra(linear.name)
         factors = truncate(spectrum, rank)
+        repair_stats = stats_of(linear, repair_values, self.repair_needs) if self.repair_streamed else self.dense(linear.name)
         if method.compensation.needs:
-            stats = stats_of(linear, repair_values, method.compensation.needs) if self.repair_streamed else self.dense(linear.name)
+            stats = repair_stats
             repaired = method.compensation(target.float(), factors, stats)
             report = replace(report, compensation_gain=_gain(method, stats, target, factors, repaired))
             factors = repaired
-        packed = method.packing(module, self.quantizer(factors, whitening_stats))
+        seen = repair_stats if self.quantize_from == "repair" else whitening_stats
+        stored = quantize(self.quantizer, factors, seen, W.dtype, linear.name)
+        packed = method.packing(module, stored)
         setup.model.get_submodule(linear.name).requires_grad_(False)
         replace_linear(setup.model, linear.name, packed.requires_grad_(False))
         return replace(
@@ -135,12 +145,42 @@ class CompressionModule(L.LightningModule):
             damping=spectrum.damping,
             seconds=time.perf_counter() - start,
             **errors_of(packed.merged_weight(), target.float(), norm, spectrum, rank),  # type: ignore[operator, arg-type]
+            **quantization_of(factors, stored, norm),  # type: ignore[arg-type]
         )
 
 
-def dense_needs(method: Method, upstream: Upstream) -> frozenset[Statistic]:
+def quantizer_reads(method: Method, upstream: Upstream, quantizer: Quantizer) -> Literal["whitening", "repair", "dense"]:
+    """Whose inputs the quantizer looks at: those that passed through compressed decoder layers where the method has such (GPTQ's scripts
+    run on the compressed model), on as many samples as the method reads there; else the dense model's."""
+    if not quantizer.needs or method.training.phases:
+        return "dense"
+    if upstream == "compressed":
+        return "whitening"
+    return "repair" if method.compensation.upstream == "compressed" and method.compensation.needs else "dense"
+
+
+def quantize(quantizer: Quantizer, factors: LowRankFactors, stats: Stats, dtype: torch.dtype, name: str) -> LowRankFactors:
+    """The quantizer, with what is numerically impossible said of the linear it concerns. Raises UserError."""
+    try:
+        return quantizer(factors, stats, dtype)
+    except ValueError as error:
+        raise UserError(f"{name}, quantizing its factors: {error}: calibrate on more tokens, or raise quantizer.damping.") from error
+
+
+def quantization_of(factors: LowRankFactors, stored: LowRankFactors, norm: Any) -> dict[str, float]:
+    """What rounding did to a linear; nothing where nothing was rounded."""
+    if not isinstance(stored, QuantizedFactors):
+        return {}
+    product = factors.product().float()
+    error = relative(norm.loss(stored.product() - product), norm.loss(product))
+    return {"quantization_error": error, "quantization_damping": stored.damping}
+
+
+def dense_needs(method: Method, upstream: Upstream, quantizer: Quantizer) -> frozenset[Statistic]:
     """Statistics of the dense model that a method reads; the others are taken on the way. Raises UserError where that cannot be."""
     repair, needs = method.compensation, method.allocation.needs
+    if quantizer_reads(method, upstream, quantizer) == "dense":
+        needs |= quantizer.needs
     if upstream == "dense":
         needs |= method.whitening.needs
     elif any(x.scope == "linear" for x in method.whitening.needs):

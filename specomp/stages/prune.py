@@ -14,7 +14,7 @@ from specomp.models.family import LinearSpec
 from specomp.modules import replace_linear
 from specomp.ratio import Ratio, is_low_rank
 from specomp.stages.calibrate import DenseStatistics
-from specomp.stages.compress import LinearReport, errors_of
+from specomp.stages.compress import LinearReport, errors_of, quantization_of, quantize
 from specomp.stages.decompose import DenseSpectra
 from specomp.stages.setup import Setup
 from specomp.stages.spectrum import Trained, settings_of
@@ -75,11 +75,12 @@ def pack(
         whole.weight = nn.Parameter(factors.product().to(setup.model.dtype))
         whole.register_parameter("bias", _bias(module, trained.deviations[name], whole.weight))
         low = is_low_rank(linear.m, linear.n, len(index))
-        packed = method.packing(whole, quantizer(factors, stats)) if low else whole
+        rounded = quantize(quantizer, factors, stats, setup.model.dtype, name) if low else factors
+        packed = method.packing(whole, rounded) if low else whole
         replace_linear(setup.model, name, packed.requires_grad_(False))
         out_of_order += int((index >= len(index)).sum())
         kept += len(index)
-        target = spectrum.U @ spectrum.rows
+        target, norm = spectrum.U @ spectrum.rows, method.whitening(stats)
         merged: Tensor = packed.merged_weight() if low else whole.weight.float()  # type: ignore[operator, assignment]
         reports.append(
             LinearReport(
@@ -91,7 +92,8 @@ def pack(
                 dense=not low,
                 damping=spectrum.damping,
                 seconds=time.perf_counter() - start,
-                **errors_of(merged, target, method.whitening(stats), spectrum, len(index)),  # type: ignore[arg-type]
+                **errors_of(merged, target, norm, spectrum, len(index)),  # type: ignore[arg-type]
+                **quantization_of(factors, rounded, norm),
             )
         )
     return reports, chosen, account | {"kept": kept, "kept_out_of_order": out_of_order}

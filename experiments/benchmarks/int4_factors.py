@@ -1,0 +1,53 @@
+"""What 4 bits do to factors: relative output error ||(Q - U Vt) X|| / ||U Vt X|| of SVD-LLM's factors at 40 %.
+
+python experiments/benchmarks/int4_factors.py calibration=wikitext2_64x512      # Hydra overrides of model and calibration
+"""
+
+import os
+import sys
+from typing import Any
+
+from cost import prepare
+
+from specomp.cache import Cache
+from specomp.factors import GramNorm, truncate
+from specomp.quantization.factors import FactorQuantizer
+from specomp.ratio import rank_for_retention
+from specomp.stages.calibrate import dense_statistics
+from specomp.statistics import Gram, Stats
+
+LINEARS = ("2.self_attn.q_proj", "8.self_attn.o_proj", "15.self_attn.k_proj", "15.mlp.down_proj", "28.mlp.up_proj")
+GROUPS = {"bits": 4, "group_size": 128, "symmetric": True, "act_order": True, "damping": 0.01}
+ROWS = GROUPS | {"group_size": None, "symmetric": False}
+KINDS: dict[str, dict[str, Any]] = {"group 128, symmetric": GROUPS, "group 128, with zeros": GROUPS | {"symmetric": False}, "per row": ROWS}
+WAYS: dict[str, dict[str, Any]] = {
+    "nearest": {"algorithm": "rtn", "order": "faithful", "rebalance": False},
+    "nearest, rebalanced": {"algorithm": "rtn", "order": "faithful", "rebalance": True},
+    "gptq": {"algorithm": "gptq", "order": "faithful", "rebalance": False},
+    "gptq, sequential": {"algorithm": "gptq", "order": "sequential", "rebalance": False},
+    "gptq, rebalanced": {"algorithm": "gptq", "order": "faithful", "rebalance": True},
+    "gptq, rebalanced, sequential": {"algorithm": "gptq", "order": "sequential", "rebalance": True},
+}
+
+
+def main() -> None:
+    """Print a table of means over a few linears."""
+    setup, _, _ = prepare(Cache(os.environ.get("SPECOMP_CACHE", "~/.cache/specomp")), sys.argv[1:])
+    dense = dense_statistics(setup, {Gram()})
+    errors: dict[tuple[str, str], list[float]] = {}
+    for linear in (x for x in setup.linears if x.name.removeprefix("model.layers.") in LINEARS):
+        gram, weight = dense(linear.name)[Gram()], setup.model.get_submodule(linear.name).weight.detach()
+        factors = truncate(GramNorm(gram).decompose(weight), rank_for_retention(linear.m, linear.n, 0.6))
+        norm, product = GramNorm(gram.double()), factors.product().double()
+        for kind, grid in KINDS.items():
+            for way, settings in WAYS.items():
+                found = FactorQuantizer(**grid, **settings)(factors, Stats({Gram(): gram}), weight.dtype)
+                errors.setdefault((way, kind), []).append(norm.loss(found.product().double() - product) / norm.loss(product))
+    print("| |", " | ".join(KINDS), "|")
+    print("|---|" + "---|" * len(KINDS))
+    for way in WAYS:
+        print(f"| {way} |", " | ".join(f"{sum(x := errors[way, kind]) / len(x):.4f}" for kind in KINDS), "|")
+
+
+if __name__ == "__main__":
+    main()

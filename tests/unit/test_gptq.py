@@ -1,0 +1,233 @@
+"""Rounding one weight: the grid, round to nearest, and GPTQ against both its definition and brute force."""
+
+import math
+
+import pytest
+import torch
+from problems import make
+from torch import Tensor
+
+from specomp.errors import UserError
+from specomp.factors import GramNorm, LowRankFactors, QuantizedFactors, truncate
+from specomp.quantization.factors import FactorQuantizer, rebalanced
+from specomp.quantization.gptq import gptq, inverse_factor
+from specomp.quantization.rtn import Spacing, round_to_nearest
+from specomp.statistics import Gram, Stats
+
+SHAPES = [(24, 40), (40, 24), (7, 33)]
+GROUPS = [None, 16, 8]
+
+
+def spacing(**changes) -> Spacing:
+    return Spacing(**{"bits": 4, "group_size": None, "symmetric": False, "scale_dtype": torch.float16} | changes)
+
+
+def problem(m: int = 24, n: int = 40, seed: int = 0) -> tuple[Tensor, Tensor]:
+    """A weight and the Gram of correlated inputs, both float32."""
+    made = make(m, n, 1, seed, 4 * n)
+    return made.W.float(), made.gram.float()
+
+
+def loss(rounded, weight: Tensor, gram: Tensor) -> float:
+    return GramNorm(gram.double()).loss((rounded.values() - weight).double())
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("group_size", GROUPS)
+@pytest.mark.parametrize(("m", "n"), SHAPES)
+def test_nearest_is_within_half_a_step_of_every_number(m, n, group_size, symmetric):
+    weight, _ = problem(m, n)
+    rounded = round_to_nearest(weight, spacing(group_size=group_size, symmetric=symmetric))
+    grid = rounded.grid
+    assert rounded.integers.shape == weight.shape and rounded.integers.dtype == torch.int8
+    assert grid.scales.shape == (m, math.ceil(n / (group_size or n)))
+    assert grid.scales.dtype == torch.float16
+    assert (grid.zeros is None) is symmetric
+    assert rounded.integers.min() >= -8 and rounded.integers.max() <= 7
+    step = grid.scales.float().repeat_interleave(group_size or n, 1)[:, :n]
+    # Half a step of the grid; half a step more at the positive end of a symmetric one, whose ends are -8 and 7; and the rounded scale.
+    assert ((rounded.values() - weight).abs() <= step * (1.02 if symmetric else 0.55) + 1e-6).all()
+
+
+def test_the_grid_is_what_the_published_code_computes():
+    """gptq/quant.py: scale (max - min) / 15, zero round(-min / scale), min <= 0 <= max; symmetric: the range is +-max|w|."""
+    weight = torch.tensor([[-1.0, 0.5, 2.0, 0.1], [1.0, 2.0, 3.0, 1.5], [0.0, 0.0, 0.0, 0.0]])
+    grid = spacing().fit(weight)
+    assert torch.allclose(grid.scales.float().flatten(), torch.tensor([3 / 15, 3 / 15, 1.0]), rtol=1e-3)
+    assert grid.zeros is not None
+    assert (grid.zeros.flatten() + 8).tolist() == [5, 0, 0]
+    symmetric = spacing(symmetric=True).fit(weight)
+    assert torch.allclose(symmetric.scales.float().flatten(), torch.tensor([4 / 15, 6 / 15, 1.0]), rtol=1e-3)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("bits", [2, 4, 7])
+def test_integers_are_recovered_from_values_held_in_the_dtype_of_a_model(dtype, bits):
+    weight, gram = problem()
+    scale_dtype = torch.float16 if dtype == torch.float32 else dtype
+    rounded = gptq(weight, gram, spacing(bits=bits, group_size=16, scale_dtype=scale_dtype), act_order=True, damping=0.01)
+    assert torch.equal(rounded.grid.integers(rounded.values().to(dtype)), rounded.integers)
+
+
+@pytest.mark.parametrize("act_order", [True, False])
+@pytest.mark.parametrize("group_size", GROUPS)
+def test_eight_bits_lose_nearly_nothing(group_size, act_order):
+    weight, gram = problem()
+    rounded = gptq(weight, gram, spacing(bits=8, group_size=group_size), act_order=act_order, damping=0.01)
+    assert loss(rounded, weight, gram) < 0.01 * GramNorm(gram).loss(weight)
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("act_order", [True, False])
+@pytest.mark.parametrize("group_size", GROUPS)
+@pytest.mark.parametrize(("m", "n"), SHAPES)
+def test_gptq_beats_the_nearest_on_the_outputs(m, n, group_size, act_order, symmetric):
+    for seed in range(3):
+        weight, gram = problem(m, n, seed)
+        settings = spacing(group_size=group_size, symmetric=symmetric)
+        rounded = gptq(weight, gram, settings, act_order=act_order, damping=0.01)
+        assert rounded.integers.shape == weight.shape
+        assert rounded.grid.scales.shape == settings.fit(weight).scales.shape
+        assert loss(rounded, weight, gram) <= loss(round_to_nearest(weight, settings), weight, gram)
+
+
+@pytest.mark.parametrize("act_order", [True, False])
+@pytest.mark.parametrize("group_size", GROUPS)
+def test_with_a_diagonal_gram_there_is_nothing_to_make_up_for(group_size, act_order):
+    weight, gram = problem()
+    settings = spacing(group_size=group_size)
+    rounded = gptq(weight, torch.diag(gram.diagonal()), settings, act_order=act_order, damping=0.01)
+    nearest = round_to_nearest(weight, settings)
+    assert torch.equal(rounded.values(), nearest.values())
+
+
+@pytest.mark.parametrize("act_order", [True, False])
+def test_gptq_equals_its_definition(act_order):
+    """Optimal brain quantization with a fixed order: after each column the rest minimizes the loss given what is rounded (Eq. 2)."""
+    weight, gram = problem(5, 12)
+    settings = spacing()
+    rounded = gptq(weight, gram, settings, act_order=act_order, damping=0.01)
+    damped = gram.double() + 0.01 * gram.diagonal().double().mean() * torch.eye(12, dtype=torch.float64)
+    order = gram.diagonal().argsort(descending=True).tolist() if act_order else list(range(12))
+    grid, current, fixed = settings.fit(weight), weight.double(), []
+    for j in order:
+        column = grid.values(grid.integers(current.float()))[:, j].double()
+        rest = [k for k in order if k not in fixed and k != j]
+        delta = (column - current[:, j])[:, None]
+        if rest:
+            current[:, rest] -= delta @ torch.linalg.solve(damped[rest][:, rest], damped[rest, j])[None]
+        current[:, j] = column
+        fixed.append(j)
+    assert torch.allclose(rounded.values().double(), current, atol=1e-4)
+
+
+def test_the_inverse_factor_is_the_cholesky_factor_of_the_inverse():
+    _, gram = problem()
+    gram = gram.double()
+    factor, damping = inverse_factor(gram.clone(), 0.01)
+    damped = gram + 0.01 * gram.diagonal().mean() * torch.eye(len(gram), dtype=torch.float64)
+    expected = torch.linalg.cholesky(torch.linalg.inv(damped), upper=True)
+    assert torch.allclose(factor, expected, rtol=1e-9, atol=1e-12)
+    assert damping == 0.01
+
+
+def test_a_singular_gram_gets_the_damping_it_needs_and_it_is_reported():
+    weight, _ = problem()
+    gram = torch.ones(40, 40)
+    asked = gptq(weight, gram, spacing(), act_order=False, damping=0.01)
+    needed = gptq(weight, gram, spacing(), act_order=False, damping=0.0)
+    assert asked.damping == 0.01
+    assert 0 < needed.damping <= 1e-3
+    assert torch.isfinite(needed.values()).all()
+
+
+def test_inputs_that_never_occur_are_rounded_to_zero_and_disturb_nothing():
+    weight, gram = problem()
+    gram[:, 3] = gram[3] = 0
+    rounded = gptq(weight, gram, spacing(), act_order=True, damping=0.01)
+    assert (rounded.values()[:, 3] == 0).all()
+    others = [j for j in range(40) if j != 3]
+    alone = gptq(weight[:, others], gram[others][:, others], spacing(), act_order=True, damping=0.01)
+    assert loss(rounded, weight, gram) == pytest.approx(loss(alone, weight[:, others], gram[others][:, others]), rel=0.05)
+
+
+def test_what_is_not_finite_is_refused():
+    weight, gram = problem()
+    with pytest.raises(UserError, match="not finite"):
+        round_to_nearest(weight * float("inf"), spacing())
+    with pytest.raises(ValueError, match="not positive definite"):
+        gptq(weight, gram * float("nan"), spacing(), act_order=False, damping=0.01)
+
+
+def quantizer(**changes) -> FactorQuantizer:
+    settings = {"algorithm": "gptq", "bits": 4, "group_size": 16, "symmetric": True, "act_order": True, "damping": 0.01}
+    return FactorQuantizer(**settings | {"order": "faithful", "rebalance": False} | changes)
+
+
+def factors(rank: int = 21) -> tuple[LowRankFactors, Stats]:
+    """Unbalanced factors of a 24 x 40 weight, and the statistics of its inputs."""
+    made = make(24, 40, rank, 1, 200)
+    U, s, Vt = torch.linalg.svd(made.W.float(), full_matrices=False)
+    return LowRankFactors(U[:, :rank] * s[:rank] * torch.logspace(0, 1, rank), Vt[:rank]), Stats({Gram(): made.gram.float()})
+
+
+def product_loss(found: LowRankFactors, exact: LowRankFactors, stats: Stats) -> float:
+    return GramNorm(stats[Gram()].double()).loss((found.product() - exact.product()).double())
+
+
+def test_factors_are_rounded_each_with_what_it_sees():
+    exact, stats = factors()
+    found = quantizer()(exact, stats, torch.float32)
+    assert isinstance(found, QuantizedFactors)
+    G, V = stats[Gram()].double(), exact.Vt.double().T
+    for part, weight, gram in ((found.U, exact.U, V.T @ G @ V), (found.Vt, exact.Vt, G)):
+        alone = gptq(weight, gram, spacing(group_size=16, symmetric=True), act_order=True, damping=0.01)
+        assert torch.allclose(part, alone.values(), atol=1e-5)
+    assert found.grids[0].scales.shape == (24, 2) and found.grids[1].scales.shape == (21, 3)
+    assert found.damping == 0.01
+
+
+def test_whitened_factors_leave_gptq_nothing_to_do_for_u():
+    """Components that are orthogonal in the Gram norm do not mix: the Hessian of U is diagonal."""
+    made = make(24, 40, 11, 1, 200)
+    exact, stats = truncate(GramNorm(made.gram).decompose(made.W), 11), Stats({Gram(): made.gram})
+    found = {x: quantizer(algorithm=x)(exact, stats, torch.float32) for x in ("gptq", "rtn")}
+    assert torch.equal(found["gptq"].U, found["rtn"].U)
+    assert not torch.equal(found["gptq"].Vt, found["rtn"].Vt)
+
+
+def test_sequential_shows_u_what_the_rounded_vt_gives():
+    exact, stats = factors()
+    faithful, sequential = (quantizer(order=x)(exact, stats, torch.float32) for x in ("faithful", "sequential"))
+    assert torch.equal(faithful.Vt, sequential.Vt)
+    assert not torch.equal(faithful.U, sequential.U)
+
+
+def test_rebalanced_factors_have_the_same_product_and_equal_sides():
+    exact, _ = factors()
+    found = rebalanced(exact)
+    assert torch.allclose(found.product(), exact.product(), rtol=1e-4, atol=1e-4)
+    assert torch.allclose(found.U.norm(dim=0), found.Vt.norm(dim=1), rtol=1e-4)
+    left = found.U.T @ found.U
+    assert torch.allclose(left, torch.diag(left.diagonal()), atol=1e-3 * float(left.diagonal().max()))
+    assert (left.diagonal().diff() <= 1e-3).all()
+
+
+@pytest.mark.parametrize("rebalance", [True, False])
+def test_gptq_of_factors_beats_the_nearest(rebalance):
+    exact, stats = factors()
+    found = {x: quantizer(algorithm=x, rebalance=rebalance)(exact, stats, torch.float32) for x in ("gptq", "rtn")}
+    assert product_loss(found["gptq"], exact, stats) < product_loss(found["rtn"], exact, stats)
+
+
+def test_scales_are_in_the_16_bits_of_the_model():
+    exact, stats = factors()
+    for dtype, expected in ((torch.float32, torch.float16), (torch.float16, torch.float16), (torch.bfloat16, torch.bfloat16)):
+        assert {x.scales.dtype for x in quantizer()(exact, stats, dtype).grids} == {expected}
+
+
+def test_only_gptq_needs_inputs():
+    assert quantizer().needs == {Gram()}
+    assert quantizer(algorithm="rtn").needs == frozenset()
+    exact, _ = factors()
+    assert isinstance(quantizer(algorithm="rtn")(exact, Stats({}), torch.float32), QuantizedFactors)
