@@ -25,7 +25,7 @@ from specomp.models.family import LinearSpec
 from specomp.models.files import first_line, one_line
 from specomp.models.load import torch_device
 from specomp.models.sources import Source
-from specomp.ratio import retained
+from specomp.ratio import Cost, pair_cost, retained
 
 
 def make(cfg: DictConfig, group: str) -> Any:
@@ -84,9 +84,9 @@ def check_training(method: Method, num_samples: int, processes: int) -> None:
     training.check(num_samples, processes)
 
 
-def check_budget(linears: Sequence[LinearSpec], retention: float) -> None:
+def check_budget(linears: Sequence[LinearSpec], retention: float, cost: Cost = pair_cost) -> None:
     """Before calibration: no allocation helps when the budget cannot pay rank 1 everywhere. Raises UserError."""
-    kept, least = retention * sum(x.params for x in linears), sum(min(x.m + x.n, x.params) for x in linears)
+    kept, least = retention * sum(x.params for x in linears), sum(min(cost(x.m, x.n, 1), x.params) for x in linears)
     if kept < least:
         raise UserError(
             f"ratio.compression={retained(retention):.6g} keeps {kept:.0f} parameters of the {len(linears)} linears, "

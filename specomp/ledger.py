@@ -7,9 +7,10 @@ embeddings and head included (tied weights once).
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 
-from torch import nn
+from torch import Tensor, nn
 
 from specomp.models.family import LinearSpec
+from specomp.modules import PivotedLinear
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,9 +30,14 @@ def measure(model: nn.Module, linears: Sequence[LinearSpec]) -> Size:
     return Size(
         linear_params=sum(_weights(model.get_submodule(linear.name)) for linear in linears),
         model_params=sum(p.numel() for p in parameters),
-        model_bytes=sum(p.numel() * p.element_size() for p in parameters),
+        model_bytes=sum(p.numel() * p.element_size() for p in [*parameters, *_index_buffers(model)]),
         macs_per_token=macs,
     )
+
+
+def _index_buffers(model: nn.Module) -> list[Tensor]:
+    """Where pivoted linears find their outputs: no parameters, but stored."""
+    return [module.order for module in model.modules() if isinstance(module, PivotedLinear)]
 
 
 def _weights(module: nn.Module) -> int:

@@ -2,7 +2,8 @@
 
 A statistic is a small frozen description (hashable, so slots can ask for the same one twice and pay once); `start` gives the
 accumulator that sees the data. Shapes: x (batch, length, n) inputs of a site, W (m, n) weight of a linear.
-Scopes: "site" sees x; "linear" sees the gradient of W (m, n); "decoder_layer" sees its input and output hidden states.
+Scopes: "site" sees x; "linear" sees the gradient of W (m, n); "output" sees the gradient of the linear's outputs (batch, length, m);
+"decoder_layer" sees its input and output hidden states.
 """
 
 import math
@@ -15,7 +16,9 @@ from torch import Tensor
 
 # Bumped whenever the same data would give other numbers: part of every cache key.
 VERSION = 1
-Scope = Literal["site", "linear", "decoder_layer"]
+Scope = Literal["site", "linear", "output", "decoder_layer"]
+# What takes a backward pass.
+GRADIENT_SCOPES: frozenset[Scope] = frozenset({"linear", "output"})
 # One triangle of the Gram is computed, in blocks of this many columns.
 GRAM_BLOCK = 192
 # Tokens per half-precision product: on a CPU each is rounded once, and the rounding errors of many average out.
@@ -126,6 +129,19 @@ class Fisher:
         """Fresh accumulator."""
         # Squares of half-precision gradients underflow: always at least float32.
         return _Mean(lambda grad: grad.float().square().sum(0 if self.side == "in" else 1)[None].to(precision.sums))
+
+
+@dataclass(frozen=True)
+class OutputGradGram:
+    """(m, m): sum_t g_t g_t^T, g_t the gradient of a sequence's mean language-model loss by the linear's output at token t (K-FAC)."""
+
+    scope: ClassVar[Scope] = "output"
+    name: ClassVar[str] = "output_grad_gram"
+
+    def start(self, precision: Precision, num_samples: int) -> Accumulator:
+        """Fresh accumulator."""
+        # Gradients spread over many orders of magnitude: never multiplied in less than float32.
+        return _GramSum(Precision(precision.sums, torch.promote_types(precision.products, torch.float32)))
 
 
 class _GramSum:

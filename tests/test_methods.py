@@ -11,9 +11,9 @@ from specomp.budget import stored
 from specomp.errors import UserError
 from specomp.methods.base import describe
 from specomp.models.export import low_rank_linears
-from specomp.modules import LowRankLinear
+from specomp.modules import LowRankLinear, PivotedLinear
 from specomp.pipeline import build, produce, resume
-from specomp.ratio import break_even_rank, rank_for_retention
+from specomp.ratio import rank_for_retention
 from specomp.results.record import record_key
 
 METHODS = sorted(path.stem for path in (CONF / "method").glob("*.yaml"))
@@ -86,6 +86,8 @@ def test_contract(folder, model_name, method, ratio):
     one_rank_each = sum(x.m + x.n for x in specs.values()) / sum(x.params for x in specs.values())
     assert measured <= target + one_rank_each
     assert method in COARSE or measured >= target - one_rank_each
+    cost = experiment.method.packing.stored
+    assert record.ledger["packing"] == experiment.choices["method/packing"]
     held = sum(p.numel() for name in specs for key, p in model.get_submodule(name).named_parameters() if not key.endswith("bias"))
     assert measured == pytest.approx(held / sum(x.params for x in specs.values()), abs=1e-12)
 
@@ -93,10 +95,12 @@ def test_contract(folder, model_name, method, ratio):
     assert [x["name"] for x in linears] == list(specs)
     for report in linears:
         spec, module = specs[report["name"]], model.get_submodule(report["name"])
-        assert report["stored"] == stored(spec, report["rank"])
-        assert isinstance(module, LowRankLinear) != report["dense"]
+        assert report["stored"] == stored(spec, report["rank"], cost)
+        assert isinstance(module, LowRankLinear | PivotedLinear) != report["dense"]
         if not report["dense"]:
-            assert module.rank == report["rank"] < break_even_rank(spec.m, spec.n)
+            assert module.rank == report["rank"]
+            assert cost(spec.m, spec.n, module.rank) < spec.params
+            assert (report["growth"] is None) is isinstance(module, LowRankLinear)
             assert 0 < report["weight_error"] < 1.5
     assert not torch.equal(found, dense)
     assert not any(p.requires_grad for p in model.parameters())
@@ -125,7 +129,7 @@ def test_the_same_seed_gives_the_same_ranks_and_weights(tmp_path, method):
     assert all(torch.equal(state[name], other_state[name]) for name in state)
 
 
-@pytest.mark.parametrize("method", ["svd", "svd_llm", "svd_llm_cholesky", "fwsvd", "fwsvd_out", "asvd"])
+@pytest.mark.parametrize("method", ["svd", "svd_llm", "svd_llm_cholesky", "fwsvd", "fwsvd_out", "asvd", "two_sided"])
 def test_uniform_methods_reach_the_eckart_young_bound_at_published_ranks(tmp_path, method):
     _, _, _, _, linears = compressed(tmp_path, f"method={method}", "ratio=cr40", "model=tiny_opt", "calibration.precision=float32")
     for report in linears:
@@ -198,7 +202,7 @@ def test_search_refuses_a_target_that_no_candidate_reaches(tmp_path):
         compressed(tmp_path, "method=asvd_strs", "ratio=cr60", "method.allocation.candidates=[0.9]", "calibration.num_samples=1")
 
 
-@pytest.mark.parametrize("method", ["svd", "svd_llm", "adasvd"])
+@pytest.mark.parametrize("method", ["svd", "svd_llm", "adasvd", "specomp"])
 def test_nothing_removed_leaves_the_model_as_it_is(tmp_path, method):
     """ratio=dense with any method: every rank is at or above break-even, so every linear stays."""
     _, record, model, dense, linears = compressed(tmp_path, f"method={method}", "ratio=dense")

@@ -55,7 +55,7 @@ def run_method(setup, chosen: Method, compression: float = 0.4, ranks: dict[str,
     dense = dense_statistics(setup, dense_needs(chosen, setup.calibration.upstream))
     spectra = DenseSpectra(setup, chosen.target, chosen.whitening, dense)
     if ranks is None:
-        ranks = chosen.allocation(setup.linears, Ratio(compression=compression), dense, spectra, make_probe(setup, spectra, chosen.packing))
+        ranks = chosen.allocation(setup.linears, Ratio(compression=compression), dense, spectra, chosen.packing.stored, make_probe(setup, spectra, chosen.packing))
     return compress(setup, chosen, NoQuantizer(), ranks, spectra, dense)
 
 
