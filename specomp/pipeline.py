@@ -150,7 +150,7 @@ def produce(experiment: Experiment, record: Record) -> tuple[Any, Any, list[dict
     after = measure(setup.model, setup.linears)
     balance = ledger(target.retention, before, after)
     record.ledger = counts(balance, target, setup, num_dense=sum(x.dense for x in reports))
-    record.ledger["packing"] = experiment.choices["method/packing"]
+    record.ledger["packing"] = type(experiment.method.packing).__name__.lower()
     if abs(balance.deviation) > 1e-3:
         record.note(
             f"measured retention {balance.measured_retention:.4f}, target {target.retention:.4f} ({balance.deviation:+.2%}): "

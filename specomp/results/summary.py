@@ -18,7 +18,7 @@ def show(record: Record, *, console: Console | None = None) -> None:
     console = console or Console(width=None if sys.stdout.isatty() else FILE_WIDTH)
     choice = record.choices
     ledger = record.ledger
-    packing = choice.get("method/packing", "factors")
+    packing = ledger.get("packing", "factors")
     packed = "" if packing == "factors" else f", {packing} packing"
     table = Table(
         title=f"{choice['model']}, {choice['method']}, compression {ledger['target_compression']:.0%}{packed}",

@@ -26,7 +26,7 @@ def flatten(record: Record) -> dict[str, Any]:
         "model": record.choices.get("model"),
         "method": record.choices.get("method"),
         "variant": variant(record),
-        "packing": record.choices.get("method/packing", "factors"),
+        "packing": record.ledger.get("packing", "factors"),
         "compression": record.ledger.get("target_compression"),
         "target": record.ledger.get("target_retention"),
         "measured": record.ledger.get("measured_retention"),

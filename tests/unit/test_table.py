@@ -74,7 +74,7 @@ def test_a_training_is_priced_even_where_it_came_from_the_cache():
 
 def test_packings_are_never_beside_each_other_without_a_label():
     pivoted = record("specomp")
-    pivoted.choices["method/packing"] = "pivoted"
+    pivoted.ledger["packing"] = "pivoted"
     rows = [flatten(record()), flatten(pivoted)]
     assert [cell(row, "packing") for row in rows] == ["factors", "pivoted"]
     assert "packing" in default_columns(rows)
