@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from specomp.errors import UserError
-from specomp.linalg import SOLVE_DTYPE, SolveDtype, cholesky_damped, congruence, eigh_descending, trace_of_square
+from specomp.linalg import SOLVE_DTYPE, SolveDtype, cholesky_damped, congruence, eigh_descending, half_weigh, trace_of_square
 from specomp.ratio import break_even_rank
 
 # `auto` solves in float32, at half the time, where its rounding errors are this much smaller than the squared loss they could change.
@@ -191,8 +191,11 @@ class TwoSidedNorm:
         return Spectrum(U.float(), inner.s, inner.rows, damping)
 
     def loss(self, error: Tensor) -> float:
-        """In the damped norm."""
-        return GramNorm(self.gram).loss(self.root[0].to(error.dtype) @ error)
+        """sqrt(trace(E G E^T H)) with the damped H, in the dtype of error."""
+        weighted = error @ self.gram.to(error.dtype) if self.gram is not None else error
+        unit = float(self.output_gram.diagonal().double().mean())
+        square = 2 * float((half_weigh(error.T, self.output_gram).T * weighted).sum(1).double().sum())
+        return math.sqrt(max(0.0, square + self.damping * unit * float((error * weighted).sum(1).double().sum())))
 
 
 def refit_left(target: Tensor, Vt: Tensor, gram: Tensor) -> Tensor:
