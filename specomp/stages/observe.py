@@ -45,7 +45,7 @@ class LayerObserver:
             for name in (name for site in self.family.sites for name in site.linears):
                 feed = self._start(name, by_scope["output"])
                 self._handles.append(
-                    self.layer.get_submodule(name).register_forward_hook(lambda _, args, output, feed=feed: _follow(feed, output))
+                    self.layer.get_submodule(name).register_forward_hook(lambda _, args, output, feed=feed: _follow(feed, args[0], output))
                 )
         if by_scope["decoder_layer"]:
             feed = self._start("layer", by_scope["decoder_layer"])
@@ -109,11 +109,11 @@ def _update(feed: list[Accumulator], *observation: Tensor) -> None:
         accumulator.update(*detached)
 
 
-def _follow(feed: list[Accumulator], output: Tensor) -> None:
+def _follow(feed: list[Accumulator], x: Tensor, output: Tensor) -> None:
     # No parameter asks for a gradient: the backward pass ends at the first linear observed, and makes no gradient of a weight.
     if not output.requires_grad:
         output.requires_grad_(True)
-    output.register_hook(lambda grad: _update(feed, grad))
+    output.register_hook(lambda grad: _update(feed, grad, x))
 
 
 def _consume(feed: list[Accumulator], weight: Tensor) -> None:
