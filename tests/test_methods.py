@@ -167,7 +167,7 @@ def test_every_method_can_be_packed_pivoted(tmp_path, method):
     assert record.ledger["measured_retention"] <= target + one_rank_each
     assert method in COARSE or record.ledger["measured_retention"] >= target - one_rank_each
     assert sum(x["rank"] for x in linears) > sum(x["rank"] for x in pairs)
-    assert max(x["growth"] for x in linears if not x["dense"]) <= 1.51
+    assert max(x["growth"] for x in linears if not x["dense"]) <= 2.01
     assert any("pivoted, with coefficients up to" in note for note in record.notes) or method == "soco"
     reloaded = AutoModelForCausalLM.from_pretrained(record.model_folder)
     assert (logits(reloaded) - logits(model)).abs().max() == 0.0

@@ -28,7 +28,7 @@ from specomp.stages.decompose import DenseSpectra
 from specomp.stages.observe import LayerObserver
 from specomp.stages.probe import make_probe
 from specomp.stages.stream import HiddenStream
-from specomp.statistics import AbsMean, Fisher, Gram, IOCosine, OutputGradGram, StackedGram
+from specomp.statistics import AbsMean, Fisher, Gram, IOCosine, OutputGradGram, StackedGram, TokenWeightedGram
 
 SITE_STATISTICS = (Gram(), AbsMean(), StackedGram(2), IOCosine())
 
@@ -249,13 +249,19 @@ def test_fisher_is_the_mean_squared_gradient_of_the_shifted_loss(cache, family_n
 
 
 @pytest.mark.parametrize("family_name", ["llama_gqa", "opt", "phi3", "gemma2"])
-def test_output_grad_gram_sums_the_outer_products_of_output_gradients(cache, family_name):
+def test_gram_matrices_of_output_gradients_against_their_definition(cache, family_name):
     setup = make_setup(family_name, cache, num_samples=3)
-    dense = dense_statistics(setup, {OutputGradGram()})
-    expected = {x.name: 0.0 for x in setup.linears}
+    statistics = [OutputGradGram(), TokenWeightedGram("in"), TokenWeightedGram("out")]
+    dense = dense_statistics(setup, statistics)
+    expected = {(x.name, statistic): 0.0 for x in setup.linears for statistic in statistics}
+    inputs: dict[str, torch.Tensor] = {}
     outputs: dict[str, torch.Tensor] = {}
+
+    def remember(name, args, output):
+        inputs[name], outputs[name] = args[0].detach(), output
+
     handles = [
-        setup.model.get_submodule(x.name).register_forward_hook(lambda _, args, out, name=x.name: outputs.update({name: out}))
+        setup.model.get_submodule(x.name).register_forward_hook(lambda _, args, output, name=x.name: remember(name, args, output))
         for x in setup.linears
     ]
     setup.model.get_input_embeddings().weight.requires_grad_(True)
@@ -263,14 +269,17 @@ def test_output_grad_gram_sums_the_outer_products_of_output_gradients(cache, fam
         logits = setup.model(input_ids=sequence).logits
         loss = torch.nn.functional.cross_entropy(logits[0, :-1], sequence[0, 1:])
         for name, gradient in zip(outputs, torch.autograd.grad(loss, list(outputs.values())), strict=True):
-            flat = gradient.reshape(-1, gradient.shape[-1])
-            expected[name] = expected[name] + flat.T @ flat
+            g, x = (y.reshape(-1, y.shape[-1]) for y in (gradient, inputs[name]))
+            weights = [torch.ones(len(g)), g.square().sum(1), x.square().sum(1)]
+            for statistic, own, weight in zip(statistics, (g, x, g), weights, strict=True):
+                expected[name, statistic] = expected[name, statistic] + own.T @ (weight[:, None] * own)
     for handle in handles:
         handle.remove()
     for x in setup.linears:
-        found = dense(x.name)[OutputGradGram()]
-        assert found.shape == (x.m, x.m)
-        assert (found - expected[x.name]).norm() <= 1e-4 * found.norm()
+        for statistic, size in zip(statistics, (x.m, x.n, x.m), strict=True):
+            found = dense(x.name)[statistic]
+            assert found.shape == (size, size)
+            assert (found - expected[x.name, statistic]).norm() <= 1e-4 * found.norm()
 
 
 def test_output_gradients_make_no_gradient_of_a_weight(cache, monkeypatch):
@@ -295,7 +304,7 @@ def test_no_gradient_and_no_trainable_parameter_is_left(cache):
 
 def test_gradient_statistics_do_not_exist_for_compressed_inputs():
     with pytest.raises(UserError, match=r"calibration\.upstream=dense"):
-        dense_needs(method(whitening=KroneckerWhitening(damping=1e-2, solve="auto")), "compressed")
+        dense_needs(method(whitening=KroneckerWhitening(fit="independent", damping=1e-2, solve="auto")), "compressed")
     fisher = FisherWhitening(side="in", eps=1e-6, solve="auto")
     assert dense_needs(method(whitening=fisher), "dense") == {Fisher("in")}
     with pytest.raises(UserError, match=r"calibration\.upstream=dense"):

@@ -15,7 +15,7 @@ from specomp.methods.kronecker import KroneckerWhitening
 from specomp.methods.svd import NoWhitening
 from specomp.methods.svd_llm import CholeskyWhitening, GramWhitening
 from specomp.ratio import is_low_rank
-from specomp.statistics import Fisher, Gram, OutputGradGram, Stats
+from specomp.statistics import Fisher, Gram, OutputGradGram, Stats, TokenWeightedGram
 
 # The whitened truncation is the optimum, whichever root of the Gram whitens (SVD-LLM, Theorem 3.2).
 
@@ -202,7 +202,7 @@ def test_the_two_sided_norm_attains_the_bound(problem, tokens, damping, solve):
     D = damped_root(H, damping)
     singular = torch.linalg.svdvals(D @ problem.W @ problem.X)
     bound, size = float(singular[problem.rank :].norm()), float(singular.norm())
-    norm = KroneckerWhitening(damping=damping, solve=solve)(Stats({Gram(): problem.gram, OutputGradGram(): H}))
+    norm = KroneckerWhitening(fit="independent", damping=damping, solve=solve)(Stats({Gram(): problem.gram, OutputGradGram(): H}))
     spectrum = norm.decompose(problem.W)
     found = truncate(spectrum, problem.rank)
     tolerance = 1e-3 if solve == "auto" and is_low_rank(*problem.W.shape, problem.rank) else 1e-5
@@ -246,6 +246,30 @@ def test_one_sided_and_diagonal_norms_are_special_cases_of_the_two_sided(problem
     assert float((product(found) - product(truncate(importance.decompose(problem.W), problem.rank))).norm()) <= 2e-5 * float(
         problem.W.norm()
     )
+
+
+@examples
+@given(problems())
+def test_the_nearest_product_weighs_tokens_where_inputs_and_gradients_depend_on_each_other(problem):
+    """Where they do not, both fits are one norm; where they do, the nearest product is nearer to the curvature, with its trace."""
+    m, tokens = len(problem.W), problem.X.shape[1]
+    gradients = torch.randn(m, tokens, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+    for g in (gradients / gradients.norm(dim=0), gradients * problem.X.norm(dim=0) ** 2):
+        sizes = {"in": g.norm(dim=0), "out": problem.X.norm(dim=0)}
+        weighted = {TokenWeightedGram(side): (own * sizes[side]) @ (own * sizes[side]).T for side, own in (("in", problem.X), ("out", g))}
+        known = Stats({Gram(): problem.gram, OutputGradGram(): g @ g.T, **weighted})
+        curvature = torch.einsum("at,bt,ct,dt->abcd", problem.X, g, problem.X, g)
+        distances = {}
+        for fit in ("independent", "nearest"):
+            norm = KroneckerWhitening(fit=fit, damping=1e-9, solve="float64")(known)
+            product_of_both = torch.einsum("ac,bd->abcd", norm.gram, norm.output_gram)
+            # K-FAC is right up to the number of tokens, which is the same for all linears.
+            product_of_both = product_of_both / (tokens if fit == "independent" else 1)
+            distances[fit] = float((product_of_both - curvature).norm() / curvature.norm())
+            if fit == "nearest":
+                trace = float(norm.gram.trace() * norm.output_gram.trace())
+                assert trace == pytest.approx(float(torch.einsum("abab->", curvature)), rel=1e-9)
+        assert distances["nearest"] <= distances["independent"] * (1 + 1e-9) or distances["independent"] < 0.5
 
 
 def test_outputs_without_any_gradient_weigh_the_same_and_next_to_nothing():

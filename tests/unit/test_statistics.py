@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import specomp.statistics
-from specomp.statistics import AbsMean, Fisher, Gram, IOCosine, OutputGradGram, Precision, StackedGram, Statistic, Stats
+from specomp.statistics import AbsMean, Fisher, Gram, IOCosine, OutputGradGram, Precision, StackedGram, Statistic, Stats, TokenWeightedGram
 
 DOUBLE = Precision(sums=torch.float64, products=torch.float64)
 SINGLE = Precision(sums=torch.float32, products=torch.float32)
@@ -198,9 +198,18 @@ def test_fisher_of_half_precision_gradients_does_not_underflow():
 
 
 def test_descriptions_are_hashable_and_their_names_differ():
-    statistics = [Gram(), StackedGram(4), AbsMean(), IOCosine(), Fisher("in"), Fisher("out"), OutputGradGram()]
-    assert len({statistic.name for statistic in statistics}) == len(set(statistics)) == 7
-    assert [statistic.scope for statistic in statistics] == ["site", "site", "site", "decoder_layer", "linear", "linear", "output"]
+    statistics = [Gram(), StackedGram(4), AbsMean(), IOCosine(), Fisher("in"), Fisher("out"), OutputGradGram(), TokenWeightedGram("in")]
+    assert len({statistic.name for statistic in statistics}) == len(set(statistics)) == 8
+    assert [statistic.scope for statistic in statistics] == [
+        "site",
+        "site",
+        "site",
+        "decoder_layer",
+        "linear",
+        "linear",
+        "output",
+        "output",
+    ]
 
 
 def test_stats_is_a_read_only_copy():
