@@ -7,15 +7,15 @@ from collections.abc import Mapping, Sequence
 
 from specomp.errors import UserError
 from specomp.models.family import LinearSpec
-from specomp.ratio import is_low_rank, rank_for_retention
+from specomp.ratio import Cost, is_low_rank, pair_cost, rank_for_retention
 
 BISECTIONS = 60
 
 
-def stored(linear: LinearSpec, rank: int) -> int:
-    """Parameters a linear costs at a rank: r (m + n), or m n when dense."""
+def stored(linear: LinearSpec, rank: int, cost: Cost = pair_cost) -> int:
+    """Parameters a linear costs at a rank: what its packing stores, or m n when dense."""
     m, n = linear.m, linear.n
-    return rank * (m + n) if is_low_rank(m, n, rank) else m * n
+    return cost(m, n, rank) if is_low_rank(m, n, rank, cost) else m * n
 
 
 def full_rank(linear: LinearSpec) -> int:
@@ -23,12 +23,12 @@ def full_rank(linear: LinearSpec) -> int:
     return min(linear.m, linear.n)
 
 
-def floor_ranks(linears: Sequence[LinearSpec], retention: Mapping[str, float]) -> dict[str, int]:
-    """AdaSVD Eq. 21 for each linear; retention >= 1 means dense. Raises UserError where nothing would be left."""
+def floor_ranks(linears: Sequence[LinearSpec], retention: Mapping[str, float], cost: Cost = pair_cost) -> dict[str, int]:
+    """AdaSVD Eq. 21 for each linear, priced by its packing; retention >= 1 means dense. Raises UserError where nothing would be left."""
     ranks = {}
     for linear in linears:
         share = retention[linear.name]
-        rank = full_rank(linear) if share >= 1 else rank_for_retention(linear.m, linear.n, share)
+        rank = full_rank(linear) if share >= 1 else rank_for_retention(linear.m, linear.n, share, cost)
         if rank < 1:
             raise UserError(
                 f"{linear.name} ({linear.m} x {linear.n}): a retention of {share:.4g} leaves rank 0; lower ratio.compression, "
@@ -38,17 +38,17 @@ def floor_ranks(linears: Sequence[LinearSpec], retention: Mapping[str, float]) -
     return ranks
 
 
-def fill_ranks(linears: Sequence[LinearSpec], retention: Mapping[str, float], target: float) -> dict[str, int]:
+def fill_ranks(linears: Sequence[LinearSpec], retention: Mapping[str, float], target: float, cost: Cost = pair_cost) -> dict[str, int]:
     """Eq. 21, then one rank more for each linear the budget still pays for, where the floor took the most first."""
-    ranks = floor_ranks(linears, retention)
+    ranks = floor_ranks(linears, retention, cost)
     budget = target * sum(linear.params for linear in linears)
-    used = sum(stored(linear, ranks[linear.name]) for linear in linears)
+    used = sum(stored(linear, ranks[linear.name], cost) for linear in linears)
 
     def lost(linear: LinearSpec) -> float:
-        return retention[linear.name] * linear.params - stored(linear, ranks[linear.name])
+        return retention[linear.name] * linear.params - stored(linear, ranks[linear.name], cost)
 
     for linear in sorted(linears, key=lost, reverse=True):
-        more = stored(linear, ranks[linear.name] + 1) - stored(linear, ranks[linear.name])
+        more = stored(linear, ranks[linear.name] + 1, cost) - stored(linear, ranks[linear.name], cost)
         if 0 < more <= budget - used:
             ranks[linear.name] += 1
             used += more

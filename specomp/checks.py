@@ -22,12 +22,13 @@ from pydantic import ValidationError
 from specomp.errors import UserError
 from specomp.methods.base import Method, Quantizer
 from specomp.methods.spectrum import SpectrumTraining
+from specomp.methods.svd import Factors
 from specomp.models.family import LinearSpec
 from specomp.models.files import first_line, one_line
 from specomp.models.load import torch_device
 from specomp.models.sources import Source
 from specomp.options import Options
-from specomp.ratio import retained
+from specomp.ratio import Cost, pair_cost, retained
 
 log = logging.getLogger(__name__)
 
@@ -94,6 +95,8 @@ def check_quantizer(method: Method, quantizer: Quantizer, options: Options) -> N
         return
     if method.is_dense:
         log.warning("method=dense has no factors: quantizer is not used.")
+    elif not isinstance(method.packing, Factors):
+        raise UserError("A quantizer rounds U and Vt, which only method/packing=factors stores: choose that packing, or quantizer=none.")
     elif options.save and options.export == "factors" and find_spec("compressed_tensors") is None:
         raise UserError(
             f"Saving factors of {quantizer.bits} bits needs compressed-tensors: pip install 'specomp[int4]', or set save=false, which "
@@ -101,9 +104,9 @@ def check_quantizer(method: Method, quantizer: Quantizer, options: Options) -> N
         )
 
 
-def check_budget(linears: Sequence[LinearSpec], retention: float) -> None:
+def check_budget(linears: Sequence[LinearSpec], retention: float, cost: Cost = pair_cost) -> None:
     """Before calibration: no allocation helps when the budget cannot pay rank 1 everywhere. Raises UserError."""
-    kept, least = retention * sum(x.params for x in linears), sum(min(x.m + x.n, x.params) for x in linears)
+    kept, least = retention * sum(x.params for x in linears), sum(min(cost(x.m, x.n, 1), x.params) for x in linears)
     if kept < least:
         raise UserError(
             f"ratio.compression={retained(retention):.6g} keeps {kept:.0f} parameters of the {len(linears)} linears, "

@@ -9,6 +9,7 @@ Shapes: m out_features, n in_features, k = min(m, n), r rank.
 
 import math
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Protocol
 
 import torch
@@ -16,11 +17,12 @@ from torch import Tensor
 
 from specomp.errors import UserError
 from specomp.grid import Grid
-from specomp.linalg import SOLVE_DTYPE, SolveDtype, cholesky_damped, congruence, eigh_descending, trace_of_square
+from specomp.linalg import SOLVE_DTYPE, SolveDtype, cholesky_damped, congruence, eigh_descending, half_weigh, trace_of_square
 from specomp.ratio import break_even_rank
 
 # `auto` solves in float32, at half the time, where its rounding errors are this much smaller than the squared loss they could change.
 RESOLUTION = 1e-3
+NEGLIGIBLE = 1e-15
 
 
 @dataclass(frozen=True)
@@ -163,6 +165,46 @@ class CholeskyNorm:
     def loss(self, error: Tensor) -> float:
         """In the undamped norm."""
         return GramNorm(self.gram).loss(error)
+
+
+@dataclass(frozen=True, eq=False)
+class TwoSidedNorm:
+    """||D E S||_F with S S^T = gram (n, n) and D^T D = output_gram (m, m) + damping * mean(diag output_gram) I.
+
+    D = L^T for the Cholesky factor L, which damping makes exist: the components of L^T T in the Gram norm, with L^T U = P solved back.
+    Equals GramNorm when output_gram is a multiple of the identity, and GramNorm's `left` when it is diagonal.
+    """
+
+    gram: Tensor | None
+    output_gram: Tensor
+    damping: float
+    solve: SolveDtype = "auto"
+
+    @cached_property
+    def root(self) -> tuple[Tensor, float]:
+        """D (m, m), upper triangular, in float64, and the damping it took: more than asked for only where rounding demands it."""
+        gram = self.output_gram.to(SOLVE_DTYPE)
+        unit = gram.diagonal().mean()
+        if float(unit) == 0:  # no loss depends on these outputs: all alike, and next to nothing beside another linear's
+            return NEGLIGIBLE * torch.eye(len(gram), dtype=SOLVE_DTYPE, device=gram.device), self.damping
+        damped = gram / unit
+        damped.diagonal().add_(self.damping)
+        factor, more = cholesky_damped(damped, self.damping, 1.0)
+        return (factor * unit.sqrt()).T, self.damping + more * (1 + self.damping)
+
+    def decompose(self, target: Tensor, keep: int | None = None) -> Spectrum:
+        """Exact as GramNorm is. Raises ValueError when the damped output Gram is not positive definite, as for non-finite gradients."""
+        D, damping = self.root
+        inner = GramNorm(self.gram, solve=self.solve).decompose(D @ target.to(SOLVE_DTYPE), keep)
+        U = torch.linalg.solve_triangular(D, inner.U.to(SOLVE_DTYPE), upper=True)
+        return Spectrum(U.float(), inner.s, inner.rows, damping)
+
+    def loss(self, error: Tensor) -> float:
+        """sqrt(trace(E G E^T H)) with the damped H, in the dtype of error."""
+        weighted = error @ self.gram.to(error.dtype) if self.gram is not None else error
+        unit = float(self.output_gram.diagonal().double().mean())
+        square = 2 * float((half_weigh(error.T, self.output_gram).T * weighted).sum(1).double().sum())
+        return math.sqrt(max(0.0, square + self.damping * unit * float((error * weighted).sum(1).double().sum())))
 
 
 def refit_left(target: Tensor, Vt: Tensor, gram: Tensor) -> Tensor:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from specomp.models.family import LinearSpec
+from specomp.ratio import Cost, pair_cost
 
 MappingName = Literal["two_sigmoid", "sigmoid", "identity", "exp"]
 BISECTIONS = 60
@@ -49,20 +50,29 @@ MAPPINGS: dict[str, Mapping] = {
 class GateBudget:
     """What gates (K,) cost in parameters, over the linears they belong to. Retention is stored over dense parameters of these linears."""
 
-    def __init__(self, linears: Sequence[LinearSpec], counts: Sequence[int], device: torch.device | str = "cpu") -> None:
-        """counts: components of each linear that still exist, in the order of the linears."""
+    def __init__(
+        self, linears: Sequence[LinearSpec], counts: Sequence[int], device: torch.device | str = "cpu", cost: Cost = pair_cost
+    ) -> None:
+        """counts: components of each linear that still exist, in the order of the linears; cost: what the packing stores at a rank."""
+        self.cost = cost
         self.counts = list(counts)
         self.dense = torch.tensor([x.params for x in linears], dtype=torch.float64, device=device)
-        self.price = torch.tensor([x.m + x.n for x in linears], dtype=torch.float64, device=device)
+        self.m = torch.tensor([x.m for x in linears], dtype=torch.float64, device=device)
+        self.n = torch.tensor([x.n for x in linears], dtype=torch.float64, device=device)
+        self.additive = all(cost(x.m, x.n, 2) == 2 * cost(x.m, x.n, 1) for x in linears)
         self.owner = torch.repeat_interleave(torch.arange(len(linears), device=device), torch.tensor(self.counts, device=device))
-        self._share = (self.price / self.dense.sum())[self.owner].float()
+        self._share = (self.stored(torch.ones_like(self.dense)) / self.dense.sum())[self.owner].float()
         place = torch.cat([torch.arange(count, dtype=torch.float64) / max(count, 1) for count in self.counts]).argsort(stable=True)
         self._lead = torch.empty(len(place), dtype=torch.float64, device=device)
         self._lead[place.to(device)] = TIE * torch.arange(len(place), 0, -1, dtype=torch.float64, device=device)
 
     def soft_retention(self, gates: Tensor, threshold: float, temperature: float) -> Tensor:
         """Differentiable retention: component i counts sigmoid((S_i - threshold) / temperature). May exceed 1: nothing is capped."""
-        return (torch.sigmoid((gates - threshold) / temperature) * self._share).sum()
+        soft = torch.sigmoid((gates - threshold) / temperature)
+        if self.additive:
+            return (soft * self._share).sum()
+        counts = torch.zeros_like(self.dense).index_add(0, self.owner, soft.double())
+        return (self.stored(counts).sum() / self.dense.sum()).float()
 
     def distinct(self, gates: Tensor) -> Tensor:
         """Gates (K,) in float64 without ties: of equal ones that of the larger singular value comes first.
@@ -73,12 +83,16 @@ class GateBudget:
 
     def ranks(self, gates: Tensor, threshold: float) -> Tensor:
         """Components (L,) of each linear at or above the threshold, at least one."""
-        kept = torch.zeros_like(self.price).index_add_(0, self.owner, (self.distinct(gates) >= threshold).double())
+        kept = torch.zeros_like(self.dense).index_add_(0, self.owner, (self.distinct(gates) >= threshold).double())
         return kept.clamp_min(1)
+
+    def stored(self, ranks: Tensor) -> Tensor:
+        """Numbers (L,) that factors of these ranks (L,) take."""
+        return self.cost(self.m, self.n, ranks)  # type: ignore[arg-type, return-value]
 
     def retention_of(self, ranks: Tensor) -> float:
         """Retention of ranks (L,); from break-even on a linear is stored dense and costs m n."""
-        return float(torch.minimum(ranks * self.price, self.dense).sum() / self.dense.sum())
+        return float(torch.minimum(self.stored(ranks), self.dense).sum() / self.dense.sum())
 
     def hard_retention(self, gates: Tensor, threshold: float) -> float:
         """Retention when everything below the threshold is pruned."""
@@ -104,8 +118,8 @@ class GateBudget:
         ranks = self.ranks(gates, threshold)
         gates = self.distinct(gates)
         keep = gates >= threshold
-        keep |= (ranks * self.price >= self.dense)[self.owner]
-        alone = torch.zeros_like(self.price).index_add_(0, self.owner, keep.double()) == 0
+        keep |= (self.stored(ranks) >= self.dense)[self.owner]
+        alone = torch.zeros_like(self.dense).index_add_(0, self.owner, keep.double()) == 0
         for linear in alone.nonzero().flatten().tolist():
             first = sum(self.counts[:linear])
             keep[first + int(gates[first : first + self.counts[linear]].argmax())] = True

@@ -7,10 +7,10 @@ embeddings and head included (tied weights once).
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 
-from torch import nn
+from torch import Tensor, nn
 
 from specomp.models.family import LinearSpec
-from specomp.modules import GridLinear
+from specomp.modules import GridLinear, PivotedLinear
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,7 +32,7 @@ def measure(model: nn.Module, linears: Sequence[LinearSpec]) -> Size:
     """Count a model; `linears` are the compressible ones. Biases are not weights: they count in the model, not in the linears."""
     parameters = list(model.parameters())  # each shared tensor once
     macs = sum(module.weight.numel() for module in model.modules() if isinstance(module, nn.Linear))
-    held = sum(p.numel() * p.element_size() for p in parameters)
+    held = sum(p.numel() * p.element_size() for p in [*parameters, *_index_buffers(model)])
     on_grids = [module for module in model.modules() if isinstance(module, GridLinear)]
     saved = sum(x.weight.numel() * x.weight.element_size() - x.grid.num_bytes(x.out_features, x.in_features) for x in on_grids)
     return Size(
@@ -42,6 +42,11 @@ def measure(model: nn.Module, linears: Sequence[LinearSpec]) -> Size:
         held_bytes=held,
         macs_per_token=macs,
     )
+
+
+def _index_buffers(model: nn.Module) -> list[Tensor]:
+    """Where pivoted linears find their outputs: no parameters, but stored."""
+    return [module.order for module in model.modules() if isinstance(module, PivotedLinear)]
 
 
 def _weights(module: nn.Module) -> int:

@@ -81,6 +81,78 @@ class GridLinear(nn.Linear):
         return module
 
 
+class PivotedLinear(nn.Module):
+    """y = [P x, C (P x)] in the order of the outputs, + b: a linear of rank r kept as r (m + n - r) numbers (PIFA, arXiv:2501.19090).
+
+    `pivots` P (r, n) are r rows of the weight itself, `others` C (m - r, r) write the remaining rows in terms of them, and `order` (m),
+    int32, says where among both each output is found. There is no `weight`: ask `merged_weight()`.
+    """
+
+    order: Tensor
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        rank: int,
+        *,
+        bias: bool,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+    ) -> None:
+        super().__init__()
+        self.in_features = in_features
+        self.out_features = out_features
+        self.rank = rank
+        self.pivots = nn.Linear(in_features, rank, bias=False, dtype=dtype, device=device)
+        self.others = nn.Linear(rank, out_features - rank, bias=False, dtype=dtype, device=device)
+        self.bias = nn.Parameter(torch.zeros(out_features, dtype=dtype, device=device)) if bias else None
+        self.register_buffer("order", torch.arange(out_features, dtype=torch.int32, device=device))
+
+    @classmethod
+    def from_pivots(
+        cls,
+        rows: Tensor,
+        coefficients: Tensor,
+        order: Tensor,
+        bias: Tensor | None,
+        *,
+        dtype: torch.dtype,
+        device: torch.device | str,
+    ) -> "PivotedLinear":
+        """From pivot rows (r n), coefficients (m-r r), order (m) and the bias (m) of the linear it replaces; all are copied."""
+        (rank, n), m = rows.shape, len(order)
+        # On the meta device nothing is drawn that would be overwritten at once.
+        module = cls(n, m, rank, bias=bias is not None, dtype=dtype, device="meta")
+        for owner, name, value in ((module.pivots, "weight", rows), (module.others, "weight", coefficients), (module, "bias", bias)):
+            if value is not None:
+                copy = value.detach().to(device=device, dtype=dtype, copy=True, memory_format=torch.contiguous_format)
+                setattr(owner, name, nn.Parameter(copy))
+        module.order = order.detach().to(device=device, dtype=torch.int32, copy=True)
+        return module
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (... n) -> y (... m)."""
+        pivots = self.pivots(x)
+        out: Tensor = torch.cat([pivots, self.others(pivots)], -1).index_select(-1, self.order)
+        return out if self.bias is None else out + self.bias
+
+    @torch.no_grad()
+    def merged_weight(self) -> Tensor:
+        """The weight (m n), multiplied in at least float32 and returned so."""
+        wide = torch.promote_types(self.pivots.weight.dtype, torch.float32)
+        rows = self.pivots.weight.to(wide)
+        return torch.cat([rows, self.others.weight.to(wide) @ rows])[self.order.long()]
+
+    def growth(self) -> float:
+        """The largest coefficient in absolute value: how much rounding errors of the pivots can grow."""
+        return float(self.others.weight.detach().abs().max())
+
+    def extra_repr(self) -> str:
+        """Sizes, as nn.Linear prints them, plus the rank."""
+        return f"in_features={self.in_features}, out_features={self.out_features}, rank={self.rank}, bias={self.bias is not None}"
+
+
 class GatedLinear(nn.Module):
     """y = U (g * (R x)) + b + d: a linear as its singular components, each with a trainable gate g = to_gate(score) (SoCo).
 

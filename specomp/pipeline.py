@@ -4,6 +4,7 @@ Build and check everything that is cheap; stop if the record says it is done; th
 """
 
 import logging
+import math
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -23,7 +24,7 @@ from specomp.models.export import load as load_folder
 from specomp.models.export import save_compressed
 from specomp.models.files import checked_folder, first_line
 from specomp.models.load import torch_device
-from specomp.ratio import Ratio
+from specomp.ratio import Ratio, break_even_rank, is_low_rank
 from specomp.results.figures import training_figure
 from specomp.results.record import Record, point_of, provenance, record_key
 from specomp.results.summary import show
@@ -143,7 +144,7 @@ def produce(experiment: Experiment, record: Record) -> tuple[Any, Any, list[dict
     before = measure(setup.model, setup.linears)
     reports: list[LinearReport] = []
     target = UNCOMPRESSED if experiment.method.is_dense else experiment.ratio
-    check_budget(setup.linears, target.retention)
+    check_budget(setup.linears, target.retention, experiment.method.packing.stored)
     if not experiment.method.is_dense:
         if experiment.options.reference:
             with record.stage("evaluate dense"):
@@ -153,6 +154,7 @@ def produce(experiment: Experiment, record: Record) -> tuple[Any, Any, list[dict
     note_quantization(record, reports, setup.model.dtype)
     balance = ledger(target.retention, before, after)
     record.ledger = counts(balance, target, setup, num_dense=sum(x.dense for x in reports)) | mean_errors(reports)
+    record.ledger["packing"] = type(experiment.method.packing).__name__.lower()
     if abs(balance.deviation) > 1e-3:
         record.note(
             f"measured retention {balance.measured_retention:.4f}, target {target.retention:.4f} ({balance.deviation:+.2%}): "
@@ -184,9 +186,13 @@ def factorize(experiment: Experiment, setup: Setup, record: Record) -> list[Line
     # An allocation may ask for dense spectra although the whitening will see compressed inputs: made when asked for.
     spectra_statistics = dense if upstream == "dense" else DenseStatistics(setup, method.whitening.needs)
     trains = bool(method.training.phases)
-    spectra = DenseSpectra(setup, method.target, method.whitening, spectra_statistics, complete=trains)
+    # Another packing than two factors may store components beyond their break-even rank.
+    complete = trains or any(is_low_rank(x.m, x.n, math.ceil(break_even_rank(x.m, x.n)), method.packing.stored) for x in setup.linears)
+    spectra = DenseSpectra(setup, method.target, method.whitening, spectra_statistics, complete=complete)
     with record.stage("allocate"):
-        ranks = method.allocation(setup.linears, experiment.ratio, dense, spectra, make_probe(setup, spectra, method.packing))
+        ranks = method.allocation(
+            *(setup.linears, experiment.ratio, dense, spectra, method.packing.stored), make_probe(setup, spectra, method.packing)
+        )
         ranks = {x.name: min(ranks[x.name], full_rank(x)) for x in setup.linears}
     if trains:
         return refine(experiment, setup, record, ranks, spectra, dense)
@@ -195,9 +201,12 @@ def factorize(experiment: Experiment, setup: Setup, record: Record) -> list[Line
     damped = [x for x in reports if x.damping > 0]
     if damped:
         record.note(
-            f"{len(damped)} of {len(reports)} Gram matrices needed damping, "
+            f"{len(damped)} of {len(reports)} linears have a damped Gram matrix, "
             f"at most {max(x.damping for x in damped):.1e} of their mean diagonal"
         )
+    pivoted = [x.growth for x in reports if x.growth is not None]
+    if pivoted:
+        record.note(f"{len(pivoted)} of {len(reports)} linears are pivoted, with coefficients up to {max(pivoted):.2f}")
     worst = max(reports, key=lambda x: x.loss_over_bound)
     if (
         not method.compensation.needs

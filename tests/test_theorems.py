@@ -8,13 +8,14 @@ from problems import SHAPES, STORED, Problem, by_root, eigen_root, examples, mak
 from torch import Tensor
 
 import specomp.factors
-from specomp.factors import CholeskyNorm, GramNorm, LowRankFactors, Norm, truncate
+from specomp.factors import CholeskyNorm, GramNorm, LowRankFactors, Norm, TwoSidedNorm, truncate
 from specomp.methods.asvd import ActivationWhitening
 from specomp.methods.fwsvd import FisherWhitening
+from specomp.methods.kronecker import KroneckerWhitening
 from specomp.methods.svd import NoWhitening
 from specomp.methods.svd_llm import CholeskyWhitening, GramWhitening
 from specomp.ratio import is_low_rank
-from specomp.statistics import Fisher
+from specomp.statistics import Fisher, Gram, OutputGradGram, Stats, TokenWeightedGram
 
 # The whitened truncation is the optimum, whichever root of the Gram whitens (SVD-LLM, Theorem 3.2).
 
@@ -177,6 +178,111 @@ def test_two_sided_norm_is_the_truncation_of_the_weighted_matrix(problem):
     reference = torch.linalg.inv(D) @ by_root(Problem(D @ problem.W, problem.X, problem.rank), S)
     found = product(truncate(GramNorm(problem.gram, left=left, solve="float64").decompose(problem.W), problem.rank))
     assert float((found - reference).norm()) <= 2e-5 * float(problem.W.norm())
+
+
+# The two-sided norm: the same optimum with a full matrix on the side of the outputs.
+
+
+def output_gram(m: int, *, tokens: int, seed: int = 1) -> Tensor:
+    """Gradients of a real model: small, of very unequal size, fewer than outputs where tokens < m."""
+    gradients = torch.randn(m, tokens, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    gradients = 1e-5 * torch.logspace(0, -2, m, dtype=torch.float64)[:, None] * gradients
+    return gradients @ gradients.T
+
+
+def damped_root(gram: Tensor, damping: float) -> Tensor:
+    """D (m, m), symmetric: another root than the one under test."""
+    return symmetric_root(gram + damping * gram.diagonal().mean() * torch.eye(len(gram), dtype=torch.float64))
+
+
+@examples
+@given(problems(), st.sampled_from([3, 80]), st.sampled_from([1e-3, 1e-2, 0.3]), st.sampled_from(["auto", "float64"]))
+def test_the_two_sided_norm_attains_the_bound(problem, tokens, damping, solve):
+    H = output_gram(len(problem.W), tokens=tokens)
+    D = damped_root(H, damping)
+    singular = torch.linalg.svdvals(D @ problem.W @ problem.X)
+    bound, size = float(singular[problem.rank :].norm()), float(singular.norm())
+    norm = KroneckerWhitening(fit="independent", damping=damping, solve=solve)(Stats({Gram(): problem.gram, OutputGradGram(): H}))
+    spectrum = norm.decompose(problem.W)
+    found = truncate(spectrum, problem.rank)
+    tolerance = 1e-3 if solve == "auto" and is_low_rank(*problem.W.shape, problem.rank) else 1e-5
+    unresolved = (1e-3 if solve == "auto" else 5 * STORED) * size
+    for loss in (float((D @ (product(found) - problem.W) @ problem.X).norm()), spectrum.tail(problem.rank)):
+        assert loss == pytest.approx(bound, rel=tolerance, abs=unresolved)
+    assert norm.loss(problem.W - product(found)) == pytest.approx(float((D @ (product(found) - problem.W) @ problem.X).norm()), rel=1e-6)
+    assert spectrum.damping == damping
+
+
+@examples
+@given(problems())
+def test_nothing_else_loses_less_in_the_two_sided_norm(problem):
+    H = output_gram(len(problem.W), tokens=80)
+    norm = TwoSidedNorm(problem.gram, H, 1e-2, solve="float64")
+    diagonal = H.diagonal() + 1e-2 * H.diagonal().mean()
+    others = [GramNorm(None), GramNorm(problem.gram), GramNorm(problem.gram, left=diagonal.sqrt()), GramNorm(None, left=diagonal.sqrt())]
+    best = norm.loss(problem.W - product(truncate(norm.decompose(problem.W), problem.rank)))
+    for other in others:
+        worse = norm.loss(problem.W - product(truncate(other.decompose(problem.W), problem.rank)))
+        assert best <= worse * (1 + 1e-5) + STORED * norm.loss(problem.W)
+
+
+@examples
+@given(problems())
+def test_one_sided_and_diagonal_norms_are_special_cases_of_the_two_sided(problem):
+    m = len(problem.W)
+    diagonal = torch.logspace(0, 1, m, dtype=torch.float64)
+    # Damping adds to the diagonal, which is no other norm than that of the sum.
+    damped = diagonal + 1e-2 * diagonal.mean()
+    pairs = [
+        (torch.eye(m, dtype=torch.float64) * 3e-9, GramNorm(problem.gram, solve="float64")),
+        (diagonal.diag(), GramNorm(problem.gram, left=damped.sqrt(), solve="float64")),
+    ]
+    for H, reference in pairs:
+        found = truncate(TwoSidedNorm(problem.gram, H, 1e-2, solve="float64").decompose(problem.W), problem.rank)
+        expected = truncate(reference.decompose(problem.W), problem.rank)
+        assert float((product(found) - product(expected)).norm()) <= 2e-5 * float(problem.W.norm())
+    importance = FisherWhitening(side="out", eps=1e-2, solve="float64")(Stats({Fisher("out"): diagonal}))
+    found = truncate(TwoSidedNorm(None, diagonal.diag(), 1e-2, solve="float64").decompose(problem.W), problem.rank)
+    assert float((product(found) - product(truncate(importance.decompose(problem.W), problem.rank))).norm()) <= 2e-5 * float(
+        problem.W.norm()
+    )
+
+
+@examples
+@given(problems())
+def test_the_nearest_product_weighs_tokens_where_inputs_and_gradients_depend_on_each_other(problem):
+    """Where they do not, both fits are one norm; where they do, the nearest product is nearer to the curvature, with its trace."""
+    m, tokens = len(problem.W), problem.X.shape[1]
+    gradients = torch.randn(m, tokens, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+    for g in (gradients / gradients.norm(dim=0), gradients * problem.X.norm(dim=0) ** 2):
+        sizes = {"in": g.norm(dim=0), "out": problem.X.norm(dim=0)}
+        weighted = {TokenWeightedGram(side): (own * sizes[side]) @ (own * sizes[side]).T for side, own in (("in", problem.X), ("out", g))}
+        known = Stats({Gram(): problem.gram, OutputGradGram(): g @ g.T, **weighted})
+        curvature = torch.einsum("at,bt,ct,dt->abcd", problem.X, g, problem.X, g)
+        distances = {}
+        for fit in ("independent", "nearest"):
+            norm = KroneckerWhitening(fit=fit, damping=1e-9, solve="float64")(known)
+            product_of_both = torch.einsum("ac,bd->abcd", norm.gram, norm.output_gram)
+            # K-FAC is right up to the number of tokens, which is the same for all linears.
+            product_of_both = product_of_both / (tokens if fit == "independent" else 1)
+            distances[fit] = float((product_of_both - curvature).norm() / curvature.norm())
+            if fit == "nearest":
+                trace = float(norm.gram.trace() * norm.output_gram.trace())
+                assert trace == pytest.approx(float(torch.einsum("abab->", curvature)), rel=1e-9)
+        assert distances["nearest"] <= distances["independent"] * (1 + 1e-9) or distances["independent"] < 0.5
+
+
+def test_outputs_without_any_gradient_weigh_the_same_and_next_to_nothing():
+    problem = make(9, 12, 3, 0, 40)
+    spectrum = TwoSidedNorm(problem.gram, torch.zeros(9, 9, dtype=torch.float64), 1e-2, solve="float64").decompose(problem.W)
+    assert problem.loss(truncate(spectrum, 3)) == pytest.approx(problem.bound, rel=1e-4)
+    assert spectrum.tail(0) <= 1e-14 * problem.size
+
+
+def test_gradients_that_are_not_finite_are_refused():
+    problem = make(9, 12, 3, 0, 40)
+    with pytest.raises(ValueError, match="not positive definite"):
+        TwoSidedNorm(problem.gram, torch.full((9, 9), torch.nan, dtype=torch.float64), 1e-2).decompose(problem.W)
 
 
 # Invariances.

@@ -72,7 +72,9 @@ def ours(setup: Setup, method: Method, quantizer: Any, compression: float, label
         dense = dense_statistics(setup, method.whitening.needs)
     spectra = DenseSpectra(setup, method.target, method.whitening, dense)
     with timed(f"{label} factorize"):
-        ranks = method.allocation(setup.linears, Ratio(compression=compression), dense, spectra, make_probe(setup, spectra, method.packing))
+        ranks = method.allocation(
+            setup.linears, Ratio(compression=compression), dense, spectra, method.packing.stored, make_probe(setup, spectra, method.packing)
+        )
         compress(setup, method, quantizer, ranks, spectra, dense)
 
 

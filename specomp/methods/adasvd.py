@@ -23,7 +23,7 @@ from specomp.errors import UserError
 from specomp.factors import LowRankFactors, balanced, refit_left, refit_left_naive, refit_right
 from specomp.methods.base import Probe, Spectra, StatsOf, Upstream
 from specomp.models.family import LinearSpec
-from specomp.ratio import Ratio
+from specomp.ratio import Cost, Ratio
 from specomp.settings import configurable
 from specomp.statistics import Gram, IOCosine, StackedGram, Statistic, Stats
 
@@ -79,7 +79,9 @@ class AdaCR:
     budget: Literal["water_filling", "raw"]
     needs: ClassVar[frozenset[Statistic]] = frozenset({IOCosine()})
 
-    def __call__(self, linears: Sequence[LinearSpec], target: Ratio, stats: StatsOf, spectra: Spectra, probe: Probe) -> dict[str, int]:
+    def __call__(
+        self, linears: Sequence[LinearSpec], target: Ratio, stats: StatsOf, spectra: Spectra, cost: Cost, probe: Probe
+    ) -> dict[str, int]:
         """Ranks."""
         cosine = {x.decoder_layer: float(stats(x.name)[IOCosine()]) for x in linears}
         importance = normalized_importance(cosine, self.importance)
@@ -90,8 +92,8 @@ class AdaCR:
         slope = {x.name: importance[x.decoder_layer] for x in linears}
         if self.budget == "raw":
             raw = {name: max(least, base[name] + slope[name] * (trr - mrr)) for name in base}
-            return floor_ranks(linears, raw)
-        return fill_ranks(linears, water_fill(linears, base, slope, trr, least), trr)
+            return floor_ranks(linears, raw, cost)
+        return fill_ranks(linears, water_fill(linears, base, slope, trr, least), trr, cost)
 
 
 def normalized_importance(cosine: dict[int, float], kind: Literal["block_influence", "cosine"]) -> dict[int, float]:

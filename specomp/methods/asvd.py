@@ -20,7 +20,7 @@ from specomp.linalg import SolveDtype
 from specomp.methods.base import Probe, Spectra, StatsOf
 from specomp.models.family import LinearSpec
 from specomp.progress import track
-from specomp.ratio import Ratio
+from specomp.ratio import Cost, Ratio, pair_cost
 from specomp.settings import configurable
 from specomp.statistics import AbsMean, Statistic, Stats
 
@@ -49,17 +49,21 @@ class SensitivityAllocation:
     candidates: tuple[Annotated[float, Field(gt=0, lt=1)], ...]
     needs: ClassVar[frozenset[Statistic]] = frozenset()
 
-    def __call__(self, linears: Sequence[LinearSpec], target: Ratio, stats: StatsOf, spectra: Spectra, probe: Probe) -> dict[str, int]:
+    def __call__(
+        self, linears: Sequence[LinearSpec], target: Ratio, stats: StatsOf, spectra: Spectra, cost: Cost, probe: Probe
+    ) -> dict[str, int]:
         """Ranks. Raises UserError when even the deepest cuts miss the target."""
         trials = []
         pairs = [(linear, share) for linear in linears for share in self.candidates]
         for linear, share in track(pairs, "sensitivity", len(pairs)):
-            rank = floor_ranks([linear], {linear.name: share})[linear.name]
+            rank = floor_ranks([linear], {linear.name: share}, cost)[linear.name]
             trials.append((probe(linear.name, rank), linear, rank))
-        return cut(trials, linears, target.retention)
+        return cut(trials, linears, target.retention, cost)
 
 
-def cut(trials: Sequence[tuple[float, LinearSpec, int]], linears: Sequence[LinearSpec], target: float) -> dict[str, int]:
+def cut(
+    trials: Sequence[tuple[float, LinearSpec, int]], linears: Sequence[LinearSpec], target: float, cost: Cost = pair_cost
+) -> dict[str, int]:
     """Apply the fewest, least harmful trials (loss, linear, rank) that bring the stored parameters to the target."""
     budget = target * sum(linear.params for linear in linears)
     ranks = {linear.name: full_rank(linear) for linear in linears}
@@ -69,7 +73,7 @@ def cut(trials: Sequence[tuple[float, LinearSpec, int]], linears: Sequence[Linea
         if used <= budget:
             break
         lower = min(rank, ranks[linear.name])
-        used += stored(linear, lower) - stored(linear, ranks[linear.name])
+        used += stored(linear, lower, cost) - stored(linear, ranks[linear.name], cost)
         ranks[linear.name] = lower
         log.debug("cut %s to rank %d (loss alone %.4f)", linear.name, lower, loss)
     if used > budget:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from specomp.factors import LowRankFactors, Norm, Spectrum
 from specomp.models.family import LinearSpec
-from specomp.ratio import Ratio
+from specomp.ratio import Cost, Ratio
 from specomp.settings import configurable
 from specomp.statistics import Statistic, Stats
 
@@ -64,8 +64,10 @@ class Allocation(Protocol):
     def needs(self) -> frozenset[Statistic]:
         """Statistics it reads, of the dense model."""
 
-    def __call__(self, linears: Sequence[LinearSpec], target: Ratio, stats: StatsOf, spectra: Spectra, probe: Probe) -> dict[str, int]:
-        """Rank per linear name; at or above break-even means dense."""
+    def __call__(
+        self, linears: Sequence[LinearSpec], target: Ratio, stats: StatsOf, spectra: Spectra, cost: Cost, probe: Probe
+    ) -> dict[str, int]:
+        """Rank per linear name; at or above break-even means dense. cost: what the packing stores at a rank."""
 
 
 @runtime_checkable
@@ -98,6 +100,9 @@ class Training(Protocol):
 @runtime_checkable
 class Packing(Protocol):
     """How factors are stored."""
+
+    def stored(self, m: int, n: int, rank: int) -> int:
+        """Numbers it stores for a low-rank m x n matrix (specomp.ratio.Cost)."""
 
     def __call__(self, linear: nn.Linear, factors: LowRankFactors) -> nn.Module:
         """The module that takes the linear's place."""

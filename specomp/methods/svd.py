@@ -11,7 +11,7 @@ from specomp.linalg import SolveDtype
 from specomp.methods.base import Probe, Spectra, StatsOf, Upstream
 from specomp.models.family import LinearSpec
 from specomp.modules import GridLinear, LowRankLinear
-from specomp.ratio import Ratio
+from specomp.ratio import Cost, Ratio, pair_cost
 from specomp.settings import configurable
 from specomp.statistics import Statistic, Stats
 
@@ -45,10 +45,12 @@ class UniformAllocation:
     exact_budget: bool
     needs: ClassVar[frozenset[Statistic]] = frozenset()
 
-    def __call__(self, linears: Sequence[LinearSpec], target: Ratio, stats: StatsOf, spectra: Spectra, probe: Probe) -> dict[str, int]:
+    def __call__(
+        self, linears: Sequence[LinearSpec], target: Ratio, stats: StatsOf, spectra: Spectra, cost: Cost, probe: Probe
+    ) -> dict[str, int]:
         """Ranks."""
         retention = {linear.name: target.retention for linear in linears}
-        return fill_ranks(linears, retention, target.retention) if self.exact_budget else floor_ranks(linears, retention)
+        return fill_ranks(linears, retention, target.retention, cost) if self.exact_budget else floor_ranks(linears, retention, cost)
 
 
 @configurable
@@ -57,7 +59,9 @@ class FullRank:
 
     needs: ClassVar[frozenset[Statistic]] = frozenset()
 
-    def __call__(self, linears: Sequence[LinearSpec], target: Ratio, stats: StatsOf, spectra: Spectra, probe: Probe) -> dict[str, int]:
+    def __call__(
+        self, linears: Sequence[LinearSpec], target: Ratio, stats: StatsOf, spectra: Spectra, cost: Cost, probe: Probe
+    ) -> dict[str, int]:
         """Ranks."""
         return {linear.name: full_rank(linear) for linear in linears}
 
@@ -85,6 +89,10 @@ class NoTraining:
 @configurable
 class Factors:
     """Store U (m, r) and Vt (r, n): r (m + n) numbers."""
+
+    def stored(self, m: int, n: int, rank: int) -> int:
+        """r (m + n)."""
+        return pair_cost(m, n, rank)
 
     def __call__(self, linear: nn.Linear, factors: LowRankFactors) -> nn.Module:
         """A LowRankLinear in the linear's dtype, on its device; rounded factors keep their grids."""

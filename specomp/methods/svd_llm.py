@@ -22,7 +22,7 @@ from specomp.factors import CholeskyNorm, GramNorm, LowRankFactors, Norm, balanc
 from specomp.linalg import SolveDtype
 from specomp.methods.base import Probe, Spectra, StatsOf, Upstream
 from specomp.models.family import LinearSpec
-from specomp.ratio import Ratio, rank_for_retention, retained
+from specomp.ratio import Cost, Ratio, rank_for_retention, retained
 from specomp.settings import configurable
 from specomp.statistics import Gram, Statistic, Stats
 
@@ -75,19 +75,21 @@ class TypeLossAllocation:
     exact_budget: bool
     needs: ClassVar[frozenset[Statistic]] = frozenset()
 
-    def __call__(self, linears: Sequence[LinearSpec], target: Ratio, stats: StatsOf, spectra: Spectra, probe: Probe) -> dict[str, int]:
+    def __call__(
+        self, linears: Sequence[LinearSpec], target: Ratio, stats: StatsOf, spectra: Spectra, cost: Cost, probe: Probe
+    ) -> dict[str, int]:
         """Ranks."""
         groups: dict[str, list[LinearSpec]] = defaultdict(list)
         for linear in linears:
             groups[linear.kind].append(linear)
         ranks: dict[str, int] = {}
         for members in groups.values():
-            losses = {x.name: spectra(x.name).tail(rank_for_retention(x.m, x.n, target.retention)) for x in members}
+            losses = {x.name: spectra(x.name).tail(rank_for_retention(x.m, x.n, target.retention, cost)) for x in members}
             removed = type_losses(losses, target.compression)
             retention = {name: retained(share) for name, share in removed.items()}
             # Clipping moves the group's mean: the level restores it.
             level = water_fill(members, retention, dict.fromkeys(retention, 1.0), target.retention, retained(self.max_compression))
-            ranks |= fill_ranks(members, level, target.retention) if self.exact_budget else floor_ranks(members, level)
+            ranks |= fill_ranks(members, level, target.retention, cost) if self.exact_budget else floor_ranks(members, level, cost)
         return ranks
 
 

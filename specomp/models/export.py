@@ -1,10 +1,10 @@
 """Compressed models on disk: folders that transformers loads like any other, bit for bit what was saved.
 
-form="factors"  U and Vt as they are. The config has a model_type of its own (specomp_llama) and lists the rank of every low-rank
-                linear; one generated Python file makes the folder self-contained. Loads by plain AutoModelForCausalLM after
-                `import specomp`, or without specomp by trust_remote_code=True; with neither, transformers refuses. Rounded factors are
-                packed (packed.py), and need compressed-tensors to be read.
-form="dense"    U Vt multiplied out to plain linears under the original model_type: loads everywhere, saves no memory.
+form="factors"  The factors as they are, pivoted or not. The config has a model_type of its own (specomp_llama) and lists the rank of
+                every low-rank linear; one generated Python file makes the folder self-contained. Loads by plain AutoModelForCausalLM
+                after `import specomp`, or without specomp by trust_remote_code=True; with neither, transformers refuses. Rounded
+                factors are packed (packed.py), and need compressed-tensors to be read.
+form="dense"    The factors multiplied out to plain linears under the original model_type: loads everywhere, saves no memory.
 """
 
 import contextlib
@@ -33,7 +33,7 @@ from specomp.models.load import LoadedModel, open_model, quiet
 from specomp.models.packed import grid_linears, packed_state, quantization_config, unpack_model, unpacking
 from specomp.models.remote import low_rank_config, low_rank_model
 from specomp.models.sources import folder_config, folder_tokenizer
-from specomp.modules import LowRankLinear
+from specomp.modules import LowRankLinear, PivotedLinear
 
 log = logging.getLogger(__name__)
 
@@ -49,7 +49,7 @@ def save_compressed(
     form: Literal["factors", "dense"],
     info: dict[str, Any],
 ) -> None:
-    """Write a model whose linears are nn.Linear or LowRankLinear, its tokenizer, generation settings and `info` (specomp.json).
+    """Write a model of nn.Linear, LowRankLinear and PivotedLinear, its tokenizer, generation settings and `info` (specomp.json).
 
     The folder appears complete or not at all; an earlier export there is replaced. Raises UserError when the folder holds
     something else, when a linear is of another type, and when the disk is full.
@@ -57,7 +57,9 @@ def save_compressed(
     linears = family_of(model.config).linears(model)
     biases = added_biases(model, [x.name for x in linears])
     switches = _bias_switches(model, len(linears), biases) if form == "dense" else {}
-    ranks = {name: module.rank for name, module in low_rank_linears(model).items()}
+    modules = low_rank_linears(model)
+    ranks = {name: module.rank for name, module in modules.items()}
+    pivoted = [name for name, module in modules.items() if isinstance(module, PivotedLinear)]
     dtypes = {parameter.dtype for parameter in model.parameters() if parameter.is_floating_point()}
     if len(dtypes) > 1:
         log.warning("%s: weights of several dtypes (%s); loading casts them to one.", folder, ", ".join(sorted(map(str, dtypes))))
@@ -69,10 +71,10 @@ def save_compressed(
             tokenizer.save_pretrained(target)
         base = base_model_type(model.config)
         config = json.loads((target / "config.json").read_text())
-        foreign = ("auto_map", "lowrank_ranks", "lowrank_biases")  # of the folder that the model itself was loaded from
+        foreign = ("auto_map", "lowrank_ranks", "lowrank_biases", "lowrank_pivoted")  # of the folder that the model itself was loaded from
         quantized = {"quantization_config": quantization_config(model)} if packed else {}
         kept = {key: value for key, value in config.items() if key not in foreign}
-        _write_json(target / "config.json", kept | switches | _identity(base, ranks, biases, form) | quantized)
+        _write_json(target / "config.json", kept | switches | _identity(base, ranks, biases, pivoted, form) | quantized)
         if form == "factors":
             (target / f"{_file_stem(base)}.py").write_text(modelling_source(base))
         for shard in target.glob("*.safetensors"):
@@ -98,9 +100,9 @@ def load(folder: Path | str, *, dtype: str | None = None, device_map: str | None
     return LoadedModel(model, tokenizer, family)
 
 
-def low_rank_linears(model: nn.Module) -> dict[str, LowRankLinear]:
-    """Every LowRankLinear by its full dotted name."""
-    return {name: module for name, module in model.named_modules() if isinstance(module, LowRankLinear)}
+def low_rank_linears(model: nn.Module) -> dict[str, LowRankLinear | PivotedLinear]:
+    """Every LowRankLinear and PivotedLinear by its full dotted name."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, LowRankLinear | PivotedLinear)}
 
 
 def added_biases(model: PreTrainedModel, names: Sequence[str]) -> list[str]:
@@ -129,21 +131,26 @@ def _bias_switches(model: PreTrainedModel, count: int, biases: Sequence[str]) ->
 
 
 def merged_state(model: nn.Module) -> dict[str, Tensor]:
-    """The state dict with the factors of each LowRankLinear multiplied out to `weight` (m n), and its bias under `bias`."""
+    """The state dict with the factors of each low-rank linear multiplied out to `weight` (m n), and its bias under `bias`."""
     state = dict(model.state_dict())
     for name, module in low_rank_linears(model).items():
-        del state[f"{name}.v_proj.weight"], state[f"{name}.u_proj.weight"]
-        state[f"{name}.weight"] = module.merged_weight().to(module.u_proj.weight.dtype)
-        if module.u_proj.bias is not None:
-            state[f"{name}.bias"] = state.pop(f"{name}.u_proj.bias")
+        dtype = next(module.parameters()).dtype
+        bias = module.bias if isinstance(module, PivotedLinear) else module.u_proj.bias
+        for part in module.state_dict():
+            del state[f"{name}.{part}"]
+        state[f"{name}.weight"] = module.merged_weight().to(dtype)
+        if bias is not None:
+            state[f"{name}.bias"] = bias.detach()
     return state
 
 
 def modelling_source(base: str) -> str:
     """The Python file that goes with the weights of a compressed `base` model: the classes of this package, copied, and two lines."""
     config, model = _class_names(base)
-    copied = "\n\n".join(inspect.getsource(item) for item in (LowRankLinear, low_rank_config, low_rank_model))
+    copied = "\n\n".join(inspect.getsource(item) for item in (LowRankLinear, PivotedLinear, low_rank_config, low_rank_model))
     return f'''"""A {base} model whose linears listed in config.json (lowrank_ranks) are products of two factors.
+
+Those of lowrank_pivoted are rows of the weight and the coefficients of its other rows.
 
 Those of lowrank_biases have a bias that the architecture has not.
 
@@ -165,13 +172,13 @@ Specomp{model} = low_rank_model({model}, Specomp{config})
 '''
 
 
-def _identity(base: str, ranks: dict[str, int], biases: list[str], form: str) -> dict[str, Any]:
+def _identity(base: str, ranks: dict[str, int], biases: list[str], pivoted: list[str], form: str) -> dict[str, Any]:
     """The fields of config.json that say which classes open the folder."""
     config, model = _class_names(base)
     if form == "dense":
         return {"model_type": base, "architectures": [model]}
     classes = {"AutoConfig": f"{_file_stem(base)}.Specomp{config}", "AutoModelForCausalLM": f"{_file_stem(base)}.Specomp{model}"}
-    own = {"lowrank_ranks": ranks, "lowrank_biases": biases}
+    own: dict[str, Any] = {"lowrank_ranks": ranks, "lowrank_biases": biases} | ({"lowrank_pivoted": pivoted} if pivoted else {})
     return {"model_type": COMPRESSED_PREFIX + base, "architectures": [f"Specomp{model}"], "auto_map": classes, **own}
 
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from specomp.errors import UserError
-from specomp.modules import LowRankLinear
+from specomp.modules import LowRankLinear, PivotedLinear
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,7 @@ class ModelFamily:
     def linears(self, model: nn.Module) -> list[LinearSpec]:
         """Every compressible linear, decoder layer by decoder layer, in the order of the sites.
 
-        Raises UserError where a module of the family is absent or is neither nn.Linear nor LowRankLinear.
+        Raises UserError where a module of the family is absent or is none of nn.Linear, LowRankLinear and PivotedLinear.
         """
         specs = []
         for index, decoder_layer in enumerate(self.layers(model)):
@@ -80,8 +80,8 @@ class ModelFamily:
                 "check decoder_layers of the family in specomp/models/families.py."
             ) from error
 
-    def _checked_linear(self, decoder_layer: nn.Module, kind: str, name: str) -> nn.Linear | LowRankLinear:
-        supported = "supported are torch.nn.Linear and specomp's LowRankLinear"
+    def _checked_linear(self, decoder_layer: nn.Module, kind: str, name: str) -> nn.Linear | LowRankLinear | PivotedLinear:
+        supported = "supported are torch.nn.Linear and specomp's LowRankLinear and PivotedLinear"
         try:
             module = decoder_layer.get_submodule(kind)
         except AttributeError as error:
@@ -89,7 +89,7 @@ class ModelFamily:
                 f"{name} does not exist in {type(decoder_layer).__name__}, but family '{self.name}' lists it ({supported}): "
                 "give this model a family of its own in specomp/models/families.py."
             ) from error
-        if not isinstance(module, nn.Linear | LowRankLinear):
+        if not isinstance(module, nn.Linear | LowRankLinear | PivotedLinear):
             raise UserError(f"{name} is a {_type_name(module)}; {supported}: load the model unquantized and without adapters.")
         if isinstance(module, nn.Linear) and not module.weight.is_floating_point():
             raise UserError(

@@ -21,6 +21,8 @@ def show(record: Record, *, console: Console | None = None) -> None:
     title = f"{choice['model']}, {choice['method']}, compression {ledger['target_compression']:.0%}"
     if choice.get("quantizer", "none") != "none":
         title += f", {choice['quantizer']}"
+    if (packing := ledger.get("packing", "factors")) != "factors":
+        title += f", {packing} packing"
     table = Table(title=title, box=SIMPLE, title_justify="left")
     table.add_column("")
     for column in ("dense", "compressed", "compressed / dense"):

@@ -27,6 +27,7 @@ def flatten(record: Record) -> dict[str, Any]:
         "model": record.choices.get("model"),
         "method": record.choices.get("method"),
         "variant": variant(record),
+        "packing": record.ledger.get("packing", "factors"),
         "compression": record.ledger.get("target_compression"),
         "target": record.ledger.get("target_retention"),
         "measured": record.ledger.get("measured_retention"),
@@ -72,6 +73,8 @@ def default_columns(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     """What a reader wants first: who, how much, how good, how long."""
     metrics = [c for c in columns_of(rows) if c.rpartition(" ")[2] in METRICS]
     leading = ["model", "method"] + (["variant"] if any(row["variant"] for row in rows) else [])
+    # Equal numbers of parameters buy different ranks in different packings: never beside each other without a label.
+    leading += ["packing"] if any(row["packing"] != "factors" for row in rows) else []
     training = [c for c in ("train seconds", "train tokens") if any(row.get(c) is not None for row in rows)]
     return [*leading, "compression", "target", "measured", *metrics, "seconds", *training, "status", "record"]
 

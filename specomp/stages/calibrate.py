@@ -21,7 +21,7 @@ from specomp.models.family import LinearSpec
 from specomp.progress import track
 from specomp.stages.observe import LayerObserver, stats_of
 from specomp.stages.setup import Setup
-from specomp.statistics import VERSION, Statistic, Stats
+from specomp.statistics import GRADIENT_SCOPES, VERSION, Statistic, Stats
 
 log = logging.getLogger(__name__)
 
@@ -142,7 +142,7 @@ def collect(setup: Setup, statistics: Iterable[Statistic]) -> None:
     """Compute and store statistics, window of decoder layers by window; gradient statistics in passes of their own."""
     statistics = list(statistics)
     for gradients in (False, True):
-        chosen = [x for x in statistics if (x.scope == "linear") == gradients]
+        chosen = [x for x in statistics if (x.scope in GRADIENT_SCOPES) == gradients]
         if chosen:
             for window in setup.family.windows(setup.model, setup.calibration.window):
                 _collect_window(setup, chosen, window, gradients=gradients)

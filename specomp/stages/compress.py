@@ -20,14 +20,14 @@ from specomp.factors import GramNorm, LowRankFactors, QuantizedFactors, Spectrum
 from specomp.linalg import relative
 from specomp.methods.base import Method, Quantizer, Upstream
 from specomp.models.family import LinearSpec
-from specomp.modules import replace_linear
+from specomp.modules import PivotedLinear, replace_linear
 from specomp.ratio import is_low_rank
 from specomp.stages.calibrate import DenseStatistics, linear_module, predict
 from specomp.stages.decompose import DenseSpectra, decompose
 from specomp.stages.observe import stats_of
 from specomp.stages.setup import Setup
 from specomp.stages.stream import HiddenStream
-from specomp.statistics import Statistic, Stats
+from specomp.statistics import GRADIENT_SCOPES, Statistic, Stats
 
 # Largest min(m, n) of a decoder layer whose linears are worked on side by side.
 SMALL = 1024
@@ -53,6 +53,8 @@ class LinearReport:
     # Of the rounded product to the unrounded one, in the method's norm; null without quantization. Damping: the most of both Hessians.
     quantization_error: float | None = None
     quantization_damping: float = 0.0
+    # Largest coefficient of a pivoted linear in absolute value; null for other packings.
+    growth: float | None = None
     seconds: float = 0.0
 
     def as_dict(self) -> dict[str, Any]:
@@ -119,7 +121,7 @@ class CompressionModule(L.LightningModule):
         start, method, setup = time.perf_counter(), self.method, self._setup[0]
         rank = self.ranks[linear.name]
         report = LinearReport(name=linear.name, m=linear.m, n=linear.n, rank=rank, stored=linear.params, dense=True)
-        if not is_low_rank(linear.m, linear.n, rank):
+        if not is_low_rank(linear.m, linear.n, rank, method.packing.stored):
             return report
         module = linear_module(setup.model, linear)
         W = module.weight.detach()
@@ -143,6 +145,7 @@ class CompressionModule(L.LightningModule):
             dense=False,
             stored=sum(p.numel() for name, p in packed.named_parameters() if not name.endswith("bias")),
             damping=spectrum.damping,
+            growth=packed.growth() if isinstance(packed, PivotedLinear) else None,
             seconds=time.perf_counter() - start,
             **errors_of(packed.merged_weight(), target.float(), norm, spectrum, rank),  # type: ignore[operator, arg-type]
             **quantization_of(factors, stored, norm),  # type: ignore[arg-type]
@@ -183,8 +186,8 @@ def dense_needs(method: Method, upstream: Upstream, quantizer: Quantizer) -> fro
         needs |= quantizer.needs
     if upstream == "dense":
         needs |= method.whitening.needs
-    elif any(x.scope == "linear" for x in method.whitening.needs):
-        raise UserError("The Fisher information is a gradient of the dense model's loss: set calibration.upstream=dense.")
+    elif any(x.scope in GRADIENT_SCOPES for x in method.whitening.needs):
+        raise UserError("The whitening reads gradients of the dense model's loss: set calibration.upstream=dense.")
     if repair.upstream == "dense" and repair.needs:
         if repair.num_samples is not None:
             raise UserError(

@@ -74,6 +74,6 @@ def decompose(norm: Norm, target: Tensor, name: str, keep: int | None = None) ->
         return norm.decompose(target, keep=keep)
     except ValueError as error:
         raise UserError(
-            f"{name}: {error}: calibrate on more tokens or with calibration.precision=float32, raise method.whitening.max_damping, "
+            f"{name}: {error}: calibrate on more tokens or with calibration.precision=float32, raise the damping of method.whitening, "
             "or use method/whitening=gram, which needs no damping."
         ) from error

@@ -12,7 +12,7 @@ from specomp.statistics import Accumulator, Precision, Statistic, Stats
 
 
 class LayerObserver:
-    """Accumulates statistics of one decoder layer: site inputs, gradients of its linears, its own input and output."""
+    """Accumulates statistics of one decoder layer: site inputs, gradients of its linears and of their outputs, its own input and output."""
 
     def __init__(
         self, layer: nn.Module, family: ModelFamily, statistics: Iterable[Statistic], precision: Precision, num_samples: int
@@ -41,6 +41,12 @@ class LayerObserver:
                 weight.requires_grad_(True)
                 feed = self._start(name, by_scope["linear"])
                 self._handles.append(weight.register_post_accumulate_grad_hook(lambda p, feed=feed: _consume(feed, p)))
+        if by_scope["output"]:
+            for name in (name for site in self.family.sites for name in site.linears):
+                feed = self._start(name, by_scope["output"])
+                self._handles.append(
+                    self.layer.get_submodule(name).register_forward_hook(lambda _, args, output, feed=feed: _follow(feed, args[0], output))
+                )
         if by_scope["decoder_layer"]:
             feed = self._start("layer", by_scope["decoder_layer"])
             self._handles.append(
@@ -79,7 +85,7 @@ class LayerObserver:
 
 def stats_of(linear: LinearSpec, values: Mapping[str, Tensor], statistics: Iterable[Statistic]) -> Stats:
     """The statistics of one linear out of its decoder layer's values. Raises KeyError when one was never collected."""
-    place = {"site": f"site{linear.site}", "linear": linear.kind, "decoder_layer": "layer"}
+    place = {"site": f"site{linear.site}", "linear": linear.kind, "output": linear.kind, "decoder_layer": "layer"}
     return Stats({x: values[f"{place[x.scope]}:{x.name}"] for x in statistics})
 
 
@@ -101,6 +107,13 @@ def _update(feed: list[Accumulator], *observation: Tensor) -> None:
     detached = [tensor.detach() for tensor in observation]
     for accumulator in feed:
         accumulator.update(*detached)
+
+
+def _follow(feed: list[Accumulator], x: Tensor, output: Tensor) -> None:
+    # No parameter asks for a gradient: the backward pass ends at the first linear observed, and makes no gradient of a weight.
+    if not output.requires_grad:
+        output.requires_grad_(True)
+    output.register_hook(lambda grad: _update(feed, grad, x))
 
 
 def _consume(feed: list[Accumulator], weight: Tensor) -> None:

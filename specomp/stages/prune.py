@@ -11,8 +11,8 @@ from specomp.gates import GateBudget
 from specomp.methods.base import Method, Quantizer
 from specomp.methods.spectrum import SpectrumTraining
 from specomp.models.family import LinearSpec
-from specomp.modules import replace_linear
-from specomp.ratio import Ratio, is_low_rank
+from specomp.modules import PivotedLinear, replace_linear
+from specomp.ratio import Cost, Ratio, is_low_rank
 from specomp.stages.calibrate import DenseStatistics
 from specomp.stages.compress import LinearReport, errors_of, quantization_of, quantize
 from specomp.stages.decompose import DenseSpectra
@@ -21,11 +21,11 @@ from specomp.stages.spectrum import Trained, settings_of
 
 
 def choose(
-    linears: list[LinearSpec], trained: Trained, training: SpectrumTraining, ratio: Ratio
+    linears: list[LinearSpec], trained: Trained, training: SpectrumTraining, ratio: Ratio, cost: Cost
 ) -> tuple[dict[str, Tensor], dict[str, float]]:
     """Indices of the components to keep, per linear, and what was counted on the way."""
     pruning = training.pruning
-    budget = GateBudget(linears, [len(trained.gates[x.name]) for x in linears])
+    budget = GateBudget(linears, [len(trained.gates[x.name]) for x in linears], cost=cost)
     alive = torch.cat([trained.alive[x.name] for x in linears])
     gates = torch.where(alive, torch.cat([trained.gates[x.name] for x in linears]), -1.0)
     exact = budget.threshold_for(gates, ratio.retention)
@@ -33,7 +33,7 @@ def choose(
     masks = (budget.kept(gates, threshold) & alive).split(budget.counts)
     counts = {x.name: int(mask.sum()) for x, mask in zip(linears, masks, strict=True)}
     if pruning.ranks == "allocation":
-        uniform = fill_ranks(linears, {x.name: ratio.retention for x in linears}, ratio.retention)
+        uniform = fill_ranks(linears, {x.name: ratio.retention for x in linears}, ratio.retention, cost)
         counts = {name: min(rank, len(trained.gates[name])) for name, rank in uniform.items()}
     chosen = {}
     for linear, mask in zip(linears, masks, strict=True):
@@ -60,7 +60,7 @@ def pack(
 ) -> tuple[list[LinearReport], dict[str, Tensor], dict[str, float]]:
     """Prune, merge the gates into the factors, and store them as every method does. Returns reports, kept indices per linear, counts."""
     training = settings_of(method)
-    chosen, account = choose(setup.linears, trained, training, ratio)
+    chosen, account = choose(setup.linears, trained, training, ratio, method.packing.stored)
     reports, out_of_order, kept = [], 0, 0
     for linear in setup.linears:
         start, name, index = time.perf_counter(), linear.name, chosen[linear.name]
@@ -74,7 +74,7 @@ def pack(
         whole = nn.Linear(linear.n, linear.m, bias=False, device="meta")
         whole.weight = nn.Parameter(factors.product().to(setup.model.dtype))
         whole.register_parameter("bias", _bias(module, trained.deviations[name], whole.weight))
-        low = is_low_rank(linear.m, linear.n, len(index))
+        low = is_low_rank(linear.m, linear.n, len(index), method.packing.stored)
         rounded = quantize(quantizer, factors, stats, setup.model.dtype, name) if low else factors
         packed = method.packing(whole, rounded) if low else whole
         replace_linear(setup.model, name, packed.requires_grad_(False))
@@ -91,6 +91,7 @@ def pack(
                 stored=sum(p.numel() for part, p in packed.named_parameters() if not part.endswith("bias")),
                 dense=not low,
                 damping=spectrum.damping,
+                growth=packed.growth() if isinstance(packed, PivotedLinear) else None,
                 seconds=time.perf_counter() - start,
                 **errors_of(merged, target, norm, spectrum, len(index)),  # type: ignore[arg-type]
                 **quantization_of(factors, rounded, norm),

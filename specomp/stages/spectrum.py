@@ -25,7 +25,7 @@ from specomp.cache import atomic_path, digest, make_folder, waiting
 from specomp.methods.base import Method, describe
 from specomp.methods.spectrum import SpectrumTraining
 from specomp.modules import GatedLinear, replace_linear
-from specomp.ratio import Ratio, is_low_rank
+from specomp.ratio import Cost, Ratio, is_low_rank, pair_cost
 from specomp.stages.calibrate import lightning_loop, linear_module
 from specomp.stages.decompose import DenseSpectra
 from specomp.stages.setup import Setup
@@ -67,6 +67,7 @@ def train(
     training, cache = settings_of(method), setup.cache
     settings = describe(training)
     pruning = settings.pop("pruning")
+    pair, price = ([cost(x.m, x.n, 2) for x in setup.linears] for cost in (pair_cost, method.packing.stored))
     key = digest(
         {
             "version": VERSION,
@@ -79,6 +80,7 @@ def train(
             "ranks": dict(ranks),
             "seed": seed,
         }
+        | ({} if price == pair else {"price": price})
     )
     with waiting(cache.lock("trained", key), "trains this spectrum"):
         stored, report = cache.load("trained", key, "scores"), cache.path("trained", key, "report").with_suffix(".json")
@@ -122,8 +124,8 @@ def _fit(
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
     training, samples, start = settings_of(method), setup.samples, time.perf_counter()
     teacher, device = TeacherStates(setup), setup.model.device
-    gated = gate(setup, training, ranks, spectra)
-    module = SpectrumModule(setup, training, ratio, teacher, gated, seed=seed, curve_file=curve_file)
+    gated = gate(setup, training, ranks, spectra, method.packing.stored)
+    module = SpectrumModule(setup, training, ratio, teacher, gated, cost=method.packing.stored, seed=seed, curve_file=curve_file)
     make_folder(folder)
     checkpoint = _latest(folder)
     log.info(
@@ -206,7 +208,9 @@ def _accelerator(setup: Setup) -> str:
     return {"cuda": "gpu"}.get(setup.model.device.type, setup.model.device.type) if chosen == "auto" else chosen
 
 
-def gate(setup: Setup, training: SpectrumTraining, ranks: Mapping[str, int], spectra: DenseSpectra) -> dict[str, GatedLinear]:
+def gate(
+    setup: Setup, training: SpectrumTraining, ranks: Mapping[str, int], spectra: DenseSpectra, cost: Cost = pair_cost
+) -> dict[str, GatedLinear]:
     """Replace every linear of the model by its gated components, in place."""
     setup.model.requires_grad_(False)
     dtype = torch.bfloat16 if training.precision == "bfloat16" else torch.float32
@@ -221,7 +225,7 @@ def gate(setup: Setup, training: SpectrumTraining, ranks: Mapping[str, int], spe
             start=training.gate.start,
             deviation=training.deviation,
         )
-        if is_low_rank(linear.m, linear.n, ranks[linear.name]):
+        if is_low_rank(linear.m, linear.n, ranks[linear.name], cost):
             module.prune(torch.arange(len(spectrum.s), device=spectrum.s.device) < ranks[linear.name])
         replace_linear(setup.model, linear.name, module)
         gated[linear.name] = module

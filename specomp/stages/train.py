@@ -24,7 +24,7 @@ from specomp.methods.spectrum import SpectrumTraining
 from specomp.modules import GatedLinear
 from specomp.phases import Cosine, LossTerms, Phase, PhaseSchedule
 from specomp.progress import track
-from specomp.ratio import Ratio
+from specomp.ratio import Cost, Ratio
 from specomp.stages.setup import Setup
 from specomp.stages.teacher import TeacherStates, distillation, head_of
 
@@ -46,6 +46,7 @@ class SpectrumModule(L.LightningModule):
         teacher: TeacherStates,
         gated: Mapping[str, GatedLinear],
         *,
+        cost: Cost,
         seed: int,
         curve_file: Path | None = None,
     ) -> None:
@@ -54,7 +55,7 @@ class SpectrumModule(L.LightningModule):
         # Lightning must not see what is not the student's.
         self._context = (setup, teacher)
         self.settings, self.target, self.seed = training, ratio.retention, seed
-        self.gated = dict(gated)
+        self.gated, self.cost = dict(gated), cost
         self.linears = [x for x in setup.linears if x.name in self.gated]
         self.schedule = PhaseSchedule(training.schedule, Cosine(training.warmup, training.learning_rate_final))
         self.phase: Phase = next(iter(training.schedule.values()))
@@ -70,7 +71,8 @@ class SpectrumModule(L.LightningModule):
         self._tokens, self._since = 0, time.perf_counter()
 
     def _budget(self) -> GateBudget:
-        return GateBudget(self.linears, [len(self.gated[x.name].rows) for x in self.linears], next(self.student.parameters()).device)
+        counts = [len(self.gated[x.name].rows) for x in self.linears]
+        return GateBudget(self.linears, counts, next(self.student.parameters()).device, self.cost)
 
     def flat_gates(self) -> Tensor:
         """(K,) of all components that exist."""

@@ -15,7 +15,7 @@ from specomp.methods.asvd import SensitivityAllocation, cut
 from specomp.methods.svd import FullRank, UniformAllocation
 from specomp.methods.svd_llm import TypeLossAllocation, type_losses
 from specomp.models.family import LinearSpec
-from specomp.ratio import Ratio, rank_for_retention
+from specomp.ratio import Ratio, pair_cost, rank_for_retention
 from specomp.statistics import IOCosine, Stats
 
 examples = settings(deadline=None, max_examples=60, derandomize=True, database=None)
@@ -103,16 +103,16 @@ def test_filling_starts_where_the_floor_took_the_most():
 @pytest.mark.parametrize("compression", [0.2, 0.4, 0.6, 0.8])
 def test_uniform_allocation(compression):
     linears, ratio = decoder(LLAMA_7B, 4), Ratio(compression=compression)
-    published = UniformAllocation(exact_budget=False)(linears, ratio, refuse, refuse, refuse)
+    published = UniformAllocation(exact_budget=False)(linears, ratio, refuse, refuse, pair_cost, refuse)
     assert published == {x.name: rank_for_retention(x.m, x.n, ratio.retention) for x in linears}
-    exact = UniformAllocation(exact_budget=True)(linears, ratio, refuse, refuse, refuse)
+    exact = UniformAllocation(exact_budget=True)(linears, ratio, refuse, refuse, pair_cost, refuse)
     assert kept(linears, published) <= kept(linears, exact) <= ratio.retention * (1 + 1e-12)
     assert kept(linears, exact) == pytest.approx(ratio.retention, abs=1e-5)
 
 
 def test_full_rank_keeps_everything():
     linears = decoder(LLAMA_7B, 2)
-    assert kept(linears, FullRank()(linears, Ratio(compression=0.5), refuse, refuse, refuse)) == 1
+    assert kept(linears, FullRank()(linears, Ratio(compression=0.5), refuse, refuse, pair_cost, refuse)) == 1
 
 
 # Water-filling.
@@ -158,7 +158,7 @@ def adacr(linears, importance: list[float], compression: float, *, budget: str =
         return Stats({IOCosine(): torch.tensor(cosine[layer[name]], dtype=torch.float64)})
 
     allocation = AdaCR(min_retention_gap=gap, importance=kind, budget=budget)
-    return allocation(linears, Ratio(compression=compression), stats, refuse, refuse)
+    return allocation(linears, Ratio(compression=compression), stats, refuse, pair_cost, refuse)
 
 
 def test_importance_has_mean_one():
@@ -230,7 +230,7 @@ def test_cosine_as_printed_barely_differs_from_uniform():
     def spread(kind: str) -> float:
         stats = {x.name: Stats({IOCosine(): torch.tensor(cosine[x.decoder_layer], dtype=torch.float64)}) for x in linears}
         allocation = AdaCR(min_retention_gap=0.1, importance=kind, budget="water_filling")
-        ranks = allocation(linears, Ratio(compression=0.5), stats.__getitem__, refuse, refuse)
+        ranks = allocation(linears, Ratio(compression=0.5), stats.__getitem__, refuse, pair_cost, refuse)
         shares = [ranks[f"layers.{i}.q"] / 2048 for i in range(8)]
         return max(abs(share - 0.5) for share in shares)
 
@@ -240,7 +240,7 @@ def test_cosine_as_printed_barely_differs_from_uniform():
 def test_no_gap_is_uniform():
     linears = decoder(LLAMA_7B, 4)
     ranks = adacr(linears, [2.0, 1.0, 0.5, 0.5], 0.5, budget="raw", gap=0.0)
-    assert ranks == UniformAllocation(exact_budget=False)(linears, Ratio(compression=0.5), refuse, refuse, refuse)
+    assert ranks == UniformAllocation(exact_budget=False)(linears, Ratio(compression=0.5), refuse, refuse, pair_cost, refuse)
 
 
 # SVD-LLM V2.
@@ -276,7 +276,7 @@ def test_type_loss_allocation_meets_the_budget_per_type(compression):
         return Spectrum(torch.empty(0), torch.full((4096,), 10.0 ** (int(name.split(".")[1]) - 1)), torch.empty(0))
 
     allocation = TypeLossAllocation(max_compression=0.95, exact_budget=True)
-    ranks = allocation(linears, ratio, refuse, spectra, refuse)
+    ranks = allocation(linears, ratio, refuse, spectra, pair_cost, refuse)
     assert set(ranks) == {x.name for x in linears}
     for kind in LLAMA_7B:
         group = [x for x in linears if x.kind == kind]
@@ -336,6 +336,6 @@ def test_sensitivity_allocation_probes_each_candidate_once():
         probed.append((name, rank))
         return {"a": 1.0, "b": 10.0}[name] / rank
 
-    ranks = SensitivityAllocation(candidates=(0.5, 0.9))(PAIR, Ratio(compression=0.28), refuse, refuse, probe)
+    ranks = SensitivityAllocation(candidates=(0.5, 0.9))(PAIR, Ratio(compression=0.28), refuse, refuse, pair_cost, probe)
     assert probed == [("a", 25), ("a", 45), ("b", 25), ("b", 45)]
     assert ranks == {"a": 25, "b": 45}  # losses 1/45, 1/25, 10/45 leave 0.95, 0.75, 0.7 of the parameters

@@ -14,19 +14,21 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import specomp
 from specomp.errors import UserError
+from specomp.factors import LowRankFactors
+from specomp.methods.pivoted import Pivoted
 from specomp.models.export import low_rank_linears, save_compressed
 from specomp.models.families import family_of
 from specomp.models.load import cast_weights
 from specomp.models.registration import register
-from specomp.modules import LowRankLinear, replace_linear
+from specomp.modules import LowRankLinear, PivotedLinear, replace_linear
 
 INFO = {"method": "svd", "ratio": 0.5, "record": "abc"}
 IDS = torch.arange(3, 23)[None]
 BLOCK_SPECOMP = "import sys; sys.modules['specomp'] = None\n"  # import specomp -> ImportError, however it is installed
 
 
-def compress(model, *, every: int = 1, dtype: torch.dtype = torch.float32):
-    """Truncate every `every`-th linear (a mix of dense and low-rank for every > 1), with ranks that differ."""
+def compress(model, *, every: int = 1, dtype: torch.dtype = torch.float32, pivoted: bool = False):
+    """Truncate every `every`-th linear (a mix with dense ones for every > 1), with ranks that differ; pivoted: every second of those."""
     cast_weights(model, dtype)
     for index, spec in enumerate(family_of(model.config).linears(model)):
         if index % every == 0:
@@ -34,6 +36,8 @@ def compress(model, *, every: int = 1, dtype: torch.dtype = torch.float32):
             U, s, Vt = torch.linalg.svd(linear.weight.detach().float(), full_matrices=False)
             rank = 4 + index % 5
             module = LowRankLinear.from_factors(U[:, :rank] * s[:rank], Vt[:rank], linear.bias, dtype=dtype, device="cpu")
+            if pivoted and index // every % 2 == 0:
+                module = Pivoted(max_growth=1.5)(linear, LowRankFactors(U[:, :rank] * s[:rank], Vt[:rank]))
             replace_linear(model, spec.name, module)
     return model
 
@@ -54,25 +58,28 @@ def export(tmp_path):
     return save
 
 
-@pytest.mark.parametrize("every", [1, 3])
+@pytest.mark.parametrize(("every", "pivoted"), [(1, False), (3, False), (1, True), (2, True)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_factors_reload_bit_for_bit_with_plain_transformers(tiny_any, export, dtype, every):
-    model = compress(tiny_any, every=every, dtype=dtype)
+def test_factors_reload_bit_for_bit_with_plain_transformers(tiny_any, export, dtype, every, pivoted):
+    model = compress(tiny_any, every=every, dtype=dtype, pivoted=pivoted)
     folder = export(model)
     reloaded, info = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
     assert not info["missing_keys"] and not info["unexpected_keys"] and not info["mismatched_keys"]
     assert reloaded.dtype == dtype
     assert (logits(reloaded) - logits(model)).abs().max() == 0.0
-    assert {name: module.rank for name, module in low_rank_linears(reloaded).items()} == {
-        name: module.rank for name, module in low_rank_linears(model).items()
+    assert {name: (type(module), module.rank) for name, module in low_rank_linears(reloaded).items()} == {
+        name: (type(module), module.rank) for name, module in low_rank_linears(model).items()
     }
+    assert pivoted is any(isinstance(module, PivotedLinear) for module in reloaded.modules())
+    assert pivoted is ("lowrank_pivoted" in json.loads((folder / "config.json").read_text()))
     tied = model.config.tie_word_embeddings
     assert (reloaded.get_output_embeddings().weight.data_ptr() == reloaded.get_input_embeddings().weight.data_ptr()) is tied
 
 
-def test_dense_form_equals_factors_and_is_an_ordinary_model(tiny_any, export):
+@pytest.mark.parametrize("pivoted", [False, True])
+def test_dense_form_equals_factors_and_is_an_ordinary_model(tiny_any, export, pivoted):
     base = tiny_any.config.model_type
-    model = compress(tiny_any, every=2)
+    model = compress(tiny_any, every=2, pivoted=pivoted)
     folder = export(model, "dense")
     config = json.loads((folder / "config.json").read_text())
     assert config["model_type"] == base and "lowrank_ranks" not in config and "auto_map" not in config
@@ -83,8 +90,9 @@ def test_dense_form_equals_factors_and_is_an_ordinary_model(tiny_any, export):
     torch.testing.assert_close(logits(reloaded), logits(model), atol=1e-5, rtol=0)
 
 
-def test_a_reloaded_model_can_be_saved_again_in_both_forms(export):
-    model = compress(tiny_model("opt"))
+@pytest.mark.parametrize("pivoted", [False, True])
+def test_a_reloaded_model_can_be_saved_again_in_both_forms(export, pivoted):
+    model = compress(tiny_model("opt"), pivoted=pivoted)
     once = specomp.load(export(model)).model
     again = specomp.load(export(once, folder="again")).model
     assert (logits(again) - logits(model)).abs().max() == 0.0
@@ -119,7 +127,7 @@ def test_training_mode_reload_has_gradients(export):
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_generation_with_cache_equals_without_and_padding_changes_nothing(tiny_any, export, dtype):
-    loaded = specomp.load(export(compress(tiny_any, dtype=getattr(torch, dtype))))
+    loaded = specomp.load(export(compress(tiny_any, dtype=getattr(torch, dtype), pivoted=True)))
     model, tokenizer = loaded.model, loaded.tokenizer
     batch = tokenizer(["a cat", "the quick brown fox"], return_tensors="pt", padding=True)
     options = {"max_new_tokens": 8, "do_sample": False, "pad_token_id": tokenizer.pad_token_id, "eos_token_id": None}
@@ -146,9 +154,9 @@ def run_python(code, folder, tmp_path, **environment):
     )
 
 
-@pytest.mark.parametrize("name", ["opt", "phi3"])
-def test_loads_bit_for_bit_without_specomp_when_the_code_in_the_folder_is_trusted(export, tmp_path, name):
-    model = compress(tiny_model(name), every=2)
+@pytest.mark.parametrize(("name", "pivoted"), [("opt", False), ("phi3", False), ("opt", True)])
+def test_loads_bit_for_bit_without_specomp_when_the_code_in_the_folder_is_trusted(export, tmp_path, name, pivoted):
+    model = compress(tiny_model(name), every=2, pivoted=pivoted)
     folder = export(model)
     torch.save(logits(model), tmp_path / "expected.pt")
     code = """

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from specomp.gates import MAPPINGS, GateBudget
 from specomp.models.family import LinearSpec
-from specomp.ratio import is_low_rank
+from specomp.ratio import is_low_rank, pivoted_cost
 
 examples = settings(deadline=None, max_examples=60, derandomize=True, database=None)
 THRESHOLD = 0.5
@@ -107,6 +107,26 @@ def test_the_soft_count_becomes_the_hard_one_without_the_dense_cap(problem):
     distances = [abs(float(budget.soft_retention(gates, THRESHOLD, t)) - uncapped) for t in (1.0, 1e-2, 1e-5)]
     assert distances[-1] <= 1e-5 * max(1.0, uncapped)
     assert distances[-1] <= distances[0] + 1e-6
+
+
+def test_another_packing_prices_its_components_one_by_one():
+    """Pivoted: r (m + n - r), the same soft as hard, and the gradient of the soft count is that price."""
+    linears = specs([(4, 6), (7, 5)])
+    budget = GateBudget(linears, counts_of(linears), cost=pivoted_cost)
+    gates = torch.tensor([1.5, 1.2, 0.1, 0.2] + [1.4, 1.3, 1.1, 0.0, 0.2])
+    expected = (2 * (10 - 2) + 3 * (12 - 3)) / (24 + 35)
+    assert budget.hard_retention(gates, THRESHOLD) == pytest.approx(expected)
+    assert float(budget.soft_retention(gates, THRESHOLD, 1e-3)) == pytest.approx(expected)
+    assert budget.retention_of(torch.tensor([4.0, 5.0])) == 1.0
+    gates.requires_grad_()
+    budget.soft_retention(gates, THRESHOLD, 0.3).backward()
+    step = 1e-2
+    for index in range(len(gates)):
+        shift = torch.zeros(len(gates))
+        shift[index] = step
+        with torch.no_grad():
+            up, down = (float(budget.soft_retention(gates + sign * shift, THRESHOLD, 0.3)) for sign in (1, -1))
+        assert float(gates.grad[index]) == pytest.approx((up - down) / (2 * step), rel=2e-2, abs=2e-4)
 
 
 def test_the_soft_count_of_a_gate_at_the_threshold_is_a_half():

@@ -11,7 +11,16 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 import specomp
-from specomp.ratio import Ratio, break_even_rank, is_low_rank, rank_for_retention, retained, retention_of_rank
+from specomp.ratio import (
+    Ratio,
+    break_even_rank,
+    is_low_rank,
+    pair_cost,
+    pivoted_cost,
+    rank_for_retention,
+    retained,
+    retention_of_rank,
+)
 
 # Ranks of LLaMA-7B's 4096 x 4096 and 4096 x 11008 matrices by percent kept.
 LLAMA_7B = {80: (1638, 2388), 60: (1228, 1791), 50: (1024, 1492), 40: (819, 1194), 30: (614, 895), 20: (409, 597)}
@@ -56,6 +65,29 @@ def test_rank_is_the_largest_that_the_retention_pays_for(m, n, retention):
     rank = rank_for_retention(m, n, retention)
     assert retention_of_rank(m, n, rank) <= retention + 1e-9
     assert retention_of_rank(m, n, rank + 1) > retention - 1e-9
+
+
+@examples
+@given(sizes, sizes, st.floats(0.01, 0.99))
+def test_two_factors_are_priced_by_the_published_formula(m, n, retention):
+    assert rank_for_retention(m, n, retention, pair_cost) == math.floor(retention * m * n / (m + n) + 1e-9)
+
+
+@examples
+@given(sizes, sizes, st.floats(0.01, 0.99))
+def test_pivots_buy_at_least_the_rank_of_two_factors(m, n, retention):
+    rank = rank_for_retention(m, n, retention, pivoted_cost)
+    assert rank >= rank_for_retention(m, n, retention)
+    assert pivoted_cost(m, n, rank) <= retention * m * n + 1e-9 * (m + n)
+    assert rank == min(m, n) or pivoted_cost(m, n, rank + 1) > retention * m * n
+
+
+@examples
+@given(sizes, sizes)
+def test_pivots_cost_nothing_at_full_rank(m, n):
+    assert pivoted_cost(m, n, min(m, n)) == m * n
+    assert not is_low_rank(m, n, min(m, n), pivoted_cost)
+    assert min(m, n) == 1 or is_low_rank(m, n, min(m, n) - 1, pivoted_cost)
 
 
 @examples

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import specomp.statistics
-from specomp.statistics import AbsMean, Fisher, Gram, IOCosine, Precision, StackedGram, Statistic, Stats
+from specomp.statistics import AbsMean, Fisher, Gram, IOCosine, OutputGradGram, Precision, StackedGram, Statistic, Stats, TokenWeightedGram
 
 DOUBLE = Precision(sums=torch.float64, products=torch.float64)
 SINGLE = Precision(sums=torch.float32, products=torch.float32)
@@ -72,6 +72,12 @@ def test_gram_is_order_free_and_adds_up():
     # Neither centred nor divided by the number of tokens.
     assert torch.allclose(run(Gram(), parts + parts), 2 * whole, rtol=1e-12)
     assert torch.equal(run(Gram(), [torch.full((1, 3, 2), 2.0)]), torch.full((2, 2), 12.0, dtype=torch.float64))
+
+
+def test_products_of_output_gradients_are_never_rounded_to_half_precision():
+    gradients = randn(2, 50, 6, dtype=torch.float32) * 1e-6
+    found = run(OutputGradGram(), [gradients], HALF)
+    assert float((found.double() - product(gradients)).norm()) <= 1e-6 * float(product(gradients).norm())
 
 
 def test_gram_value_can_be_read_on_the_way():
@@ -192,9 +198,18 @@ def test_fisher_of_half_precision_gradients_does_not_underflow():
 
 
 def test_descriptions_are_hashable_and_their_names_differ():
-    statistics = [Gram(), StackedGram(4), AbsMean(), IOCosine(), Fisher("in"), Fisher("out")]
-    assert len({statistic.name for statistic in statistics}) == len(set(statistics)) == 6
-    assert [statistic.scope for statistic in statistics] == ["site", "site", "site", "decoder_layer", "linear", "linear"]
+    statistics = [Gram(), StackedGram(4), AbsMean(), IOCosine(), Fisher("in"), Fisher("out"), OutputGradGram(), TokenWeightedGram("in")]
+    assert len({statistic.name for statistic in statistics}) == len(set(statistics)) == 8
+    assert [statistic.scope for statistic in statistics] == [
+        "site",
+        "site",
+        "site",
+        "decoder_layer",
+        "linear",
+        "linear",
+        "output",
+        "output",
+    ]
 
 
 def test_stats_is_a_read_only_copy():

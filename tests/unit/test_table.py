@@ -72,6 +72,15 @@ def test_a_training_is_priced_even_where_it_came_from_the_cache():
     assert "train seconds" not in default_columns([flatten(record())])
 
 
+def test_packings_are_never_beside_each_other_without_a_label():
+    pivoted = record("specomp")
+    pivoted.ledger["packing"] = "pivoted"
+    rows = [flatten(record()), flatten(pivoted)]
+    assert [cell(row, "packing") for row in rows] == ["factors", "pivoted"]
+    assert "packing" in default_columns(rows)
+    assert "packing" not in default_columns(rows[:1])
+
+
 def test_variant_is_what_was_changed_inside_the_method():
     overrides = ["method=adasvd", "method.allocation.budget=raw", "+method/whitening=none", "ratio=cr40", "calibration.upstream=compressed"]
     assert variant(record(overrides=overrides)) == "method.allocation.budget=raw method/whitening=none calibration.upstream=compressed"

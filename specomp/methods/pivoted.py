@@ -1,0 +1,71 @@
+"""Pivoted packing (PIFA, arXiv:2501.19090): r (m + n - r) numbers for a matrix of rank r instead of the r (m + n) of two factors.
+
+Pivoted   r rows of W' = U Vt, and the coefficients with which they make the other m - r   Sec. 3 (pivoting factorization)
+Exact for any W' of rank r; the same bytes buy a higher rank, and at full rank nothing is lost or added.
+Differs from the paper: pivots come from LU with partial pivoting of an orthonormal basis of U, then rows are exchanged until no coefficient
+exceeds `max_growth` (maxvol, Goreinov et al. 2010; CHOICE), so that storing both parts in low precision stays safe.
+"""
+
+from typing import Annotated
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+
+from specomp.factors import LowRankFactors
+from specomp.linalg import SOLVE_DTYPE
+from specomp.modules import PivotedLinear
+from specomp.ratio import pivoted_cost
+from specomp.settings import configurable
+
+
+@configurable
+class Pivoted:
+    """Store r pivot rows (r, n), coefficients (m - r, r), and the place of every output (m integers, counted in bytes)."""
+
+    max_growth: Annotated[float, Field(ge=1.01)]
+
+    def stored(self, m: int, n: int, rank: int) -> int:
+        """r (m + n - r)."""
+        return pivoted_cost(m, n, rank)
+
+    def __call__(self, linear: nn.Linear, factors: LowRankFactors) -> nn.Module:
+        """A PivotedLinear in the linear's dtype, on its device. Needs r < m."""
+        U = factors.U.to(SOLVE_DTYPE)
+        pivots, others, coefficients = pivot_rows(U, self.max_growth)
+        place = torch.cat([pivots, others]).argsort()
+        rows = U[pivots] @ factors.Vt.to(SOLVE_DTYPE)
+        weight = linear.weight
+        return PivotedLinear.from_pivots(rows, coefficients, place, linear.bias, dtype=weight.dtype, device=weight.device)
+
+
+def pivot_rows(U: Tensor, max_growth: float) -> tuple[Tensor, Tensor, Tensor]:
+    """(pivots (r), others (m - r), C (m - r, r)) with U[others] = C U[pivots] and |C| <= max_growth, for U (m, r) in float64, r < m.
+
+    Independent of the basis: U R gives the same for every invertible R. Columns of U may depend on each other.
+    """
+    m, rank = U.shape
+    basis = torch.linalg.qr(U).Q
+    order = torch.arange(m, device=U.device)
+    LU, swaps = torch.linalg.lu_factor(basis)
+    for row, other in enumerate(swaps.tolist()):
+        order[[row, other - 1]] = order[[other - 1, row]]
+    lower = LU[:rank].tril(-1)
+    C = torch.linalg.solve_triangular(lower, LU[rank:], upper=False, left=False, unitriangular=True)
+    # Each exchange multiplies the volume of the pivots by its coefficient, so this ends.
+    while float(C.abs().max()) > max_growth:
+        row, column = divmod(int(C.abs().argmax()), rank)
+        order[[column, rank + row]] = order[[rank + row, column]]
+        exchange(C, row, column)
+    pivots, others = order[:rank], order[rank:]
+    # Free of what the exchanges rounded.
+    return pivots, others, torch.linalg.solve(basis[pivots], basis[others], left=False)
+
+
+def exchange(C: Tensor, row: int, column: int) -> None:
+    """Makes C (m - r, r) what it is when pivot `column` and the other `row` change places: a rank-one update."""
+    pivot = float(C[row, column])
+    left, right = C[:, column].clone(), C[row].clone()
+    right[column] -= 1
+    left[row] += 1
+    C.addr_(left, right, alpha=-1 / pivot)
