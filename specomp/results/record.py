@@ -37,6 +37,7 @@ WEIGHTS_VERSION = 1
 WEIGHTS = ("model", "method", "ratio", "calibration", "quantizer", "seed")
 MACHINE = {"device", "device_map", "data_root", "local", "partial"}
 MEMORY = {"batch_size", "window"}
+COMPANIONS = ("linears.csv", "training.csv")
 PACKAGES = ("specomp", "torch", "transformers", "lightning", "datasets", "lm_eval", "hydra-core", "safetensors", "compressed-tensors")
 
 
@@ -188,7 +189,7 @@ def stored(folders: Sequence[Path] | None) -> list[Record]:
 
 
 def publish(records: Sequence[Record], sources: Sequence[RecordStore], folder: Path) -> list[Path]:
-    """Copy records, and their csv of linears, into a folder to commit; absolute paths are cut to their last part."""
+    """Copy records, and the csv files beside them, into a folder to commit; absolute paths are cut to their last part."""
 
     def portable(value: Any) -> Any:
         if isinstance(value, Mapping):
@@ -201,9 +202,11 @@ def publish(records: Sequence[Record], sources: Sequence[RecordStore], folder: P
     target = RecordStore(folder)
     for record in records:
         target.save(replace(record, config=portable(record.config), model_folder=None, calibration=portable(record.calibration)))
-        found = next((p for store in sources if (p := store.companion(record.key, "linears.csv")).exists()), None)
-        if found is not None and found != target.companion(record.key, "linears.csv"):
-            shutil.copyfile(found, target.companion(record.key, "linears.csv"))
+        for suffix in COMPANIONS:
+            copy = target.companion(record.key, suffix)
+            found = next((p for store in sources if (p := store.companion(record.key, suffix)).exists()), copy)
+            if found != copy:
+                shutil.copyfile(found, copy)
     return [target.path(record.key) for record in records]
 
 
