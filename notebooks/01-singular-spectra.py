@@ -16,32 +16,24 @@
 # what is lost is what never came in.
 
 # %%
-from hydra import compose, initialize_config_dir
-from hydra.core.hydra_config import HydraConfig
 from matplotlib.figure import Figure
 
-import specomp
-from specomp.experiment import build
+from specomp.experiment import typed
 from specomp.factors import truncate
 from specomp.pipeline import load_dense
 from specomp.results.record import Record
 from specomp.stages.calibrate import dense_statistics
 from specomp.statistics import Gram
 
-ROOT = specomp.__path__[0] + "/.."
 SHOWN = ("self_attn.q_proj", "self_attn.v_proj", "mlp.up_proj", "mlp.down_proj")
 
 # %% [markdown]
 # The embedded model and 16 samples of 128 tokens of English text, both offline. Any override of the command line works here.
 
 # %%
-with initialize_config_dir(f"{ROOT}/conf", version_base="1.3"):
-    overrides = ["method=svd_llm", "calibration.num_samples=16", "calibration.length=128", "benchmark=none", "save=false"]
-    cfg = compose("config", overrides=overrides, return_hydra_config=True)
-HydraConfig.instance().set_config(cfg)
-experiment = build(cfg)
+experiment = typed("method=svd_llm", "calibration.num_samples=16", "calibration.length=128", "benchmark=none", "save=false")
 setup = load_dense(experiment, Record(key="notebook"))
-statistics = dense_statistics(setup, frozenset({Gram}))
+statistics = dense_statistics(setup, frozenset({Gram()}))
 
 # %% [markdown]
 # One decoder layer from the middle: relative singular values of W itself (dashed) and in the norm of its inputs (solid).

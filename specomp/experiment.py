@@ -7,8 +7,9 @@ from typing import Any
 
 import lightning as L
 import torch
+from hydra import compose, initialize_config_dir
 from hydra.core.hydra_config import HydraConfig
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, OmegaConf, open_dict
 
 from specomp.cache import Cache
 from specomp.checks import check_machine, check_quantizer, check_training, make
@@ -93,3 +94,13 @@ def build(cfg: DictConfig) -> Experiment:
         config={**OmegaConf.to_container(cfg, resolve=True), "overrides": list(HydraConfig.get().overrides.task)},  # type: ignore[dict-item]
         **parts,
     )
+
+
+def typed(*overrides: str) -> Experiment:
+    """What `python run.py overrides...` would build: for notebooks and scripts. Raises UserError."""
+    with initialize_config_dir(str(Path(__file__).resolve().parents[1] / "conf"), version_base="1.3"):
+        cfg = compose("config", overrides=list(overrides), return_hydra_config=True)
+    HydraConfig.instance().set_config(cfg)
+    with open_dict(cfg):
+        del cfg["hydra"]
+    return build(cfg)

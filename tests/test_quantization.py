@@ -1,6 +1,7 @@
 """INT4 end to end: every quantizer on tiny models, its record, its folder in a process without specomp, and what is refused."""
 
 import importlib.util
+import statistics
 import subprocess
 import sys
 import textwrap
@@ -15,6 +16,7 @@ import specomp
 from specomp.checks import find_spec
 from specomp.errors import UserError
 from specomp.methods.adasvd import AdaComp
+from specomp.models.export import low_rank_linears
 from specomp.models.packed import grid_linears
 from specomp.pipeline import build
 from specomp.quantization.factors import FactorQuantizer
@@ -98,12 +100,11 @@ def test_streamed_and_dense_inputs_round_differently(tmp_path):
     for upstream in ("dense", "compressed"):
         options = ("method=svd", "ratio=cr60", "quantizer=gptq_int4", SMALL_GROUPS, f"calibration.upstream={upstream}")
         _, _, model, _, _ = compressed(tmp_path, *options)
-        found[upstream] = {name: x.weight for name, x in grid_linears(model).items()}
-    assert found["dense"].keys() == found["compressed"].keys()
-    first, last = (sorted(found["dense"])[i] for i in (0, -1))
+        found[upstream] = {name: x.merged_weight() for name, x in low_rank_linears(model).items()}
+    moved = {x: float((found["dense"][x] - found["compressed"][x]).norm() / found["dense"][x].norm()) for x in found["dense"]}
+    first, last = ([v for x, v in moved.items() if f"layers.{i}." in x] for i in (0, 2))
     # The first decoder layer sees the same inputs, up to the order of summation, which may move a number across a rounding edge.
-    assert (found["dense"][first] == found["compressed"][first]).float().mean() > 0.9
-    assert not torch.equal(found["dense"][last], found["compressed"][last])
+    assert statistics.median(first) < 1e-3 < statistics.median(last)
 
 
 def test_a_fresh_process_without_specomp_gives_the_same_logits(tmp_path):
