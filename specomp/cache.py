@@ -4,7 +4,10 @@ An entry is named by what made it (`digest` of a description), so it is never st
 under a lock; each carries a checksum, and an entry that does not match it is reported, dropped and made again.
 """
 
+import contextlib
 import errno
+import functools
+import getpass
 import hashlib
 import json
 import logging
@@ -12,6 +15,7 @@ import os
 import shutil
 import tempfile
 import threading
+import time
 import zlib
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -27,6 +31,8 @@ from specomp.errors import UserError
 
 log = logging.getLogger(__name__)
 
+POLL = 2.0  # seconds
+_claimed: list[FileLock] = []
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 _NOT_WRITABLE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST)
 
@@ -138,6 +144,28 @@ def waiting(lock: FileLock, what: str) -> AcquireReturnProxy:
     except Timeout:
         log.info("Waiting: another process %s.", what)
         return lock.acquire()
+
+
+@functools.cache
+def claim(what: str, count: int) -> int:
+    """Index of the first of `count` things (GPUs) that no other process of this machine and user holds; this one keeps it until it ends.
+
+    Jobs of a sweep that run side by side so take one each, however they were started. Waits, saying so, when all are taken.
+    """
+    folder = Path(tempfile.gettempdir()) / f"specomp-{getpass.getuser()}"
+    make_folder(folder)
+    told = False
+    while True:
+        for index in range(count):
+            lock = FileLock(folder / f"{what}{index}.lock")
+            with contextlib.suppress(Timeout):
+                lock.acquire(timeout=0)
+                _claimed.append(lock)  # a lock that is collected is released
+                return index
+        if not told:
+            log.info("Waiting: other processes hold all %d of %s.", count, what)
+        told = True
+        time.sleep(POLL)
 
 
 def make_folder(folder: Path) -> None:

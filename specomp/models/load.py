@@ -15,6 +15,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
+from specomp.cache import claim
 from specomp.errors import UserError
 from specomp.models.families import COMPRESSED_PREFIX, family_of
 from specomp.models.family import ModelFamily
@@ -93,11 +94,16 @@ def context_length(config: PreTrainedConfig) -> int:
 
 
 def torch_device(device: str, device_map: str | None) -> torch.device:
-    """Resolve "auto" (CUDA, else MPS, else CPU) and check that the device exists. Raises UserError when it does not."""
+    """Resolve "auto" (CUDA, else MPS, else CPU) and check that the device exists. Raises UserError when it does not.
+
+    Of several GPUs "auto" is the first that no other job of this machine holds, unless a device_map spreads the model over them.
+    """
     if device_map is not None and device != "auto":
         raise UserError(f"model.device={device} and model.device_map={device_map} contradict each other: leave one of them unset.")
     cuda, mps = torch.cuda.device_count(), torch.backends.mps.is_available()
     if device == "auto":
+        if cuda > 1 and device_map is None:
+            return torch.device("cuda", claim("gpu", cuda))
         return torch.device("cuda" if cuda else "mps" if mps else "cpu")
     target = torch.device(device)
     if (target.type == "cuda" and (target.index or 0) >= cuda) or (target.type == "mps" and not mps):

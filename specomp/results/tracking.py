@@ -72,7 +72,7 @@ class WandbTracking:
         return wandb.init(
             project=self.project,
             entity=self.entity,
-            group=self.group or choice.get("model"),
+            group=self.group or (record.config.get("table") or {}).get("caption") or choice.get("model"),
             job_type=choice.get("method"),
             name=f"{choice.get('method')} {choice.get('ratio')}",
             id=record.key[:12],

@@ -17,6 +17,7 @@ import torch
 import specomp.cache
 from specomp.cache import Cache, atomic_path, digest, disk_errors
 from specomp.errors import UserError
+from specomp.models.load import torch_device
 
 KEY = "ab" * 32
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16, torch.int64, torch.uint8, torch.bool]
@@ -285,3 +286,45 @@ def test_digest_ignores_the_order_of_keys_and_nothing_else():
 def test_digest_is_the_same_in_every_version():
     # sha256 of the text {"a":[true,null,0.5],"b":1}; a change here drops every cache there is.
     assert digest({"b": 1, "a": [True, None, 0.5]}) == "f93af7f23190b68f99e01d8388a571618e37d267046225998e3ab19a35905cf9"
+
+
+CLAIM = """
+import sys, time
+from specomp.cache import claim
+print(claim("tried", 2), claim("tried", 2), flush=True)
+time.sleep(float(sys.argv[1]))
+"""
+
+
+def test_every_process_claims_one_of_its_own(tmp_path):
+    """Two of two go to two processes, each for as long as it lives; a third waits for the first that ends."""
+    environment = os.environ | {"TMPDIR": str(tmp_path)}
+
+    def start(seconds: float) -> subprocess.Popen[str]:
+        return subprocess.Popen([sys.executable, "-c", CLAIM, str(seconds)], env=environment, stdout=subprocess.PIPE, text=True)
+
+    def claimed(process: subprocess.Popen[str]) -> str:
+        return process.stdout.readline().split()
+
+    first = start(60)
+    assert claimed(first) == ["0", "0"], "asked twice, the same one"
+    second = start(0)
+    assert claimed(second) == ["1", "1"]
+    second.communicate(timeout=30)
+    third = start(60)
+    assert claimed(third) == ["1", "1"], "free again"
+    fourth = start(0)
+    first.kill()
+    assert claimed(fourth) == ["0", "0"]
+    third.kill()
+    for process in (first, third, fourth):
+        process.communicate(timeout=30)
+
+
+def test_of_several_gpus_auto_is_one_that_is_free(monkeypatch):
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 4)
+    monkeypatch.setattr("specomp.models.load.claim", lambda what, count: {("gpu", 4): 2}[what, count])
+    assert torch_device("auto", None) == torch.device("cuda", 2)
+    assert torch_device("auto", "auto") == torch.device("cuda"), "spread over all of them"
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 1)
+    assert torch_device("auto", None) == torch.device("cuda")
