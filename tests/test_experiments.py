@@ -20,7 +20,7 @@ from specomp.checks import make
 from specomp.errors import UserError
 from specomp.pipeline import run
 from specomp.results.paper import grid, paper_table, write
-from specomp.results.record import RecordStore, point_of, publish
+from specomp.results.record import COMMITTED, RecordStore, point_of, publish, stored
 from specomp.results.render import Bold, render
 from specomp.results.report import main as report
 from specomp.results.sweep import Sweep, load_sweep, names
@@ -231,3 +231,13 @@ def test_the_report_in_a_browser(folder, tmp_path, width):
     assert found["page"] <= found["window"]
     assert found["tables"] >= 3
     assert found["drawn"] == found["figures"] > 0
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "experiments").glob("*/table.csv")), ids=lambda p: p.parent.name)
+def test_committed_tables_come_from_committed_records(path):
+    """The command in each table's own text makes it again, to the letter, from experiments/records."""
+    words = shlex.split(re.findall(r"made by `python run\.py -m ([^`]+)`", path.with_suffix(".md").read_text())[0])
+    name = next(x.partition("=")[2] for x in words if x.startswith("experiment="))
+    sweep = load_sweep(name, [x for x in words if not x.startswith("experiment=")], stored([COMMITTED]))
+    for suffix, form in ((".md", "markdown"), (".csv", "csv"), (".tex", "latex")):
+        assert path.with_suffix(suffix).read_text() == paper_table(sweep, form), f"made again by --write {path.parent}"
