@@ -1,6 +1,7 @@
 """`python run.py ...` in a process of its own, with cache and outputs in a folder of the test's own."""
 
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -17,7 +18,13 @@ def start(folder: Path, *typed: str) -> subprocess.Popen[str]:
         "HF_HUB_OFFLINE": "1",
     }
     line = [sys.executable, str(ROOT / "run.py"), "debug=tiny", *typed]
-    return subprocess.Popen(line, cwd=folder, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    return subprocess.Popen(line, cwd=folder, env=environment, preexec_fn=hear_ctrl_c, **pipes)
+
+
+def hear_ctrl_c() -> None:
+    """A shell's background jobs start with it ignored, and so does all that they start."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def finish(process: subprocess.Popen[str]) -> subprocess.CompletedProcess[str]:
