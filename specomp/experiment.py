@@ -96,11 +96,16 @@ def build(cfg: DictConfig) -> Experiment:
     )
 
 
-def typed(*overrides: str) -> Experiment:
-    """What `python run.py overrides...` would build: for notebooks and scripts. Raises UserError."""
+def composed(*overrides: str) -> DictConfig:
+    """What `python run.py overrides...` composes; also sets Hydra's own config, as run.py does."""
     with initialize_config_dir(str(Path(__file__).resolve().parents[1] / "conf"), version_base="1.3"):
         cfg = compose("config", overrides=list(overrides), return_hydra_config=True)
     HydraConfig.instance().set_config(cfg)
     with open_dict(cfg):
         del cfg["hydra"]
-    return build(cfg)
+    return cfg
+
+
+def typed(*overrides: str) -> Experiment:
+    """What `python run.py overrides...` would build: for notebooks and scripts. Raises UserError."""
+    return build(composed(*overrides))

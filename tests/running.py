@@ -4,14 +4,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from hydra import compose, initialize_config_dir
-from hydra.core.hydra_config import HydraConfig
 from hydra.utils import instantiate
-from omegaconf import DictConfig, OmegaConf, open_dict
+from omegaconf import DictConfig, OmegaConf
 from tiny import VOCAB, tiny_model, tiny_tokenizer
 
 from specomp.cache import Cache
 from specomp.data.calibration import CalibrationSet, TokenFile
+from specomp.experiment import composed
 from specomp.models.families import family_of
 from specomp.pipeline import build, run
 from specomp.results.record import Record, RecordStore, record_key
@@ -24,12 +23,7 @@ CONF = ROOT / "conf"
 def compose_config(folder: Path, *overrides: str) -> DictConfig:
     """What `python run.py debug=tiny ...` composes, with cache and outputs in `folder`; also sets Hydra's own config, as run.py does."""
     paths = [f"paths.cache={folder / 'cache'}", f"paths.outputs={folder / 'outputs'}", "paths.data=null"]
-    with initialize_config_dir(str(CONF), version_base="1.3"):
-        cfg = compose("config", overrides=["debug=tiny", *paths, *overrides], return_hydra_config=True)
-    HydraConfig.instance().set_config(cfg)
-    with open_dict(cfg):
-        del cfg["hydra"]
-    return cfg
+    return composed("debug=tiny", *paths, *overrides)
 
 
 def compose_run(folder: Path, *overrides: str) -> Record:

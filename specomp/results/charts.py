@@ -36,20 +36,8 @@ def curves(sweep: Sweep, column: Column, *, against: str) -> str | None:
         values = point.values(column)
         if values:
             lines.setdefault(series(point), []).append((fmean(place(r) for r in point.done), fmean(values)))
-    if not any(len(line) > 1 for line in lines.values()):
-        return None
-    figure, axes = _new()
-    for name, line in lines.items():
-        axes.plot(*zip(*sorted(line), strict=True), marker="o", markersize=4, linewidth=1.5, label=name)
-    dense = sweep.dense(column)
-    if dense is not None:
-        axes.axhline(dense, color="0.5", linewidth=1, linestyle=":", label="dense")
     label = "stored share of the linears' parameters (retention)" if against == "retention" else "MB of the whole model"
-    axes.set(xlabel=label, ylabel=column.label, yscale="log" if column.lower_is_better else "linear")
-    if column.lower_is_better:
-        _plain_ticks(axes.yaxis)
-    axes.legend(fontsize="small", frameon=False)
-    return svg(figure)
+    return _metric_lines(lines, column, label, sweep.dense(column))
 
 
 def steps(sweep: Sweep, column: Column) -> str | None:
@@ -63,12 +51,21 @@ def steps(sweep: Sweep, column: Column) -> str | None:
         if x is not None and (values := point.values(column)):
             name = ", ".join(v for k, v in point.keys.items() if k != numeric) or point.models
             lines.setdefault(name, []).append((x, fmean(values)))
+    return _metric_lines(lines, column, numeric)
+
+
+def _metric_lines(
+    lines: Mapping[str, Sequence[tuple[float, float]]], column: Column, xlabel: str, dense: float | None = None
+) -> str | None:
+    """Named lines of (x, metric), with the dense model's as a level. None when no two points make a line."""
     if not any(len(line) > 1 for line in lines.values()):
         return None
     figure, axes = _new()
     for name, line in lines.items():
         axes.plot(*zip(*sorted(line), strict=True), marker="o", markersize=4, linewidth=1.5, label=name)
-    axes.set(xlabel=numeric, ylabel=column.label, yscale="log" if column.lower_is_better else "linear")
+    if dense is not None:
+        axes.axhline(dense, color="0.5", linewidth=1, linestyle=":", label="dense")
+    axes.set(xlabel=xlabel, ylabel=column.label, yscale="log" if column.lower_is_better else "linear")
     if column.lower_is_better:
         _plain_ticks(axes.yaxis)
     axes.legend(fontsize="small", frameon=False)

@@ -22,8 +22,7 @@ def paper_table(sweep: Sweep, form: Form) -> str:
     if form == "latex":
         return "".join(f"% {line}\n" for line in facts(sweep)) + table
     parts = [f"# {sweep.caption}", "\n".join(f"- {line}" for line in facts(sweep)), table.rstrip()]
-    notes = list(dict.fromkeys(q.note for p in sweep.points for c in sweep.columns if (q := sweep.quote(p, c)) and q.note))
-    if notes:
+    if notes := sweep.notes():
         parts.append("On the paper's numbers:\n\n" + "\n".join(f"- {note}" for note in notes))
     missing = sweep.missing()
     if missing:
@@ -43,7 +42,7 @@ def facts(sweep: Sweep) -> list[str]:
         lines.append("calibration: " + "; ".join(described))
     lines += [f"{c.label}: mean over the factorized linears, see the csv of linears" for c in sweep.columns if c.protocol == LEDGER]
     for column in sweep.columns:
-        found = next((v for r in records for k, v in r.metrics.items() if column.of(r) is not None and k.startswith(column.protocol)), None)
+        found = next((column.result(r) for r in records if column.of(r) is not None), None)
         if found is None:
             continue
         if column.metric == "ppl":
@@ -144,8 +143,7 @@ def _best(sweep: Sweep, column: Column) -> dict[str, float]:
 
 def _collapsed(record: Record, column: Column) -> bool:
     value = column.of(record)
-    found = [v for k, v in record.metrics.items() if k.startswith(column.protocol)]
-    return column.metric == "ppl" and value is not None and (not math.isfinite(value) or any(v.get("collapsed") for v in found))
+    return column.metric == "ppl" and value is not None and (not math.isfinite(value) or bool(column.result(record).get("collapsed")))
 
 
 def _retention(point: Point) -> str:

@@ -39,7 +39,7 @@ code, pre { font: .8rem/1.4 ui-monospace, monospace; overflow-wrap: anywhere; wh
 
 def report(sweep: Sweep, folders: Sequence[RecordStore]) -> str:
     """The page."""
-    parts = [f"<h1>{html.escape(sweep.caption)}</h1>", _list(facts(sweep)), *_notes(sweep), "<h2>Table</h2>", _table(*grid(sweep))]
+    parts = [f"<h1>{html.escape(sweep.caption)}</h1>", _list(facts(sweep)), *_notes(sweep.notes()), "<h2>Table</h2>", _table(*grid(sweep))]
     figures = [
         _figure(drawing, f"{column.label} against {what}")
         for column in sweep.columns
@@ -90,8 +90,7 @@ def _list(lines: Sequence[str]) -> str:
     return "<ul>" + "".join(f"<li>{x}</li>" for x in marked) + "</ul>"
 
 
-def _notes(sweep: Sweep) -> list[str]:
-    notes = list(dict.fromkeys(q.note for p in sweep.points for c in sweep.columns if (q := sweep.quote(p, c)) and q.note))
+def _notes(notes: Sequence[str]) -> list[str]:
     return ["<p>On the paper's numbers:</p>", _list(notes)] if notes else []
 
 

@@ -9,7 +9,7 @@ import math
 import shlex
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -44,13 +44,17 @@ class Column:
 
     def of(self, record: Record, *, dense: bool = False) -> float | None:
         """The value in a record, of the compressed model or of its dense reference."""
+        return self.result(record, dense=dense).get(self.metric)
+
+    def result(self, record: Record, *, dense: bool = False) -> Mapping[str, Any]:
+        """All that the benchmark says of a record; empty where it was not run."""
         if self.protocol == LEDGER:
-            return None if dense else record.ledger.get(self.metric)
+            return {} if dense else record.ledger
         metrics = record.dense_metrics if dense else record.metrics
         found = [v for k, v in metrics.items() if k == self.protocol or (self.protocol.endswith(":") and k.startswith(self.protocol))]
         if len(found) > 1:
             raise UserError(f"Record {record.key[:12]} has {self.protocol} of {len(found)} different texts: keep one data root per table.")
-        return found[0].get(self.metric) if found else None
+        return found[0] if found else {}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,14 +93,12 @@ class Quote:
 class Sweep:
     """Everything one table is made of."""
 
-    name: str
     caption: str
     command: str
     keys: list[str]
     columns: list[Column]
     points: list[Point]
     quotes: list[Quote]
-    config: dict[str, Any] = field(repr=False)
 
     @property
     def records(self) -> list[Record]:
@@ -120,6 +122,11 @@ class Sweep:
         """The published cell for a point: of its own model where there is one, else of the first model that is quoted."""
         found = [q for q in self.quotes if q.metric == column.label and all(_same(point.keys.get(k, v), v) for k, v in q.keys.items())]
         return next((q for q in found if q.model == point.models), found[0] if found else None)
+
+    def notes(self) -> list[str]:
+        """What is said of the published cells that have a place in the table, each once."""
+        found = (self.quote(p, c) for p in self.points for c in self.columns)
+        return list(dict.fromkeys(q.note for q in found if q is not None and q.note))
 
 
 def _same(typed: str, printed: str) -> bool:
@@ -180,14 +187,12 @@ def _load(name: str, overrides: Sequence[str], by_point: Mapping[str, list[Recor
             )
         )
     return Sweep(
-        name=name,
         caption=str(base.table.caption),
         command=shlex.join(["python", "run.py", "-m", f"experiment={name}", *overrides]),
         keys=keys,
         columns=columns_of(base),
         points=points,
         quotes=quotes(ROOT / "experiments" / name / "expected.csv"),
-        config=_container(base),
     )
 
 

@@ -131,9 +131,8 @@ class CompressionModule(L.LightningModule):
         factors = truncate(spectrum, rank)
         repair_stats = stats_of(linear, repair_values, self.repair_needs) if self.repair_streamed else self.dense(linear.name)
         if method.compensation.needs:
-            stats = repair_stats
-            repaired = method.compensation(target.float(), factors, stats)
-            report = replace(report, compensation_gain=_gain(method, stats, target, factors, repaired))
+            repaired = method.compensation(target.float(), factors, repair_stats)
+            report = replace(report, compensation_gain=_gain(method, repair_stats, target, factors, repaired))
             factors = repaired
         seen = repair_stats if self.quantize_from == "repair" else whitening_stats
         stored = quantize(self.quantizer, factors, seen, W.dtype, linear.name)
