@@ -56,7 +56,11 @@ def test_every_point_is_a_valid_experiment_of_its_own(name):
     assert len(marks) == len(sweep.points) == len(sweep.missing()), "nothing has run"
 
 
-@pytest.mark.parametrize("overrides", [*([f"model={x}"] for x in PAPER_MODELS[1:]), ["model=smollm2_135m", "budget=cpu"]], ids=str)
+@pytest.mark.parametrize(
+    "overrides",
+    [*([f"model={x}"] for x in PAPER_MODELS[1:]), ["model=smollm2_135m", "budget=cpu"], ["model=smollm2_135m", "budget=cpu_bf16"]],
+    ids=str,
+)
 @pytest.mark.parametrize("name", EXPERIMENTS)
 def test_every_experiment_composes_for_every_model(name, overrides):
     narrow = [] if name == "soco_ablation" else ["ratio=cr60"]

@@ -18,7 +18,7 @@ from pydantic import NonNegativeInt, PositiveInt
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from specomp.errors import UserError
-from specomp.evaluation.perplexity import evaluating
+from specomp.evaluation.perplexity import ForwardPrecision, evaluating, precision_mark
 from specomp.progress import track
 from specomp.settings import configurable
 
@@ -54,6 +54,7 @@ class HarnessTask:
     num_fewshot: NonNegativeInt | None
     limit: PositiveInt | None
     batch_size: PositiveInt
+    precision: ForwardPrecision
     data_root: Path | None
     metric: str
 
@@ -62,7 +63,7 @@ class HarnessTask:
         """For example piqa@1, piqa@1:limit100, mmlu@1:5shot, mmlu@1:limit2each (subject)."""
         settings = [f"{self.num_fewshot}shot"] if self.num_fewshot is not None else []
         settings += [f"limit{self.limit_each}{'each' if self.task == MMLU else ''}"] if self.limit is not None else []
-        return ":".join([f"{self.task}@{self.version}", *settings])
+        return ":".join([f"{self.task}@{self.version}", *settings, *precision_mark(self.precision)])
 
     @property
     def protocol(self) -> str:
@@ -87,7 +88,7 @@ class HarnessTask:
         """acc, acc_norm where the task defines it, their _stderr, n (documents), nonfinite_requests, truncated_requests."""
         from lm_eval.evaluator import evaluate
 
-        with _quiet(), evaluating(model):
+        with _quiet(), evaluating(model, self.precision):
             loaded = _load(self._specification(), self.task)
             for task in loaded["tasks"].values():
                 shots = self.num_fewshot if self.num_fewshot is not None else task.get_config("num_fewshot")

@@ -9,10 +9,10 @@ import hashlib
 import logging
 import math
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, ClassVar
+from typing import Annotated, ClassVar, Literal
 
 import torch
 from pydantic import Field, PositiveInt
@@ -29,6 +29,7 @@ from specomp.settings import configurable
 log = logging.getLogger(__name__)
 CHUNK = 256  # positions whose float32 log-softmax exists at a time: 50 MB at a vocabulary of 49152
 MIN_WINDOW = 2  # one token to read, one to predict
+ForwardPrecision = Literal["float32", "bfloat16"]
 
 
 @dataclass(frozen=True)
@@ -55,15 +56,17 @@ class WindowLoss:
 
 
 @contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Eval mode without gradients; the mode of every submodule is put back afterwards.
+def evaluating(model: nn.Module, precision: ForwardPrecision = "float32") -> Iterator[None]:
+    """Eval mode without gradients; the mode of every submodule is put back afterwards. bfloat16: a float32 model multiplies in bfloat16.
 
     no_grad and not inference_mode: buffers a model makes while it runs must stay usable in later training.
     """
     training = [module for module in model.modules() if module.training]
+    parameter = next(model.parameters())
+    half = precision == "bfloat16" and parameter.dtype == torch.float32
     model.eval()
     try:
-        with torch.no_grad():
+        with torch.no_grad(), torch.autocast(parameter.device.type, torch.bfloat16) if half else nullcontext():
             yield
     finally:
         for module in training:
@@ -78,14 +81,21 @@ def cut_windows(ids: Tensor, window: int, max_windows: int | None) -> Tensor:
     return ids[: count * window].view(count, window)
 
 
-def window_nll(model: PreTrainedModel, windows: Tensor, batch_size: int, *, description: str = "perplexity") -> WindowLoss:
+def precision_mark(precision: ForwardPrecision) -> list[str]:
+    """What the precision adds to a benchmark's id: nothing for float32."""
+    return [] if precision == "float32" else ["bf16"]
+
+
+def window_nll(
+    model: PreTrainedModel, windows: Tensor, batch_size: int, *, precision: ForwardPrecision = "float32", description: str = "perplexity"
+) -> WindowLoss:
     """NLL in nats of every window, int64 (w, tokens), in float32, summed in float64; nothing is left out.
 
     Equivalent to w * (tokens - 1) * the loss of `model(windows, labels=windows)`, without a float32 copy of all logits.
     """
     batches = windows.split(batch_size)  # type: ignore[no-untyped-call]
     sums: list[Tensor] = []
-    with evaluating(model):
+    with evaluating(model, precision):
         for batch in track(batches, description, len(batches)):
             ids = batch.to(model.device)
             logits = model(input_ids=ids, use_cache=False).logits[:, :-1]
@@ -147,17 +157,18 @@ class Perplexity:
     window: Annotated[int, Field(ge=MIN_WINDOW)]
     max_windows: PositiveInt | None
     batch_size: PositiveInt
+    precision: ForwardPrecision
 
     @property
     def id(self) -> str:
-        """For example wikitext2@1:512x24:5d1f0c92, the last part from the hash of the text: a local part of a corpus, or another
-        Python's documentation, is another benchmark. Reads the text."""
+        """For example wikitext2@1:512x24:5d1f0c92, or wikitext2@1:512x24:bf16:5d1f0c92. The last part is from the hash of the text: a
+        local part of a corpus, or another Python's documentation, is another benchmark. Reads the text."""
         return self.protocol + self.corpus.describe()["sha256"][:8]
 
     @property
     def protocol(self) -> str:
         """The id without the text, up to and with its colon."""
-        return f"{self.name}@{self.version}:{self.window}x{self.max_windows or 'all'}:"
+        return ":".join([f"{self.name}@{self.version}", f"{self.window}x{self.max_windows or 'all'}", *precision_mark(self.precision), ""])
 
     def validate(self, max_length: int) -> None:
         """Raises UserError when a window does not fit a context of `max_length` tokens, or the text cannot be had."""
@@ -185,7 +196,7 @@ class Perplexity:
                 "%s: the text fills %d windows of %d tokens, not the %d asked for.", self.name, len(windows), self.window, self.max_windows
             )
         log.info("%s: %d windows of %d tokens, out of %d tokens of text.", self.name, len(windows), self.window, ids.numel())
-        loss = window_nll(model, windows, self.batch_size, description=self.id)
+        loss = window_nll(model, windows, self.batch_size, precision=self.precision, description=self.id)
         return summarize(loss, name=self.name, window=self.window, vocabulary=_vocabulary(model))
 
 
@@ -199,6 +210,7 @@ class TokenFilePerplexity:
     path: Path
     max_windows: PositiveInt | None
     batch_size: PositiveInt
+    precision: ForwardPrecision
 
     @property
     def id(self) -> str:
@@ -210,7 +222,7 @@ class TokenFilePerplexity:
     @property
     def protocol(self) -> str:
         """The id without the content, up to and with its colon."""
-        return f"{self.name}@{self.version}:x{self.max_windows or 'all'}:"
+        return ":".join([f"{self.name}@{self.version}", f"x{self.max_windows or 'all'}", *precision_mark(self.precision), ""])
 
     def validate(self, max_length: int) -> None:
         """Raises UserError when the file cannot be read or its rows do not fit a context of `max_length` tokens."""
@@ -227,7 +239,7 @@ class TokenFilePerplexity:
         """The metrics of `Perplexity`. Raises UserError for ids outside the model's vocabulary."""
         windows, vocabulary = self._windows()[: self.max_windows], _vocabulary(model)
         check_vocabulary(windows, vocabulary, self.path)
-        loss = window_nll(model, windows, self.batch_size, description=self.id)
+        loss = window_nll(model, windows, self.batch_size, precision=self.precision, description=self.id)
         return summarize(loss, name=self.name, window=windows.shape[1], vocabulary=vocabulary)
 
     def _windows(self) -> Tensor:

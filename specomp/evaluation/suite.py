@@ -8,6 +8,7 @@ from pydantic import PositiveInt
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from specomp.errors import UserError
+from specomp.evaluation.perplexity import ForwardPrecision
 from specomp.settings import configurable
 
 
@@ -44,6 +45,7 @@ class Suite:
     window: PositiveInt | None = None
     max_windows: PositiveInt | None = None
     batch_size: PositiveInt | None = None
+    precision: ForwardPrecision | None = None
     limit: PositiveInt | None = None
     num_fewshot: int | None = None
     task_batch_size: PositiveInt | None = None

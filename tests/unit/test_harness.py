@@ -47,6 +47,7 @@ def model() -> LlamaForCausalLM:
 
 def make(task: str, **changes: Any) -> HarnessTask:
     settings: dict[str, Any] = {"version": 1, "num_fewshot": None, "limit": 4, "batch_size": 4, "data_root": DATA, "metric": "acc"}
+    settings["precision"] = "float32"
     return HarnessTask(task=task, **settings | changes)
 
 

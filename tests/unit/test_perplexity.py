@@ -56,7 +56,18 @@ def model() -> Iterator[LlamaForCausalLM]:
 
 def make(text: str = TEXT, **changes: Any) -> Perplexity:
     return Perplexity(
-        **({"name": "fake", "version": 1, "corpus": FakeText(text), "window": 32, "max_windows": None, "batch_size": 1} | changes)
+        **(
+            {
+                "name": "fake",
+                "version": 1,
+                "corpus": FakeText(text),
+                "window": 32,
+                "max_windows": None,
+                "batch_size": 1,
+                "precision": "float32",
+            }
+            | changes
+        )
     )
 
 
@@ -85,6 +96,15 @@ def test_batch_size_and_chunks_do_not_change_the_result(model: LlamaForCausalLM,
     assert torch.allclose(window_nll(model, windows, 3).per_window, single, rtol=1e-6)
     monkeypatch.setattr(perplexity, "CHUNK", 16)  # 39 predictions: two whole chunks and a rest
     assert torch.allclose(window_nll(model, windows, 3).per_window, single, rtol=1e-6)
+
+
+def test_products_in_bfloat16_are_named_in_the_id_and_change_little(model: LlamaForCausalLM) -> None:
+    exact, rounded = make(), make(precision="bfloat16")
+    assert exact.id.split(":") == [(parts := rounded.id.split(":"))[0], parts[1], parts[3]] and parts[2] == "bf16"
+    nll, half = (x(model, CharacterTokenizer())["nll"] for x in (exact, rounded))
+    assert half != nll and half == pytest.approx(nll, rel=1e-2)
+    model.bfloat16()  # nothing left to choose
+    assert make(precision="bfloat16")(model, CharacterTokenizer()) == make()(model, CharacterTokenizer())
 
 
 def test_the_mode_of_the_model_comes_back(model: LlamaForCausalLM) -> None:
@@ -155,7 +175,7 @@ def test_messages(model: LlamaForCausalLM, caplog: pytest.LogCaptureFixture) -> 
 def token_file(path: Path, rows: torch.Tensor | None = None) -> TokenFilePerplexity:
     if rows is not None:
         save_file({"input_ids": rows}, path)
-    return TokenFilePerplexity(name="token_ids", version=1, path=path, max_windows=None, batch_size=2)
+    return TokenFilePerplexity(name="token_ids", version=1, path=path, max_windows=None, batch_size=2, precision="float32")
 
 
 def test_token_file_rows_are_windows(model: LlamaForCausalLM, tmp_path: Path) -> None:
