@@ -17,6 +17,8 @@ from safetensors import safe_open
 
 import specomp.pipeline
 from specomp.pipeline import run
+from specomp.results.paper import paper_table
+from specomp.results.sweep import load_sweep
 from specomp.stages.calibrate import predict
 
 METHODS, RATIOS = ("svd", "svd_llm", "asvd"), ("cr20", "cr60")
@@ -77,6 +79,27 @@ def test_killed_while_statistics_are_written(tmp_path):
     assert done.returncode == -signal.SIGKILL
     whole(tmp_path)
     go_on(tmp_path)
+
+
+def test_killed_experiment_ends_with_the_same_table(tmp_path):
+    """SIGKILL in the middle of a paper's table, and the same command again: only the point that was under way is done twice."""
+    typed = ["debug=tiny", "ratio=cr40,cr60", "benchmark=tiny", "save=false"]
+    killed, whole_run = tmp_path / "killed", tmp_path / "whole"
+    for folder in (killed, whole_run):
+        folder.mkdir()
+    line = ["experiment=adasvd_table3a", *typed, "-m"]
+    assert stop_when(start(killed, *line), lambda: bool(finished(killed)), signal.SIGKILL).returncode == -signal.SIGKILL
+    before = finished(killed)
+    assert 1 <= len(before) < 4
+    whole(killed)
+    for folder in (killed, whole_run):
+        done = finish(start(folder, *line))
+        assert done.returncode == 0, done
+    after = finished(killed)
+    assert len(after) == 4 and before.items() <= after.items(), "finished points are not run again"
+    tables = [paper_table(load_sweep("adasvd_table3a", typed, store(x).all()), "csv") for x in (killed, whole_run)]
+    assert tables[0] == tables[1]
+    assert done.stdout.count("calibrate gram") == 1, "one pass for every point that needs it"
 
 
 def test_three_processes_at_once(tmp_path):

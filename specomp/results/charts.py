@@ -114,6 +114,28 @@ def error_profile(found: Mapping[str, Linears]) -> str:
     return svg(figure)
 
 
+def importances(found: Mapping[str, Sequence[float]]) -> str:
+    """Importance of each decoder layer over the mean, a line per model, against depth: AdaSVD's Figure 4."""
+    figure, axes = _new()
+    for name, values in found.items():
+        depth = [i / max(1, len(values) - 1) for i in range(len(values))]
+        axes.plot(depth, values, marker=".", linewidth=1.2, label=f"{name} ({len(values)} decoder layers)")
+    axes.set(xlabel="depth (0: first decoder layer, 1: last)", ylabel="importance over the mean", yscale="log")
+    _plain_ticks(axes.yaxis)
+    axes.legend(fontsize="small", frameon=False)
+    return svg(figure)
+
+
+def histograms(centres: Sequence[float], found: Mapping[str, Sequence[float]], xlabel: str) -> str:
+    """Shares of the same bins, a line per distribution."""
+    figure, axes = _new()
+    for (name, shares), style in zip(found.items(), ("-", "--", ":", "-."), strict=False):
+        axes.plot(centres, shares, linestyle=style, linewidth=1.2, label=name)
+    axes.set(xlabel=xlabel, ylabel="share of the outputs", ylim=(0, None))
+    axes.legend(fontsize="small", frameon=False)
+    return svg(figure)
+
+
 def stage_times(found: Mapping[str, Record]) -> str:
     """Seconds of every stage of the run that made a record; what came from the cache cost nothing."""
     figure = Figure(figsize=(SIZE[0], 1.2 + 0.3 * len(found)), layout="constrained")
