@@ -39,7 +39,10 @@ def test_there_is_an_experiment_for_every_table():
 def test_opens_with_what_it_is(name):
     lines = (CONF / "experiment" / f"{name}.yaml").read_text().splitlines()
     assert lines[0] == "# @package _global_"
-    assert lines[1].startswith("# ")
+    head = "\n".join(lines[: lines.index("defaults:")])
+    assert all(x.startswith("# ") for x in lines[1 : lines.index("defaults:")])
+    assert f"python run.py -m experiment={name} " in head and f"specomp.results.table {name} " in head
+    assert "# Expect: " in head
 
 
 @pytest.mark.parametrize("name", EXPERIMENTS)
