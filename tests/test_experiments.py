@@ -23,6 +23,7 @@ from specomp.results.paper import grid, paper_table, write
 from specomp.results.record import COMMITTED, RecordStore, point_of, publish, stored
 from specomp.results.render import Bold, render
 from specomp.results.report import main as report
+from specomp.results.report import write as report_files
 from specomp.results.sweep import Sweep, load_sweep, names
 from specomp.results.table import main
 
@@ -212,6 +213,10 @@ def test_the_report_is_one_file_with_everything_in_it(folder, tmp_path):
             run(compose_config(folder, "experiment=adasvd_table3a", *TINY, f"ratio={ratio}", f"method/compensation={choice}"))
     typed = ["adasvd_table3a", *TINY, "ratio=cr40,cr60", "--records", str(folder / "outputs" / "records")]
     assert report(typed + ["--output", str(tmp_path / "report.html")]) == 0
+    assert report(typed + ["--write", str(tmp_path / "written")]) == 0
+    assert (tmp_path / "written" / "report.html").read_text() == (tmp_path / "report.html").read_text()
+    drawn = sorted(x.name for x in (tmp_path / "written").glob("*.svg"))
+    assert drawn == ["pydocs-ppl-against-bytes-of-the-model.svg", "pydocs-ppl-against-retention.svg"]
     page = (tmp_path / "report.html").read_text()
     assert not re.search(r'(src|href)="(https?:)?//', page), "nothing is loaded from a network"
     assert page.count("<svg") == page.count("</svg>") == 2 + 2 + 4 + 1 + 1  # curves, profiles, maps, spectra (of one norm), times
@@ -241,10 +246,15 @@ def test_the_report_in_a_browser(folder, tmp_path, width):
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "experiments").glob("*/table.csv")), ids=lambda p: p.parent.name)
-def test_committed_tables_come_from_committed_records(path):
+def test_committed_tables_and_reports_come_from_committed_records(path, tmp_path):
     """The command in each table's own text makes it again, to the letter, from experiments/records."""
     words = shlex.split(re.findall(r"made by `python run\.py -m ([^`]+)`", path.with_suffix(".md").read_text())[0])
     name = next(x.partition("=")[2] for x in words if x.startswith("experiment="))
     sweep = load_sweep(name, [x for x in words if not x.startswith("experiment=")], stored([COMMITTED]))
     for suffix, form in ((".md", "markdown"), (".csv", "csv"), (".tex", "latex")):
         assert path.with_suffix(suffix).read_text() == paper_table(sweep, form), f"made again by --write {path.parent}"
+    if path.with_name("report.html").exists():
+        made = report_files(sweep, [RecordStore(COMMITTED)], tmp_path)
+        assert len(made) > 1
+        for file in made:
+            assert path.with_name(file.name).read_text() == file.read_text(), f"made again by report --write {path.parent}"

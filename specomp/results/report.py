@@ -40,18 +40,9 @@ code, pre { font: .8rem/1.4 ui-monospace, monospace; overflow-wrap: anywhere; wh
 def report(sweep: Sweep, folders: Sequence[RecordStore]) -> str:
     """The page."""
     parts = [f"<h1>{html.escape(sweep.caption)}</h1>", _list(facts(sweep)), *_notes(sweep.notes()), "<h2>Table</h2>", _table(*grid(sweep))]
-    figures = [
-        _figure(drawing, f"{column.label} against {what}")
-        for column in sweep.columns
-        for what, drawing in (
-            ("retention", charts.curves(sweep, column, against="retention")),
-            ("bytes of the model", charts.curves(sweep, column, against="bytes")),
-            ("the swept number", charts.steps(sweep, column)),
-        )
-        if drawing
-    ]
-    if figures:
-        parts += ["<h2>Quality</h2>", f'<div class="figures">{"".join(figures)}</div>']
+    if drawings := quality(sweep):
+        drawn = "".join(_figure(drawing, caption) for caption, drawing in drawings.items())
+        parts += ["<h2>Quality</h2>", f'<div class="figures">{drawn}</div>']
     named = labels(sweep)
     linears = {name: rows for name, r in named.items() if (rows := charts.read_csv(_companions(folders, r, "linears.csv")))}
     if linears:
@@ -73,6 +64,30 @@ def report(sweep: Sweep, folders: Sequence[RecordStore]) -> str:
     title = f"<title>{html.escape(sweep.caption)}</title>"
     head = f'<meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">{title}<style>{STYLE}</style>'
     return f'<!doctype html>\n<html lang="en"><head>{head}</head>\n<body>\n' + charts.numbered("\n".join(parts)) + "\n</body></html>\n"
+
+
+def quality(sweep: Sweep) -> dict[str, str]:
+    """Drawings of every metric by caption: against retention and bytes, or against a swept number."""
+    found = {}
+    for column in sweep.columns:
+        for what, drawing in (
+            ("retention", charts.curves(sweep, column, against="retention")),
+            ("bytes of the model", charts.curves(sweep, column, against="bytes")),
+            ("the swept number", charts.steps(sweep, column)),
+        ):
+            if drawing:
+                found[f"{column.label} against {what}"] = drawing
+    return found
+
+
+def write(sweep: Sweep, folders: Sequence[RecordStore], folder: Path) -> list[Path]:
+    """report.html, and each figure of quality as an svg file of its own."""
+    folder.mkdir(parents=True, exist_ok=True)
+    files = {folder / "report.html": report(sweep, folders)}
+    files |= {folder / f"{re.sub('[^a-z0-9]+', '-', caption.lower())}.svg": f"{drawing}\n" for caption, drawing in quality(sweep).items()}
+    for path, text in files.items():
+        path.write_text(text)
+    return list(files)
 
 
 def _importance(sweep: Sweep) -> str:
@@ -177,16 +192,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("overrides", nargs="*", help="what was typed after experiment=NAME")
     parser.add_argument("--records", nargs="*", type=Path, help="folders of records (default: yours and the committed ones)")
     parser.add_argument("--output", type=Path, help="file to write (default: EXPERIMENT.html)")
+    parser.add_argument("--write", type=Path, metavar="FOLDER", help="write report.html there, and the figures of quality as svg files")
     options = parser.parse_intermixed_args(arguments)
     try:
         sweep = load_sweep(options.experiment, options.overrides, stored(options.records))
-        path = options.output or Path(f"{options.experiment}.html")
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(report(sweep, stores(options.records)))
+        if options.write is not None:
+            paths = write(sweep, stores(options.records), options.write)
+        else:
+            paths = [options.output or Path(f"{options.experiment}.html")]
+            paths[0].parent.mkdir(parents=True, exist_ok=True)
+            paths[0].write_text(report(sweep, stores(options.records)))
     except UserError as error:
         logging.getLogger("specomp").error("%s", error)
         return 1
-    sys.stdout.write(f"{path}\n")
+    sys.stdout.write("".join(f"{path}\n" for path in paths))
     return 0
 
 
