@@ -16,9 +16,11 @@ from specomp.planning.work import Kind, Work, eigen
 PROBE_SECONDS, PROBE_BYTES = 0.12, 2**26
 PROBE_WIDTH, PROBE_EIGEN = {"cpu": 768}, {"cpu": 320}
 WIDE, WIDE_EIGEN = 4096, 1024
-# What a run reaches of the measured speed, as its matrices are narrower than the probe's. Checked on SmolLM2-135M: svd_llm and adasvd at cr40
-# with 64 samples of 512 tokens, one thread of an AMD EPYC (AVX-512) beside other programs; and the two-thread records of experiments/soco.
+# What a run reaches of the measured speed, its matrices being narrower. Checked on SmolLM2-135M, one thread of an AMD EPYC
+# (AVX-512), 64 samples of 512 tokens at cr40: adasvd, fwsvd and specomp took 0.91 to 0.98 of the estimate in the CPU time of the whole run.
 EFFICIENCY: dict[Kind, float] = {"product": 0.75, "factorization": 0.9, "memory": 0.8, "disk": 1.0}
+# Of 16-bit products, which are over sooner than what surrounds them: fitted on the trainings of experiments/soco (two threads, bfloat16).
+EFFICIENCY_HALF = 0.4
 # Bytes a second of cache entries (checksummed and written) or of a model folder: fitted on the same runs, not measured here.
 DISK_SPEED = 5e8
 # Bytes of CPU memory that a run takes before it holds anything: what Lightning, datasets and the first products add to this process.
@@ -39,7 +41,12 @@ class Speed:
 
     def seconds(self, work: Work) -> float:
         """Estimated time of counted work. Kinds are added up: on a CPU they do not overlap."""
-        return sum(amount / (self.rates[key] * EFFICIENCY[key[0]]) for key, amount in work.amounts.items() if amount)
+        return sum(amount / (self.rates[key] * efficiency(*key)) for key, amount in work.amounts.items() if amount)
+
+
+def efficiency(kind: Kind, dtype: str) -> float:
+    """The fraction of the measured speed that a run reaches."""
+    return EFFICIENCY_HALF if dtype in ("bfloat16", "float16") else EFFICIENCY[kind]
 
 
 def speed_for(works: list[Work], device: torch.device) -> Speed:
