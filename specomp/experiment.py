@@ -25,8 +25,8 @@ from specomp.stages.compress import dense_needs
 
 
 @dataclass(frozen=True, kw_only=True)
-class Experiment:
-    """Everything a run needs, checked, with no model loaded yet."""
+class Request:
+    """What was asked for, checked; no text, tokenizer or model has been looked at."""
 
     source: Source
     method: Method
@@ -35,15 +35,22 @@ class Experiment:
     suite: Suite
     quantizer: Quantizer
     trainer: Callable[..., L.Trainer]
+    processes: int  # that train
     tracking: Tracking
     options: Options
     cache: Cache
     outputs: Path
     records: RecordStore
-    samples: CalibrationSet
-    tokenizer: Any
     choices: dict[str, str]
     config: dict[str, Any]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Experiment(Request):
+    """Everything a run needs, checked, with no model loaded yet."""
+
+    samples: CalibrationSet
+    tokenizer: Any
 
     def identity(self, *, dense: bool = False) -> dict[str, Any]:
         """What determines the weights: the dense model's are the source's alone."""
@@ -62,38 +69,41 @@ class Experiment:
         }
 
 
-def build(cfg: DictConfig) -> Experiment:
+def ask(cfg: DictConfig) -> Request:
     """Instantiate every choice, which checks types and ranges, and check what depends on several of them. Raises UserError."""
     options: Options = make(cfg, "options")
     if options.threads:
         torch.set_num_threads(options.threads)
     L.seed_everything(options.seed, workers=True, verbose=False)
     outputs = Path(str(cfg.paths.outputs)).expanduser().absolute()
-    cache = Cache(str(cfg.paths.cache))
     parts = {name: make(cfg, name) for name in ("method", "ratio", "calibration", "quantizer", "trainer", "tracking")}
     dense_needs(parts["method"], parts["calibration"].upstream, parts["quantizer"])
     check_quantizer(parts["method"], parts["quantizer"], options)
     source, suite = make(cfg, "model"), make(cfg, "benchmark")
-    processes = check_machine(source, parts["trainer"])
-    context = source.max_length(cache)
-    suite.validate(context)
-    tokenizer = source.tokenizer(cache)
-    samples = parts["calibration"].build(tokenizer, max_length=context)
-    if parts["method"].training.phases:
-        check_training(parts["method"], samples.num_samples, processes)
-    return Experiment(
+    return Request(
         source=source,
         suite=suite,
         options=options,
-        cache=cache,
+        processes=check_machine(source, parts["trainer"]),
+        cache=Cache(str(cfg.paths.cache)),
         outputs=outputs,
         records=RecordStore(outputs / "records"),
-        tokenizer=tokenizer,
-        samples=samples,
         choices={name: str(choice) for name, choice in HydraConfig.get().runtime.choices.items() if not name.startswith("hydra/")},
         config={**OmegaConf.to_container(cfg, resolve=True), "overrides": list(HydraConfig.get().overrides.task)},  # type: ignore[dict-item]
         **parts,
     )
+
+
+def build(cfg: DictConfig) -> Experiment:
+    """What was asked for, with the texts it needs. Raises UserError."""
+    request = ask(cfg)
+    context = request.source.max_length(request.cache)
+    request.suite.validate(context)
+    tokenizer = request.source.tokenizer(request.cache)
+    samples = request.calibration.build(tokenizer, max_length=context)
+    if request.method.training.phases:
+        check_training(request.method, samples.num_samples, request.processes)
+    return Experiment(**vars(request), samples=samples, tokenizer=tokenizer)
 
 
 def composed(*overrides: str) -> DictConfig:

@@ -16,5 +16,6 @@ class Options:
     reference: bool
     retry: bool
     redo: bool
+    plan: bool
     threads: Annotated[int, Field(ge=1)] | None
     seed: Annotated[int, Field(ge=0)]

@@ -17,13 +17,15 @@ from specomp.cache import digest, waiting
 from specomp.checks import actionable, check_budget
 from specomp.errors import UserError
 from specomp.evaluation.suite import Benchmark
-from specomp.experiment import Experiment, build
+from specomp.experiment import Experiment, ask, build
 from specomp.ledger import Ledger, ledger, measure
 from specomp.methods.base import describe
 from specomp.models.export import load as load_folder
 from specomp.models.export import save_compressed
 from specomp.models.files import checked_folder, first_line
 from specomp.models.load import torch_device
+from specomp.planning.plan import plan
+from specomp.planning.show import show as show_plan
 from specomp.ratio import Ratio, break_even_rank, is_low_rank
 from specomp.results.figures import gate_profiles, training_figure
 from specomp.results.record import Record, point_of, provenance, record_key
@@ -41,7 +43,10 @@ UNCOMPRESSED = Ratio(compression=0)
 
 
 def run(cfg: DictConfig) -> float | None:
-    """One experiment. Returns the first benchmark's first metric, or None without benchmarks. Raises UserError."""
+    """One experiment. Returns the first benchmark's first metric, or None without benchmarks or with plan=true. Raises UserError."""
+    if cfg.plan:
+        show_plan(plan(ask(cfg)))
+        return None
     experiment = build(cfg)
     key = record_key(experiment.identity())
     with waiting(experiment.records.lock(key), f"works on record {key[:12]}"):

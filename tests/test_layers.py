@@ -21,8 +21,9 @@ LEVELS = {
     **dict.fromkeys(("stages", "evaluation", "results"), 6),
     "checks": 7,
     "experiment": 8,
-    "pipeline": 9,
-    "run": 10,
+    "planning": 9,
+    "pipeline": 10,
+    "run": 11,
 }
 # Besides the standard library, torch and pydantic.
 THIRD_PARTY = {
@@ -47,7 +48,7 @@ THIRD_PARTY = {
     },
     "safetensors": {"specomp/cache.py", "specomp/models/", "specomp/data/"},
     "filelock": {"specomp/cache.py", "specomp/results/record.py"},
-    "rich": {"specomp/progress.py", "specomp/results/summary.py"},
+    "rich": {"specomp/progress.py", "specomp/results/summary.py", "specomp/planning/"},
     "numpy": {"specomp/data/"},
 }
 COMMON = {"torch", "pydantic"}

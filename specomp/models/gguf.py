@@ -13,12 +13,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig, PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig, PreTrainedConfig, PreTrainedTokenizerBase
 
 from specomp.cache import Cache, digest
 from specomp.errors import UserError
 from specomp.models.files import checked_folder, content_hash
-from specomp.models.load import LoadedModel, quiet
+from specomp.models.load import LoadedModel, check_shape, config_of_shape, quiet
 from specomp.models.sources import LocalModel, Source
 from specomp.settings import configurable
 
@@ -34,11 +34,16 @@ class PackagedGGUF(Source):
     package: str  # import name; the package is located, never imported (its own dependencies are not needed)
     version: str  # the version these results are tied to
     filename: str  # of the GGUF, inside the package
+    shape: dict[str, Any] | None = None  # the published config, checked when the model is loaded; None: read from the file
 
     def fingerprint(self, cache: Cache) -> dict[str, Any]:
         """What determines the weights: package, version and content of the file."""
         content = content_hash(self._file(), cache)
         return {"source": "packaged_gguf", "package": self.package, "version": self.version, "sha256": content, "dtype": self.dtype}
+
+    def config_for_plan(self, cache: Cache) -> PreTrainedConfig:
+        """The published shape; without one the config of the converted file."""
+        return self._converted(cache).config_for_plan(cache) if self.shape is None else config_of_shape(self.shape, self.name)
 
     def max_length(self, cache: Cache) -> int:
         """Context of the model in tokens."""
@@ -50,7 +55,9 @@ class PackagedGGUF(Source):
 
     def load(self, cache: Cache) -> LoadedModel:
         """Open the converted folder, converting first if this cache has not seen the file (about a minute)."""
-        return self._converted(cache).load(cache)
+        loaded = self._converted(cache).load(cache)
+        check_shape(self.shape, loaded.model.config, self.filename)
+        return loaded
 
     def _converted(self, cache: Cache) -> LocalModel:
         file = self._file()

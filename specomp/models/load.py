@@ -6,12 +6,13 @@ Order of the checks: architecture from the config, then the files, then the weig
 import contextlib
 import logging
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
@@ -19,7 +20,7 @@ from specomp.cache import claim
 from specomp.errors import UserError
 from specomp.models.families import COMPRESSED_PREFIX, family_of
 from specomp.models.family import ModelFamily
-from specomp.models.files import first_line, some
+from specomp.models.files import first_line, one_line, some
 from specomp.models.registration import register
 
 log = logging.getLogger(__name__)
@@ -72,6 +73,29 @@ def read_config(where: Path | str, **options: Any) -> PreTrainedConfig:
     register()
     with quiet():
         return AutoConfig.from_pretrained(where, **options)  # type: ignore[no-any-return]
+
+
+def config_of_shape(shape: Mapping[str, Any], name: str) -> PreTrainedConfig:
+    """The config that a `shape` of conf/model describes. Raises UserError when transformers refuses it."""
+    fields = dict(shape)
+    try:
+        return AutoConfig.for_model(fields.pop("model_type"), **fields)
+    except (KeyError, TypeError, ValueError, StrictDataclassError) as error:
+        raise UserError(f"model.shape of {name} is refused: {one_line(error)}: correct it, or set model.shape=null.") from error
+
+
+def check_shape(shape: Mapping[str, Any] | None, config: PreTrainedConfig, where: Path | str) -> None:
+    """Whether the real config is what `shape` says. Raises UserError."""
+    found = {key: getattr(config, key, None) for key in shape or {}}
+    wrong = [f"{key} is {found[key]} where model.shape says {value}" for key, value in (shape or {}).items() if found[key] != value]
+    if wrong:
+        raise UserError(f"{where}: {'; '.join(wrong)}: correct model.shape, or set model.shape=null to read the config itself.")
+
+
+def skeleton(config: PreTrainedConfig, dtype: str) -> PreTrainedModel:
+    """The causal LM of a config on the meta device: every module and shape, no weights and no memory."""
+    with torch.device("meta"), quiet():
+        return AutoModelForCausalLM.from_config(config, dtype=getattr(torch, dtype))  # type: ignore[no-any-return, no-untyped-call]
 
 
 def dense_family(config: PreTrainedConfig, where: Path | str) -> ModelFamily:

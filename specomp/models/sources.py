@@ -21,6 +21,8 @@ from specomp.models.hub import hub_errors
 from specomp.models.load import (
     LoadedModel,
     cast_weights,
+    check_shape,
+    config_of_shape,
     context_length,
     dense_family,
     open_model,
@@ -48,6 +50,10 @@ class Source:
         """JSON-able: what determines the weights. Never a path or a device; loads no model."""
         raise AssertionError("abstract")
 
+    def config_for_plan(self, cache: Cache) -> PreTrainedConfig:
+        """The architecture; loads no model, and asks no network where the yaml says the shape."""
+        raise AssertionError("abstract")
+
     def max_length(self, cache: Cache) -> int:
         """Context of the model in tokens; loads no model."""
         raise AssertionError("abstract")
@@ -69,12 +75,17 @@ class HubModel(Source):
     revision: str  # commit hash; a branch name works but does not pin
     weights: Literal["safetensors", "bin"]  # bin: torch pickles, read by torch's weights-only unpickler, which runs no code
     trust_remote_code: bool  # run modelling code of the repository instead of transformers' own
+    shape: dict[str, Any] | None = None  # the published config, checked when the model is loaded; None: read from the hub
 
     def fingerprint(self, cache: Cache) -> dict[str, Any]:
         """What determines the weights. A revision that is not a commit is logged, since it may change under the same name."""
         if not COMMIT.fullmatch(self.revision):
             log.warning("%s: revision '%s' is not a commit hash, so results are not tied to fixed weights.", self.repo, self.revision)
         return {"source": "hub", "repo": self.repo, "revision": self.revision, "dtype": self.dtype}
+
+    def config_for_plan(self, cache: Cache) -> PreTrainedConfig:
+        """The published shape; without one the hub's config."""
+        return self._config() if self.shape is None else config_of_shape(self.shape, self.name)
 
     def max_length(self, cache: Cache) -> int:
         """Context of the model in tokens."""
@@ -88,6 +99,7 @@ class HubModel(Source):
     def load(self, cache: Cache) -> LoadedModel:
         """Download (once, into the hub's own cache) and open. Raises UserError offline, without access, or if unsupported."""
         config = self._config()
+        check_shape(self.shape, config, self.repo)
         family = dense_family(config, self.repo)
         tokenizer = self.tokenizer(cache)
         # without it transformers may fetch the weights of another commit (a conversion bot's), or ask the hub for such a conversion
@@ -120,6 +132,10 @@ class LocalModel(Source):
     def fingerprint(self, cache: Cache) -> dict[str, Any]:
         """What determines the weights: the content of the files, wherever they are."""
         return {"source": "local", "files": folder_hashes(checked_folder(self.path), cache), "dtype": self.dtype}
+
+    def config_for_plan(self, cache: Cache) -> PreTrainedConfig:
+        """The folder's config.json."""
+        return self._config(checked_folder(self.path))
 
     def max_length(self, cache: Cache) -> int:
         """Context of the model in tokens."""
@@ -156,6 +172,10 @@ class RandomModel(Source):
         versions = {"torch": torch.__version__.split("+")[0], "transformers": transformers.__version__}
         settings = {"architecture": self.architecture, "seed": self.seed, "config": self.config, "dtype": self.dtype}
         return {"source": "random", **settings, **versions}
+
+    def config_for_plan(self, cache: Cache) -> PreTrainedConfig:
+        """The config of the yaml."""
+        return self._config()
 
     def max_length(self, cache: Cache) -> int:
         """Context of the model in tokens."""
