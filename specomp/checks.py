@@ -5,7 +5,7 @@ import inspect
 import logging
 import re
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from importlib.util import find_spec
 from typing import Any
@@ -20,6 +20,7 @@ from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 from pydantic import ValidationError
 
 from specomp.errors import UserError
+from specomp.evaluation.suite import Suite
 from specomp.methods.base import Method, Quantizer
 from specomp.methods.spectrum import SpectrumTraining
 from specomp.methods.svd import Factors
@@ -29,6 +30,7 @@ from specomp.models.load import torch_device
 from specomp.models.sources import Source
 from specomp.options import Options
 from specomp.ratio import Cost, pair_cost, retained
+from specomp.statistics import GRADIENT_SCOPES, Statistic
 
 log = logging.getLogger(__name__)
 
@@ -89,6 +91,24 @@ def check_training(method: Method, num_samples: int, processes: int) -> None:
     training.check(num_samples, processes)
 
 
+def check_streamed(source: Source, method: Method, needs: Iterable[Statistic], options: Options, suite: Suite) -> None:
+    """What a model that is never in memory as a whole cannot do. Raises UserError."""
+    if not source.stream:
+        return
+    reason = source.unstreamable()
+    if reason is None and method.training.phases:
+        reason = f"method={method.name} trains, which needs the whole model in memory: set model.stream=false"
+    if reason is None and (gradients := [x.name for x in needs if x.scope in GRADIENT_SCOPES]):
+        reason = f"{gradients[0]} is a statistic of gradients, which need the whole model in memory: set model.stream=false"
+    if reason is None and not method.is_dense and not options.save:
+        reason = "the compressed model exists on disk only: set save=true"
+    timings = [x.id for x in suite.benchmarks if getattr(x, "volatile", False)]
+    if reason is None and timings:
+        reason = f"{timings[0]} would measure the disk: set model.stream=false, or choose another benchmark"
+    if reason is not None:
+        raise UserError(f"model.stream=true: {reason}.")
+
+
 def check_quantizer(method: Method, quantizer: Quantizer, options: Options) -> None:
     """Whether quantized factors can be stored, before any work. Raises UserError."""
     if quantizer.bits >= 16:
@@ -122,6 +142,6 @@ def actionable(error: BaseException) -> UserError | None:
     if isinstance(error, (torch.OutOfMemoryError, MemoryError)) or (isinstance(error, RuntimeError) and "allocate memory" in str(error)):
         return UserError(
             f"Out of memory ({one_line(error, 120)}): lower calibration.batch_size or benchmark.batch_size, set calibration.window, "
-            "or use model.dtype=bfloat16."
+            "use model.dtype=bfloat16, or model.stream=true."
         )
     return None

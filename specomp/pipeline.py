@@ -5,6 +5,7 @@ Build and check everything that is cheap; stop if the record says it is done; th
 
 import logging
 import math
+from collections.abc import Callable
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -20,10 +21,10 @@ from specomp.evaluation.suite import Benchmark
 from specomp.experiment import Experiment, build
 from specomp.ledger import Ledger, ledger, measure
 from specomp.methods.base import describe
+from specomp.models.export import exporting, save_compressed
 from specomp.models.export import load as load_folder
-from specomp.models.export import save_compressed
 from specomp.models.files import checked_folder, first_line
-from specomp.models.load import torch_device
+from specomp.models.load import LoadedModel
 from specomp.ratio import Ratio, break_even_rank, is_low_rank
 from specomp.results.figures import training_figure
 from specomp.results.record import Record, point_of, provenance, record_key
@@ -103,10 +104,7 @@ def execute(experiment: Experiment, record: Record) -> None:
                 reference(experiment, setup)
             del setup  # not both models in memory
         with record.stage("load"):
-            source = experiment.source
-            model, tokenizer = load_folder(folder, dtype=source.dtype, device_map=source.device_map).model, experiment.tokenizer
-            if source.device_map is None:
-                model.to(torch_device(source.device, None))  # type: ignore[arg-type]
+            model, tokenizer = reload(experiment, folder).model, experiment.tokenizer
     else:
         model, tokenizer, linears = produce(experiment, record)
         experiment.records.save(record)
@@ -135,12 +133,29 @@ def load_dense(experiment: Experiment, record: Record) -> Setup:
         cache=experiment.cache,
         model_key=digest(experiment.source.fingerprint(experiment.cache)),
         trainer=experiment.trainer,
+        store=loaded.store,
     )
 
 
+def reload(experiment: Experiment, folder: Path) -> LoadedModel:
+    """A compressed model from its folder, in the precision and the place of the dense one."""
+    source = experiment.source
+    return load_folder(folder, dtype=source.dtype, device=source.device, device_map=source.device_map, stream=source.stream)
+
+
 def produce(experiment: Experiment, record: Record) -> tuple[Any, Any, list[dict[str, Any]]]:
-    """Load the dense model, evaluate it for reference, compress it in place, count and save it."""
+    """Load the dense model, evaluate it for reference, compress it in place, count and save it.
+
+    A streamed model is saved while it is compressed, and then opened again.
+    """
     setup = load_dense(experiment, record)
+    folder = model_folder(experiment, record)
+    info = {
+        "method": experiment.method.name,
+        "compression": experiment.ratio.compression,
+        "record": record.key,
+        "specomp": record.identity,
+    }
     before = measure(setup.model, setup.linears)
     reports: list[LinearReport] = []
     target = UNCOMPRESSED if experiment.method.is_dense else experiment.ratio
@@ -149,7 +164,11 @@ def produce(experiment: Experiment, record: Record) -> tuple[Any, Any, list[dict
         if experiment.options.reference:
             with record.stage("evaluate dense"):
                 record.dense_metrics |= reference(experiment, setup)
-        reports = factorize(experiment, setup, record)
+        if setup.store is None:
+            reports = factorize(experiment, setup, record)
+        else:
+            assert folder is not None, "only the dense row has none"
+            reports = factorize_to(folder, info, experiment, setup, record)
     after = measure(setup.model, setup.linears)
     note_quantization(record, reports, setup.model.dtype)
     balance = ledger(target.retention, before, after)
@@ -164,21 +183,27 @@ def produce(experiment: Experiment, record: Record) -> tuple[Any, Any, list[dict
         )
     linears = [report.as_dict() for report in reports]
     experiment.records.save_linears(record.key, linears)
-    folder = model_folder(experiment, record)
+    if folder is not None and setup.store is not None:
+        record.model_folder = str(folder)
+        return reload(experiment, folder).model, setup.tokenizer, linears
     if experiment.options.save and folder is not None:
         with record.stage("save"):
-            info = {
-                "method": experiment.method.name,
-                "compression": experiment.ratio.compression,
-                "record": record.key,
-                "specomp": record.identity,
-            }
             save_compressed(setup.model, setup.tokenizer, folder, form=experiment.options.export, info=info)
         record.model_folder = str(folder)
     return setup.model, setup.tokenizer, linears
 
 
-def factorize(experiment: Experiment, setup: Setup, record: Record) -> list[LinearReport]:
+def factorize_to(folder: Path, info: dict[str, Any], experiment: Experiment, setup: Setup, record: Record) -> list[LinearReport]:
+    """The same for a streamed model: every decoder layer is written as soon as it is compressed."""
+    name = setup.family.decoder_layers
+    with exporting(folder, experiment.options.export) as export:
+        reports = factorize(experiment, setup, record, lambda index: export.add(f"{name}.{index}", setup.layers[index]))
+        with record.stage("save"):
+            export.finish(setup.model, setup.tokenizer, info)
+    return reports
+
+
+def factorize(experiment: Experiment, setup: Setup, record: Record, finished: Callable[[int], None] | None = None) -> list[LinearReport]:
     """Calibrate, allocate, compress: the method itself."""
     method, upstream = experiment.method, experiment.calibration.upstream
     with record.stage("calibrate"):
@@ -197,7 +222,7 @@ def factorize(experiment: Experiment, setup: Setup, record: Record) -> list[Line
     if trains:
         return refine(experiment, setup, record, ranks, spectra, dense)
     with record.stage("compress"):
-        reports = compress(setup, method, experiment.quantizer, ranks, spectra, dense)
+        reports = compress(setup, method, experiment.quantizer, ranks, spectra, dense, finished)
     damped = [x for x in reports if x.damping > 0]
     if damped:
         record.note(

@@ -35,7 +35,7 @@ COMMITTED = Path(__file__).resolve().parents[2] / "experiments" / "records"
 WEIGHTS_VERSION = 1
 # What of a config says which weights are wanted; what inside it only says where they are made; what of a calibration only says how fast.
 WEIGHTS = ("model", "method", "ratio", "calibration", "quantizer", "seed")
-MACHINE = {"device", "device_map", "data_root", "local", "partial"}
+MACHINE = {"device", "device_map", "stream", "data_root", "local", "partial"}
 MEMORY = {"batch_size", "window"}
 COMPANIONS = ("linears.csv", "training.csv")
 PACKAGES = ("specomp", "torch", "transformers", "lightning", "datasets", "lm_eval", "hydra-core", "safetensors", "compressed-tensors")

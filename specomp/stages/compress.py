@@ -66,11 +66,18 @@ class CompressionModule(L.LightningModule):
     """One predict step per decoder layer: observe it (if it must see compressed inputs), factorize its linears, pack, move on."""
 
     def __init__(
-        self, setup: Setup, method: Method, quantizer: Quantizer, ranks: Mapping[str, int], spectra: DenseSpectra, dense: DenseStatistics
+        self,
+        setup: Setup,
+        method: Method,
+        quantizer: Quantizer,
+        ranks: Mapping[str, int],
+        spectra: DenseSpectra,
+        dense: DenseStatistics,
+        finished: Callable[[int], None] | None = None,
     ) -> None:
         super().__init__()
         # In a tuple, so that Lightning neither moves nor registers the model.
-        self._setup = (setup,)
+        self._setup, self.finished = (setup,), finished
         self.method, self.quantizer, self.ranks, self.spectra, self.dense = method, quantizer, ranks, spectra, dense
         self.reports: list[LinearReport] = []
         upstream = setup.calibration.upstream
@@ -94,14 +101,24 @@ class CompressionModule(L.LightningModule):
     def predict_step(self, batch: int, batch_idx: int) -> None:
         """Compress decoder layer `batch`."""
         setup = self._setup[0]
-        streamed = self._observe(batch)
-        linears = [linear for linear in setup.linears if linear.decoder_layer == batch]
+        with setup.resident(batch):
+            self._compress_layer(batch)
+            # Before the next decoder layer comes in.
+            self.dense.forget()
+            self.spectra.forget()
+            if self.stream is not None:
+                self.stream.advance(batch)
+            if self.finished is not None:
+                self.finished(batch)
+
+    def _compress_layer(self, index: int) -> None:
+        setup = self._setup[0]
+        streamed = self._observe(index)
+        linears = [linear for linear in setup.linears if linear.decoder_layer == index]
         if self.dense.statistics:
-            self.dense.layer(batch)  # read once, before several workers ask for it
-        with one_thread_each(linears, next(setup.layers[batch].parameters()).device) as run:
+            self.dense.layer(index)  # read once, before several workers ask for it
+        with one_thread_each(linears, setup.device(index)) as run:
             self.reports.extend(run(lambda linear: self._compress(linear, *streamed), linears))
-        if self.stream is not None:
-            self.stream.advance(batch)
 
     def _observe(self, index: int) -> tuple[Mapping[str, Tensor], Mapping[str, Tensor]]:
         """What the still dense decoder layer sees of compressed inputs: for the whitening, and for the repair."""
@@ -127,7 +144,7 @@ class CompressionModule(L.LightningModule):
         W = module.weight.detach()
         whitening_stats = stats_of(linear, whitening_values, self.whiten_needs) if self.whiten_streamed else self.dense(linear.name)
         target, norm = method.target(W, whitening_stats), method.whitening(whitening_stats)
-        spectrum = decompose(norm, target, linear.name) if self.whiten_streamed else self.spectra(linear.name)
+        spectrum = decompose(norm, target, linear.name, keep=rank) if self.whiten_streamed else self.spectra(linear.name)
         factors = truncate(spectrum, rank)
         repair_stats = stats_of(linear, repair_values, self.repair_needs) if self.repair_streamed else self.dense(linear.name)
         if method.compensation.needs:
@@ -241,11 +258,20 @@ def _gain(method: Method, stats: Stats, target: Tensor, before: LowRankFactors, 
 
 
 def compress(
-    setup: Setup, method: Method, quantizer: Quantizer, ranks: Mapping[str, int], spectra: DenseSpectra, dense: DenseStatistics
+    setup: Setup,
+    method: Method,
+    quantizer: Quantizer,
+    ranks: Mapping[str, int],
+    spectra: DenseSpectra,
+    dense: DenseStatistics,
+    finished: Callable[[int], None] | None = None,
 ) -> list[LinearReport]:
-    """Replace the model's linears by their packed factors; returns one report per linear."""
+    """Replace the model's linears by their packed factors; returns one report per linear.
+
+    finished: told of every decoder layer when its modules are final; those of a streamed model lose their numbers after that.
+    """
     setup.model.requires_grad_(False)  # also where every statistic came from the cache and no calibration pass did it
-    module = CompressionModule(setup, method, quantizer, ranks, spectra, dense)
+    module = CompressionModule(setup, method, quantizer, ranks, spectra, dense, finished)
     count = len(setup.layers)
     predict(setup.trainer, module, range(count), f"compress with {method.name}", count)
     return module.reports

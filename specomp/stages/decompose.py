@@ -45,7 +45,7 @@ class DenseSpectra:
         if last is not None and last[0] == name:
             return last[1]
         cache = self.setup.cache
-        device = next(self.setup.model.get_submodule(name).parameters()).device
+        device = self.setup.device(self._by_name[name].decoder_layer)
         with cache.lock("spectra", digest([self.key, name])):
             stored = cache.load("spectra", self.key, name)
             cache.count("spectra", hit=stored is not None)
@@ -60,12 +60,17 @@ class DenseSpectra:
         self._last = (name, spectrum)
         return spectrum
 
+    def forget(self) -> None:
+        """Free what was read; it can be read again."""
+        self._last = None
+
     def _decompose(self, name: str) -> Spectrum:
         linear = self._by_name[name]
         keep = None if self.complete else math.ceil(break_even_rank(linear.m, linear.n))
-        W = linear_module(self.setup.model, linear).weight.detach()
         stats = self.statistics(name)
-        return decompose(self.whitening(stats), self.target(W, stats), name, keep=keep)
+        with self.setup.resident(linear.decoder_layer):
+            W = linear_module(self.setup.model, linear).weight.detach()
+            return decompose(self.whitening(stats), self.target(W, stats), name, keep=keep)
 
 
 def decompose(norm: Norm, target: Tensor, name: str, keep: int | None = None) -> Spectrum:

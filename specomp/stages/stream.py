@@ -1,6 +1,7 @@
 """Layer streaming: the hidden states of the calibration set travel from decoder layer to decoder layer.
 
-Lets a decoder layer see what the compressed ones before it produce, at the price of one pass per stream for the whole model.
+Lets a decoder layer see what the compressed ones before it produce, at the price of one pass per stream for the whole model; and lets
+statistics of a model be taken of which only one decoder layer is in memory.
 What each decoder layer is called with (masks, position embeddings) is recorded once per batch shape by running the model with recorders in
 place of its decoder layers: no per-family forward code, no exceptions, no weights touched.
 """
@@ -11,7 +12,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from specomp.stages.calibrate import forward_precision
 from specomp.stages.observe import LayerObserver, hidden_input, hidden_output
 from specomp.stages.setup import Setup
 from specomp.statistics import Statistic
@@ -65,7 +65,7 @@ class HiddenStream:
     def run(self, index: int, *, num_samples: int | None = None) -> Iterable[Tensor]:
         """Outputs of decoder layer `index` (as it is now) on the hidden states before it; at most num_samples of them."""
         layer = self.setup.layers[index]
-        device = next(layer.parameters()).device
+        device = self.setup.device(index)
         seen = 0
         for hidden in self.hidden:
             if num_samples is not None and seen >= num_samples:
@@ -74,22 +74,27 @@ class HiddenStream:
             if num_samples is not None and seen + len(hidden) > num_samples:
                 hidden, args, kwargs = _cut((hidden, args, kwargs), num_samples - seen, len(hidden))
             seen += len(hidden)
-            with forward_precision(self.setup):
+            with self.setup.forward_precision():
                 output = hidden_output(layer(_to(hidden, device), *_to(args, device), **_to(kwargs, device)))
             yield output
 
     def observe(self, index: int, statistics: Iterable[Statistic], num_samples: int | None = None) -> dict[str, Tensor]:
         """Statistics of decoder layer `index` on the hidden states before it."""
-        total = min(num_samples or self.setup.samples.num_samples, self.setup.samples.num_samples)
-        with LayerObserver(self.setup.layers[index], self.setup.family, statistics, self.setup.precision, total) as observer:
+        with self._observer(index, statistics, num_samples) as observer:
             for _ in self.run(index, num_samples=num_samples):
                 pass
             return observer.values()
 
-    def advance(self, index: int) -> None:
-        """Replace the hidden states by the outputs of decoder layer `index`."""
-        for position, output in enumerate(self.run(index)):
-            self.hidden[position] = output.to(self.hidden[position].dtype).cpu()
+    def advance(self, index: int, statistics: Iterable[Statistic] = ()) -> dict[str, Tensor]:
+        """Replace the hidden states by the outputs of decoder layer `index`; returns statistics of it on the way."""
+        with self._observer(index, statistics) as observer:
+            for position, output in enumerate(self.run(index)):
+                self.hidden[position] = output.to(self.hidden[position].dtype).cpu()
+            return observer.values()
+
+    def _observer(self, index: int, statistics: Iterable[Statistic], num_samples: int | None = None) -> LayerObserver:
+        total = min(num_samples or self.setup.samples.num_samples, self.setup.samples.num_samples)
+        return LayerObserver(self.setup.layers[index], self.setup.family, statistics, self.setup.precision, total)
 
 
 def _layer_list(setup: Setup) -> tuple[nn.Module, str]:
