@@ -26,7 +26,7 @@ from specomp.models.export import load as load_folder
 from specomp.models.files import checked_folder, first_line
 from specomp.models.load import LoadedModel
 from specomp.ratio import Ratio, break_even_rank, is_low_rank
-from specomp.results.figures import training_figure
+from specomp.results.figures import gate_profiles, training_figure
 from specomp.results.record import Record, point_of, provenance, record_key
 from specomp.results.summary import show
 from specomp.stages.calibrate import DenseStatistics, dense_statistics
@@ -328,9 +328,13 @@ def refine(
         )
     with record.stage("compress"):
         reports, chosen, account = pack(setup, method, experiment.quantizer, ratio, trained, spectra, dense)
-    record.training = {name: value for name, value in trained.report.items() if name != "curve"} | {"pruning": account}
+    profiles = gate_profiles(setup.linears, trained.gates, trained.alive, chosen)
+    record.training = {name: value for name, value in trained.report.items() if name != "curve"} | {
+        "pruning": account,
+        "profiles": profiles,
+    }
     figure = experiment.records.companion(record.key, "training.png")
-    training_figure(figure, setup.linears, trained.gates, trained.alive, chosen, trained.report)
+    training_figure(figure, setup.linears, trained.gates, chosen, record.training | {"curve": trained.report["curve"]})
     log.info("Figure of the training: %s", figure)
     return reports
 

@@ -39,7 +39,10 @@ def test_there_is_an_experiment_for_every_table():
 def test_opens_with_what_it_is(name):
     lines = (CONF / "experiment" / f"{name}.yaml").read_text().splitlines()
     assert lines[0] == "# @package _global_"
-    assert lines[1].startswith("# ")
+    head = "\n".join(lines[: lines.index("defaults:")])
+    assert all(x.startswith("# ") for x in lines[1 : lines.index("defaults:")])
+    assert f"python run.py -m experiment={name} " in head and f"specomp.results.table {name} " in head
+    assert "# Expect: " in head
 
 
 @pytest.mark.parametrize("name", EXPERIMENTS)
@@ -211,7 +214,7 @@ def test_the_report_is_one_file_with_everything_in_it(folder, tmp_path):
     assert report(typed + ["--output", str(tmp_path / "report.html")]) == 0
     page = (tmp_path / "report.html").read_text()
     assert not re.search(r'(src|href)="(https?:)?//', page), "nothing is loaded from a network"
-    assert page.count("<svg") == page.count("</svg>") == 2 + 2 + 4 + 1  # curves, profiles, maps, times
+    assert page.count("<svg") == page.count("</svg>") == 2 + 2 + 4 + 1 + 1  # curves, profiles, maps, spectra (of one norm), times
     assert "<table>" in page
     assert "Missing" not in page
     assert page.count(' id="') == len(set(re.findall(r' id="([^"]+)"', page))), "figures share one page and must not share ids"

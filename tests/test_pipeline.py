@@ -1,5 +1,6 @@
 """Whole runs: what is done once, what is done again, what a key depends on, and what stays after a failure."""
 
+import csv
 import json
 import os
 import shutil
@@ -82,7 +83,11 @@ def test_a_run_leaves_a_complete_record(tmp_path):
     assert record.provenance["packages"]["torch"]
     assert any("measured retention" in note for note in record.notes)
     with (store(tmp_path).folder / f"{record.key[:12]}.linears.csv").open() as file:
-        assert len(file.readlines()) == 22
+        rows = list(csv.DictReader(file))
+    assert len(rows) == 21
+    for row in rows:  # the plain SVD: its sampled spectrum starts at 1 and only falls
+        values = [float(x) for x in row["spectrum"].split()]
+        assert values[0] == 1 and values == sorted(values, reverse=True)
     assert (
         json.loads((tmp_path / "outputs" / "models" / f"tiny_llama-svd-{record.key[:12]}" / "specomp.json").read_text())["record"]
         == record.key

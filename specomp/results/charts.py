@@ -5,7 +5,7 @@ import io
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from statistics import fmean
+from statistics import fmean, geometric_mean
 from typing import Any
 
 import matplotlib as mpl
@@ -133,6 +133,31 @@ def histograms(centres: Sequence[float], found: Mapping[str, Sequence[float]], x
         axes.plot(centres, shares, linestyle=style, linewidth=1.2, label=name)
     axes.set(xlabel=xlabel, ylabel="share of the outputs", ylim=(0, None))
     axes.legend(fontsize="small", frameon=False)
+    return svg(figure)
+
+
+def spectra(linears: Linears) -> str:
+    """Singular values over the largest, a line per type of linear: geometric mean over decoder layers."""
+    found: dict[str, list[list[float]]] = {}
+    for x in linears:
+        found.setdefault(x["name"].rpartition(".")[2], []).append([max(float(v), 1e-6) for v in x["spectrum"].split()])
+    figure, axes = _new()
+    for kind, rows in found.items():
+        values = [geometric_mean(column) for column in zip(*rows, strict=True)]
+        axes.plot([i / (len(values) - 1) for i in range(len(values))], values, marker=".", linewidth=1.2, label=kind)
+    axes.set(xlabel="component / number of components", ylabel="singular value over the largest", yscale="log")
+    axes.legend(fontsize="small", frameon=False, ncols=2)
+    return svg(figure)
+
+
+def gate_profiles(profiles: Mapping[str, Mapping[str, Sequence[float]]], what: str, label: str) -> str:
+    """A trained spectrum by component index, a line per type of linear. what: gate, or kept."""
+    figure, axes = _new()
+    for kind, profile in profiles.items():
+        values = profile[what]
+        axes.plot([(i + 0.5) / len(values) for i in range(len(values))], values, linewidth=1.2, label=kind.rpartition(".")[2])
+    axes.set(xlabel="component / number of components, largest singular value first", ylabel=label, ylim=(0, None))
+    axes.legend(fontsize="small", frameon=False, ncols=2)
     return svg(figure)
 
 

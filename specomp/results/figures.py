@@ -15,29 +15,43 @@ from specomp.models.family import LinearSpec
 BINS = 24
 
 
+def gate_profiles(
+    linears: Sequence[LinearSpec], gates: Mapping[str, Tensor], alive: Mapping[str, Tensor], chosen: Mapping[str, Tensor]
+) -> dict[str, dict[str, list[float]]]:
+    """By kind of linear: gates (pruned: 0) and share kept in BINS equal ranges of the component index, means over decoder layers.
+
+    gates, alive: (k,) per linear; chosen: indices kept. Component 0 has the largest singular value.
+    """
+    found = {}
+    for kind in dict.fromkeys(x.kind for x in linears):
+        names = [x.name for x in linears if x.kind == kind]
+        gate = _mean([_profile(torch.where(alive[name], gates[name], 0.0)) for name in names])
+        kept = _mean([_profile(_indicator(len(gates[name]), chosen[name])) for name in names])
+        found[kind] = {"gate": [round(x, 4) for x in gate.tolist()], "kept": [round(x, 4) for x in kept.tolist()]}
+    return found
+
+
 def training_figure(
     path: Path,
     linears: Sequence[LinearSpec],
     gates: Mapping[str, Tensor],
-    alive: Mapping[str, Tensor],
     chosen: Mapping[str, Tensor],
     report: Mapping[str, Any],
 ) -> None:
     """What a training of gates did, as a PNG: its curve, gates and kept share by component index, ranks per decoder layer.
 
-    gates, alive: (k,) per linear; chosen: indices kept; report: as stored with the training. Component 0 has the largest singular value.
+    gates: (k,) per linear; chosen: indices kept; report: as stored in the record, with its profiles, and the curve.
     """
     figure = Figure(figsize=(12, 8), layout="constrained")
     FigureCanvasAgg(figure)
     curve, gate, rank, kept = figure.subplots(2, 2).flat
-    kinds = list(dict.fromkeys(x.kind for x in linears))
     _curve(curve, report)
-    for kind in kinds:
+    for kind, profile in report["profiles"].items():
         members = [x for x in linears if x.kind == kind]
         label = kind.rpartition(".")[2]
         shares = torch.linspace(0, 1, BINS)
-        gate.plot(shares, _mean([_profile(torch.where(alive[x.name], gates[x.name], 0.0)) for x in members]), label=label)
-        kept.plot(shares, _mean([_profile(_indicator(len(gates[x.name]), chosen[x.name])) for x in members]), label=label)
+        gate.plot(shares, profile["gate"], label=label)
+        kept.plot(shares, profile["kept"], label=label)
         rank.plot([x.decoder_layer for x in members], [len(chosen[x.name]) / len(gates[x.name]) for x in members], marker=".", label=label)
     gate.set(title="gate by component (mean over decoder layers; pruned: 0)", xlabel="component index / k", ylabel="S")
     rank.set(title="components kept", xlabel="decoder layer", ylabel="rank / k", ylim=(0, 1.02))

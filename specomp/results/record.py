@@ -157,7 +157,7 @@ class RecordStore:
         with atomic_path(self.companion(key, "linears.csv")) as temporary, temporary.open("w", newline="") as file:
             writer = csv.DictWriter(file, fieldnames=list(reports[0]))
             writer.writeheader()
-            writer.writerows(reports)
+            writer.writerows({name: f"{x:.6g}" if isinstance(x, float) else x for name, x in row.items()} for row in reports)
 
     def all(self) -> list[Record]:
         """Every readable record, oldest first."""

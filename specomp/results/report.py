@@ -17,7 +17,7 @@ from specomp.results import charts
 from specomp.results.paper import facts, grid
 from specomp.results.record import Record, RecordStore, stored, stores
 from specomp.results.render import Bold, Cell
-from specomp.results.sweep import Sweep, load_sweep
+from specomp.results.sweep import ROOT, Point, Sweep, load_sweep
 
 STYLE = """
 :root { color-scheme: light; }
@@ -58,12 +58,12 @@ def report(sweep: Sweep, folders: Sequence[RecordStore]) -> str:
         profiles = _figure(charts.layer_profile(linears), "Stored share of each decoder layer")
         profiles += _figure(charts.error_profile(linears), "What the factors lose, in the norm each method minimizes")
         maps = "".join(_figure(charts.rank_map(rows), f"Stored share of every linear: {name}") for name, rows in linears.items())
-        parts += ["<h2>Where the parameters are</h2>", f'<div class="figures">{profiles}</div>']
+        parts += ["<h2>Where the parameters are</h2>", f'<div class="figures">{profiles}{_importance(sweep)}</div>']
         parts.append(f'<details><summary>All {len(linears)} maps</summary><div class="figures">{maps}</div></details>')
+    parts += _spectra(sweep, linears)
     trained = {name: rows for name, r in named.items() if (rows := charts.read_csv(_companions(folders, r, "training.csv")))}
     if trained:
-        drawn = "".join(_figure(charts.training_curve(rows), f"Training: {name}") for name, rows in trained.items())
-        parts += ["<h2>Training</h2>", f'<div class="figures">{drawn}</div>']
+        parts += ["<h2>Training</h2>", f'<div class="figures">{"".join(_training(x, named[x], rows) for x, rows in trained.items())}</div>']
     if named:
         parts += ["<h2>Cost</h2>", _figure(charts.stage_times(named), "Seconds by stage; what the cache held cost nothing"), _costs(named)]
         parts += ["<h2>Provenance</h2>", _provenance(sweep.records)]
@@ -75,9 +75,45 @@ def report(sweep: Sweep, folders: Sequence[RecordStore]) -> str:
     return f'<!doctype html>\n<html lang="en"><head>{head}</head>\n<body>\n' + charts.numbered("\n".join(parts)) + "\n</body></html>\n"
 
 
+def _importance(sweep: Sweep) -> str:
+    """AdaSVD's Figure 4 for the sweep's models, where their importances have been measured (experiments/adasvd_figure4)."""
+    models = dict.fromkeys(p.models for p in sweep.points)
+    found = {x: rows for x in models if (rows := charts.read_csv([ROOT / "experiments" / "adasvd_figure4" / f"{x}.csv"]))}
+    drawn = {x: [float(row["importance"]) for row in rows] for x, rows in found.items()}
+    return _figure(charts.importances(drawn), "Importance of each decoder layer, as adaCR sees it") if drawn else ""
+
+
+def _spectra(sweep: Sweep, linears: dict[str, list[dict[str, str]]]) -> list[str]:
+    """One figure per series, since a spectrum knows no ratio: of the point in which most linears were factorized."""
+    best: dict[str, list[dict[str, str]]] = {}
+    for point in sweep.points:
+        rows, name = [x for x in linears.get(label(point), []) if x.get("spectrum")], charts.series(point)
+        if len(rows) > len(best.get(name, [])):
+            best[name] = rows
+    first: dict[str, str] = {}
+    for name, rows in best.items():
+        first.setdefault(charts.spectra(rows), name)
+    drawn = "".join(_figure(drawing, f"Singular values in the norm of: {name}") for drawing, name in first.items())
+    return ["<h2>Singular spectra</h2>", f'<div class="figures">{drawn}</div>'] if drawn else []
+
+
+def _training(name: str, record: Record, rows: list[dict[str, str]]) -> str:
+    """Curve of a training, and what became of the gates."""
+    drawn = _figure(charts.training_curve(rows), f"Training: {name}")
+    if profiles := record.training.get("profiles"):
+        drawn += _figure(charts.gate_profiles(profiles, "gate", "gate S, pruned: 0"), f"Gates, mean over decoder layers: {name}")
+        drawn += _figure(charts.gate_profiles(profiles, "kept", "share kept"), f"What is kept; a step if in singular-value order: {name}")
+    return drawn
+
+
 def labels(sweep: Sweep) -> dict[str, Record]:
     """Complete points by their swept values; of several seeds the first."""
-    return {" ".join(p.keys.values()) or p.models: p.done[0] for p in sweep.points if p.done}
+    return {label(p): p.done[0] for p in sweep.points if p.done}
+
+
+def label(point: Point) -> str:
+    """What a point is called in figures and tables."""
+    return " ".join(point.keys.values()) or point.models
 
 
 def _companions(folders: Sequence[RecordStore], record: Record, suffix: str) -> list[Path]:

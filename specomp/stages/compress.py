@@ -31,6 +31,8 @@ from specomp.statistics import GRADIENT_SCOPES, Statistic, Stats
 
 # Largest min(m, n) of a decoder layer whose linears are worked on side by side.
 SMALL = 1024
+# Points of a spectrum that a report keeps.
+SPECTRUM_POINTS = 13
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,6 +57,8 @@ class LinearReport:
     quantization_damping: float = 0.0
     # Largest coefficient of a pivoted linear in absolute value; null for other packings.
     growth: float | None = None
+    # Singular values in the method's norm over the largest, from the first to the last at equal distances; empty for a dense linear.
+    spectrum: str = ""
     seconds: float = 0.0
 
     def as_dict(self) -> dict[str, Any]:
@@ -163,7 +167,7 @@ class CompressionModule(L.LightningModule):
             damping=spectrum.damping,
             growth=packed.growth() if isinstance(packed, PivotedLinear) else None,
             seconds=time.perf_counter() - start,
-            **errors_of(packed.merged_weight(), target.float(), norm, spectrum, rank),  # type: ignore[operator, arg-type]
+            **errors_of(packed.merged_weight(), target.float(), norm, spectrum, rank),  # type: ignore[operator]
             **quantization_of(factors, stored, norm),  # type: ignore[arg-type]
         )
 
@@ -238,8 +242,8 @@ def one_thread_each(linears: Sequence[LinearSpec], device: torch.device) -> Iter
         torch.set_num_threads(threads)
 
 
-def errors_of(packed: Tensor, target: Tensor, norm: Any, spectrum: Spectrum, rank: int) -> dict[str, float]:
-    """Relative errors of what is actually stored, in its dtype, and the certificate against the Eckart-Young bound."""
+def errors_of(packed: Tensor, target: Tensor, norm: Any, spectrum: Spectrum, rank: int) -> dict[str, Any]:
+    """Relative errors of what is actually stored, in its dtype, the certificate against the Eckart-Young bound, and its spectrum."""
     error = packed - target
     loss = norm.loss(error)
     whole = float(spectrum.s.double().square().sum().sqrt())
@@ -249,7 +253,14 @@ def errors_of(packed: Tensor, target: Tensor, norm: Any, spectrum: Spectrum, ran
         "norm_error": relative(loss, whole),
         # A bound that is rounding noise itself certifies nothing.
         "loss_over_bound": loss / bound if bound > 1e-6 * whole else 1.0,
+        "spectrum": sampled(spectrum.s),
     }
+
+
+def sampled(s: Tensor) -> str:
+    """SPECTRUM_POINTS of singular values (k,), descending, over the largest."""
+    index = torch.linspace(0, len(s) - 1, SPECTRUM_POINTS).round().long()
+    return " ".join(f"{relative(float(x), float(s[0])):.3g}" for x in s[index.to(s.device)])
 
 
 def _gain(method: Method, stats: Stats, target: Tensor, before: LowRankFactors, after: LowRankFactors) -> float:

@@ -93,8 +93,8 @@ def pack(
                 damping=spectrum.damping,
                 growth=packed.growth() if isinstance(packed, PivotedLinear) else None,
                 seconds=time.perf_counter() - start,
-                **errors_of(merged, target, norm, spectrum, len(index)),  # type: ignore[arg-type]
-                **quantization_of(factors, rounded, norm),
+                **errors_of(merged, target, norm, spectrum, len(index)),
+                **quantization_of(factors, rounded, norm),  # type: ignore[arg-type]
             )
         )
     return reports, chosen, account | {"kept": kept, "kept_out_of_order": out_of_order}
