@@ -21,6 +21,7 @@ from specomp.evaluation.suite import Benchmark
 from specomp.experiment import Experiment, build
 from specomp.ledger import Ledger, ledger, measure
 from specomp.methods.base import describe
+from specomp.methods.svd import Weight
 from specomp.models.export import exporting, save_compressed
 from specomp.models.export import load as load_folder
 from specomp.models.files import checked_folder, first_line
@@ -213,7 +214,9 @@ def factorize(experiment: Experiment, setup: Setup, record: Record, finished: Ca
     trains = bool(method.training.phases)
     # Another packing than two factors may store components beyond their break-even rank.
     complete = trains or any(is_low_rank(x.m, x.n, math.ceil(break_even_rank(x.m, x.n)), method.packing.stored) for x in setup.linears)
-    spectra = DenseSpectra(setup, method.target, method.whitening, spectra_statistics, complete=complete)
+    # In the dense model a linear's outputs are those of its weight, whatever the target makes of compressed inputs.
+    target = method.target if upstream == "dense" else Weight()
+    spectra = DenseSpectra(setup, target, method.whitening, spectra_statistics, complete=complete)
     with record.stage("allocate"):
         ranks = method.allocation(
             *(setup.linears, experiment.ratio, dense, spectra, method.packing.stored), make_probe(setup, spectra, method.packing)

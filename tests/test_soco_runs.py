@@ -596,7 +596,7 @@ def test_the_record_tells_how_the_training_went(tmp_path, produced):
     assert {"kl", "kl_cut", "threshold", "retention", "retention_at_fixed"} <= set(record.training["phases"][0])
     assert record.training["phases"][0]["existing"] < record.training["phases"][0]["existing_before"]
     for profile in record.training["profiles"].values():
-        assert len(profile["gate"]) == len(profile["kept"]) and 0 < sum(profile["kept"]) and max(profile["kept"]) <= 1
+        assert len(profile["gate"]) == len(profile["kept"]) and sum(profile["kept"]) > 0 and max(profile["kept"]) <= 1
         assert all(g > 0 or k == 0 for g, k in zip(profile["gate"], profile["kept"], strict=True)), "what is kept has a gate"
     pruning = record.training["pruning"]
     assert {"exact_threshold", "fixed_threshold", "exact_retention", "fixed_retention", "kept", "kept_out_of_order"} <= set(pruning)

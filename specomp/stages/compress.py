@@ -23,7 +23,7 @@ from specomp.models.family import LinearSpec
 from specomp.modules import PivotedLinear, replace_linear
 from specomp.ratio import is_low_rank
 from specomp.stages.calibrate import DenseStatistics, linear_module, predict
-from specomp.stages.decompose import DenseSpectra, decompose
+from specomp.stages.decompose import DenseSpectra, decompose, target_of
 from specomp.stages.observe import stats_of
 from specomp.stages.setup import Setup
 from specomp.stages.stream import HiddenStream
@@ -86,11 +86,14 @@ class CompressionModule(L.LightningModule):
         self.reports: list[LinearReport] = []
         upstream = setup.calibration.upstream
         self.quantize_from = quantizer_reads(method, upstream, quantizer)
-        self.whiten_needs = method.whitening.needs | (quantizer.needs if self.quantize_from == "whitening" else frozenset())
+        self.whiten_needs = seen_by_the_norm(method) | (quantizer.needs if self.quantize_from == "whitening" else frozenset())
         self.repair_needs = method.compensation.needs | (quantizer.needs if self.quantize_from == "repair" else frozenset())
-        self.whiten_streamed = upstream == "compressed" and bool(self.whiten_needs)
+        # Gradients are the dense model's: nothing else has the loss of a whole model.
+        self.streamed_needs = frozenset(x for x in self.whiten_needs if x.scope not in GRADIENT_SCOPES)
+        self.whiten_streamed = upstream == "compressed" and bool(self.streamed_needs)
         self.repair_streamed = method.compensation.upstream == "compressed" and bool(method.compensation.needs)
         self.stream: HiddenStream | None = None
+        self.dense_stream: HiddenStream | None = None  # where a statistic compares both models
 
     def on_predict_start(self) -> None:
         """Embed the calibration set if anything has to see compressed inputs."""
@@ -100,6 +103,8 @@ class CompressionModule(L.LightningModule):
             if not self.whiten_streamed and limit is not None and limit < samples.num_samples:
                 samples = samples.subset(limit)  # no other sample has a reader
             self.stream = HiddenStream(replace(setup, samples=samples))
+            if any(x.scope == "pair" for x in self.streamed_needs):
+                self.dense_stream = self.stream.twin()
 
     @torch.no_grad()
     def predict_step(self, batch: int, batch_idx: int) -> None:
@@ -128,14 +133,17 @@ class CompressionModule(L.LightningModule):
         """What the still dense decoder layer sees of compressed inputs: for the whitening, and for the repair."""
         if self.stream is None:
             return {}, {}
-        whitening, repair = self.whiten_needs, self.repair_needs
+        whitening = self.streamed_needs if self.whiten_streamed else frozenset()
+        repair = self.repair_needs if self.repair_streamed else frozenset()
         limit = self.method.compensation.num_samples
         if limit is None:
-            needs = (whitening if self.whiten_streamed else frozenset()) | (repair if self.repair_streamed else frozenset())
-            values = self.stream.observe(index, needs)
+            values = self._observe_all(self.stream, index, whitening | repair)
             return values, values
-        first = self.stream.observe(index, whitening) if self.whiten_streamed else {}
-        return first, self.stream.observe(index, repair, limit) if self.repair_streamed else {}
+        first = self._observe_all(self.stream, index, whitening) if whitening else {}
+        return first, self.stream.observe(index, repair, limit) if repair else {}
+
+    def _observe_all(self, stream: HiddenStream, index: int, needs: frozenset[Statistic]) -> Mapping[str, Tensor]:
+        return stream.observe(index, needs) if self.dense_stream is None else stream.observe_beside(index, needs, self.dense_stream)
 
     @torch.no_grad()
     def _compress(self, linear: LinearSpec, whitening_values: Mapping[str, Tensor], repair_values: Mapping[str, Tensor]) -> LinearReport:
@@ -146,8 +154,10 @@ class CompressionModule(L.LightningModule):
             return report
         module = linear_module(setup.model, linear)
         W = module.weight.detach()
-        whitening_stats = stats_of(linear, whitening_values, self.whiten_needs) if self.whiten_streamed else self.dense(linear.name)
-        target, norm = method.target(W, whitening_stats), method.whitening(whitening_stats)
+        whitening_stats = self.dense(linear.name)
+        if self.whiten_streamed:
+            whitening_stats = Stats({**whitening_stats, **stats_of(linear, whitening_values, self.streamed_needs)})
+        target, norm = target_of(method.target, W, whitening_stats, linear.name), method.whitening(whitening_stats)
         spectrum = decompose(norm, target, linear.name, keep=rank) if self.whiten_streamed else self.spectra(linear.name)
         factors = truncate(spectrum, rank)
         repair_stats = stats_of(linear, repair_values, self.repair_needs) if self.repair_streamed else self.dense(linear.name)
@@ -199,15 +209,26 @@ def quantization_of(factors: LowRankFactors, stored: LowRankFactors, norm: Any) 
     return {"quantization_error": error, "quantization_damping": stored.damping}
 
 
+def seen_by_the_norm(method: Method) -> frozenset[Statistic]:
+    """Statistics that the target and its norm are made of."""
+    return method.target.needs | method.whitening.needs
+
+
 def dense_needs(method: Method, upstream: Upstream, quantizer: Quantizer) -> frozenset[Statistic]:
     """Statistics of the dense model that a method reads; the others are taken on the way. Raises UserError where that cannot be."""
     repair, needs = method.compensation, method.allocation.needs
     if quantizer_reads(method, upstream, quantizer) == "dense":
         needs |= quantizer.needs
+    seen = seen_by_the_norm(method)
+    gradients = frozenset(x for x in seen if x.scope in GRADIENT_SCOPES)
     if upstream == "dense":
-        needs |= method.whitening.needs
-    elif any(x.scope in GRADIENT_SCOPES for x in method.whitening.needs):
-        raise UserError("The whitening reads gradients of the dense model's loss: set calibration.upstream=dense.")
+        if any(x.scope == "pair" for x in seen):
+            raise UserError("The target compares inputs of the dense and of the compressed model: set calibration.upstream=compressed.")
+        needs |= seen
+    elif gradients and gradients == seen:
+        raise UserError("The whitening reads gradients of the dense model's loss alone: set calibration.upstream=dense.")
+    else:
+        needs |= gradients
     if repair.upstream == "dense" and repair.needs:
         if repair.num_samples is not None:
             raise UserError(

@@ -13,6 +13,7 @@ from specomp.methods.base import Target, Whitening, describe
 from specomp.ratio import break_even_rank
 from specomp.stages.calibrate import DenseStatistics, linear_module, statistic_key
 from specomp.stages.setup import Setup
+from specomp.statistics import Stats
 
 log = logging.getLogger(__name__)
 # Bumped whenever the same statistics would give another spectrum.
@@ -71,6 +72,14 @@ class DenseSpectra:
         with self.setup.resident(linear.decoder_layer):
             W = linear_module(self.setup.model, linear).weight.detach()
             return decompose(self.whitening(stats), self.target(W, stats), name, keep=keep)
+
+
+def target_of(target: Target, W: Tensor, stats: Stats, name: str) -> Tensor:
+    """target(W, stats), with what is numerically impossible said of the linear it concerns. Raises UserError."""
+    try:
+        return target(W, stats)
+    except ValueError as error:
+        raise UserError(f"{name}: {error}: calibrate on more tokens, raise method.target.damping, or use method/target=weight.") from error
 
 
 def decompose(norm: Norm, target: Tensor, name: str, keep: int | None = None) -> Spectrum:

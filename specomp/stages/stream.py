@@ -7,6 +7,7 @@ place of its decoder layers: no per-family forward code, no exceptions, no weigh
 """
 
 from collections.abc import Iterable
+from copy import copy
 from typing import Any
 
 import torch
@@ -77,6 +78,24 @@ class HiddenStream:
             with self.setup.forward_precision():
                 output = hidden_output(layer(_to(hidden, device), *_to(args, device), **_to(kwargs, device)))
             yield output
+
+    def twin(self) -> "HiddenStream":
+        """Another stream from here on, of the same samples."""
+        other = copy(self)
+        other.hidden = list(self.hidden)
+        return other
+
+    def observe_beside(self, index: int, statistics: Iterable[Statistic], dense: "HiddenStream") -> dict[str, Tensor]:
+        """Statistics of decoder layer `index`, which is still dense, on these hidden states and those of the dense model; these stay, the
+        dense model's are replaced by the outputs of the decoder layer."""
+        with self._observer(index, statistics) as observer:
+            reference, own = iter(dense.run(index)), iter(self.run(index))
+            for position in range(len(self.hidden)):
+                with observer.reference():
+                    output = next(reference)
+                next(own)
+                dense.hidden[position] = output.to(dense.hidden[position].dtype).cpu()
+            return observer.values()
 
     def observe(self, index: int, statistics: Iterable[Statistic], num_samples: int | None = None) -> dict[str, Tensor]:
         """Statistics of decoder layer `index` on the hidden states before it."""
