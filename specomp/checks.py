@@ -22,6 +22,7 @@ from pydantic import ValidationError
 from specomp.errors import UserError
 from specomp.evaluation.suite import Suite
 from specomp.methods.base import Method, Quantizer
+from specomp.methods.block_refine import BlockRefine
 from specomp.methods.spectrum import SpectrumTraining
 from specomp.methods.svd import Factors
 from specomp.models.family import LinearSpec
@@ -84,7 +85,7 @@ def check_training(method: Method, num_samples: int, processes: int) -> None:
     training = method.training
     if not isinstance(training, SpectrumTraining):
         raise UserError(f"method.training is a {type(training).__name__}; specomp trains specomp.methods.spectrum.SpectrumTraining.")
-    if method.compensation.needs:
+    if method.compensation.needs or isinstance(method.compensation, BlockRefine):
         raise UserError(
             f"A training starts from components, which {type(method.compensation).__name__} does not keep: use method/compensation=none."
         )
@@ -115,6 +116,10 @@ def check_quantizer(method: Method, quantizer: Quantizer, options: Options) -> N
         return
     if method.is_dense:
         log.warning("method=dense has no factors: quantizer is not used.")
+    elif isinstance(method.compensation, BlockRefine):
+        raise UserError(
+            "A block refinement moves numbers off the grid they were rounded to: use another method/compensation, or quantizer=none."
+        )
     elif not isinstance(method.packing, Factors):
         raise UserError("A quantizer rounds U and Vt, which only method/packing=factors stores: choose that packing, or quantizer=none.")
     elif options.save and options.export == "factors" and find_spec("compressed_tensors") is None:

@@ -21,6 +21,7 @@ from specomp.evaluation.suite import Benchmark
 from specomp.experiment import Experiment, build
 from specomp.ledger import Ledger, ledger, measure
 from specomp.methods.base import describe
+from specomp.methods.block_refine import BlockRefine
 from specomp.methods.svd import Weight
 from specomp.models.export import exporting, save_compressed
 from specomp.models.export import load as load_folder
@@ -232,6 +233,8 @@ def factorize(experiment: Experiment, setup: Setup, record: Record, finished: Ca
             f"{len(damped)} of {len(reports)} linears have a damped Gram matrix, "
             f"at most {max(x.damping for x in damped):.1e} of their mean diagonal"
         )
+    if isinstance(method.compensation, BlockRefine):
+        record.note("errors of single linears are those before the block refinement; compensation_gain is of a decoder layer's outputs")
     pivoted = [x.growth for x in reports if x.growth is not None]
     if pivoted:
         record.note(f"{len(pivoted)} of {len(reports)} linears are pivoted, with coefficients up to {max(pivoted):.2f}")

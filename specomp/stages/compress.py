@@ -19,12 +19,14 @@ from specomp.errors import UserError
 from specomp.factors import GramNorm, LowRankFactors, QuantizedFactors, Spectrum, truncate
 from specomp.linalg import relative
 from specomp.methods.base import Method, Quantizer, Upstream
+from specomp.methods.block_refine import BlockRefine
 from specomp.models.family import LinearSpec
 from specomp.modules import PivotedLinear, replace_linear
 from specomp.ratio import is_low_rank
 from specomp.stages.calibrate import DenseStatistics, linear_module, predict
 from specomp.stages.decompose import DenseSpectra, decompose, target_of
 from specomp.stages.observe import stats_of
+from specomp.stages.refine import refine
 from specomp.stages.setup import Setup
 from specomp.stages.stream import HiddenStream
 from specomp.statistics import GRADIENT_SCOPES, Statistic, Stats
@@ -49,7 +51,8 @@ class LinearReport:
     norm_error: float = 0.0
     # Achieved loss over the Eckart-Young bound at this rank: 1 certifies the solver; above 1 is what compensation and dtype moved.
     loss_over_bound: float = 1.0
-    # Loss on the compensation's own inputs after over before it; null without compensation.
+    # Loss on the compensation's own inputs after over before it; null without compensation. Of a block refinement it is the loss of the
+    # decoder layer's outputs, and the errors above are those before it.
     compensation_gain: float | None = None
     damping: float = 0.0
     # Of the rounded product to the unrounded one, in the method's norm; null without quantization. Damping: the most of both Hessians.
@@ -91,19 +94,20 @@ class CompressionModule(L.LightningModule):
         # Gradients are the dense model's: nothing else has the loss of a whole model.
         self.streamed_needs = frozenset(x for x in self.whiten_needs if x.scope not in GRADIENT_SCOPES)
         self.whiten_streamed = upstream == "compressed" and bool(self.streamed_needs)
+        self.refinement = method.compensation if isinstance(method.compensation, BlockRefine) else None
         self.repair_streamed = method.compensation.upstream == "compressed" and bool(method.compensation.needs)
         self.stream: HiddenStream | None = None
         self.dense_stream: HiddenStream | None = None  # where a statistic compares both models
 
     def on_predict_start(self) -> None:
         """Embed the calibration set if anything has to see compressed inputs."""
-        if self.whiten_streamed or self.repair_streamed:
+        if self.whiten_streamed or self.repair_streamed or self.refinement:
             setup, limit = self._setup[0], self.method.compensation.num_samples
             samples = setup.samples
             if not self.whiten_streamed and limit is not None and limit < samples.num_samples:
                 samples = samples.subset(limit)  # no other sample has a reader
             self.stream = HiddenStream(replace(setup, samples=samples))
-            if any(x.scope == "pair" for x in self.streamed_needs):
+            if self.refinement or any(x.scope == "pair" for x in self.streamed_needs):
                 self.dense_stream = self.stream.twin()
 
     @torch.no_grad()
@@ -127,7 +131,12 @@ class CompressionModule(L.LightningModule):
         if self.dense.statistics:
             self.dense.layer(index)  # read once, before several workers ask for it
         with one_thread_each(linears, setup.device(index)) as run:
-            self.reports.extend(run(lambda linear: self._compress(linear, *streamed), linears))
+            reports = list(run(lambda linear: self._compress(linear, *streamed), linears))
+        if self.refinement and not all(x.dense for x in reports):
+            assert self.stream is not None and self.dense_stream is not None
+            gain = refine(setup, self.refinement, index, self.stream, self.dense_stream).gain
+            reports = [x if x.dense else replace(x, compensation_gain=gain) for x in reports]
+        self.reports.extend(reports)
 
     def _observe(self, index: int) -> tuple[Mapping[str, Tensor], Mapping[str, Tensor]]:
         """What the still dense decoder layer sees of compressed inputs: for the whitening, and for the repair."""
@@ -143,7 +152,11 @@ class CompressionModule(L.LightningModule):
         return first, self.stream.observe(index, repair, limit) if repair else {}
 
     def _observe_all(self, stream: HiddenStream, index: int, needs: frozenset[Statistic]) -> Mapping[str, Tensor]:
-        return stream.observe(index, needs) if self.dense_stream is None else stream.observe_beside(index, needs, self.dense_stream)
+        if self.dense_stream is None:
+            return stream.observe(index, needs)
+        if not needs:
+            return self.dense_stream.advance(index)
+        return stream.observe_beside(index, needs, self.dense_stream)
 
     @torch.no_grad()
     def _compress(self, linear: LinearSpec, whitening_values: Mapping[str, Tensor], repair_values: Mapping[str, Tensor]) -> LinearReport:

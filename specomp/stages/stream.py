@@ -65,8 +65,6 @@ class HiddenStream:
     @torch.no_grad()
     def run(self, index: int, *, num_samples: int | None = None) -> Iterable[Tensor]:
         """Outputs of decoder layer `index` (as it is now) on the hidden states before it; at most num_samples of them."""
-        layer = self.setup.layers[index]
-        device = self.setup.device(index)
         seen = 0
         for hidden in self.hidden:
             if num_samples is not None and seen >= num_samples:
@@ -75,9 +73,17 @@ class HiddenStream:
             if num_samples is not None and seen + len(hidden) > num_samples:
                 hidden, args, kwargs = _cut((hidden, args, kwargs), num_samples - seen, len(hidden))
             seen += len(hidden)
-            with self.setup.forward_precision():
-                output = hidden_output(layer(_to(hidden, device), *_to(args, device), **_to(kwargs, device)))
-            yield output
+            yield self._call(index, hidden, args, kwargs)
+
+    def output(self, index: int, position: int) -> Tensor:
+        """Output (batch, length, hidden) of decoder layer `index` on one batch, with a gradient where that is switched on."""
+        hidden = self.hidden[position]
+        return self._call(index, hidden, *self.calls[len(hidden)][index])
+
+    def _call(self, index: int, hidden: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+        device = self.setup.device(index)
+        with self.setup.forward_precision():
+            return hidden_output(self.setup.layers[index](_to(hidden, device), *_to(args, device), **_to(kwargs, device)))
 
     def twin(self) -> "HiddenStream":
         """Another stream from here on, of the same samples."""
