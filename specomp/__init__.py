@@ -15,8 +15,8 @@ __version__ = "0.1.0"
 register_when_needed()
 
 
-def load(folder: Path | str, *, dtype: str | None = None, device_map: str | None = None) -> LoadedModel:
+def load(folder: Path | str, *, dtype: str | None = None, device_map: str | None = None, stream: bool = False) -> LoadedModel:
     """The model that `save_compressed` wrote into `folder`; see specomp.models.export.load."""
     from specomp.models.export import load as load_folder  # here: `import specomp` must not cost the import of torch
 
-    return load_folder(folder, dtype=dtype, device_map=device_map)
+    return load_folder(folder, dtype=dtype, device_map=device_map, stream=stream)

@@ -5,7 +5,7 @@ import inspect
 import logging
 import re
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from importlib.util import find_spec
 from typing import Any
@@ -20,7 +20,9 @@ from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 from pydantic import ValidationError
 
 from specomp.errors import UserError
+from specomp.evaluation.suite import Suite
 from specomp.methods.base import Method, Quantizer
+from specomp.methods.block_refine import BlockRefine
 from specomp.methods.spectrum import SpectrumTraining
 from specomp.methods.svd import Factors
 from specomp.models.family import LinearSpec
@@ -29,6 +31,7 @@ from specomp.models.load import torch_device
 from specomp.models.sources import Source
 from specomp.options import Options
 from specomp.ratio import Cost, pair_cost, retained
+from specomp.statistics import GRADIENT_SCOPES, Statistic
 
 log = logging.getLogger(__name__)
 
@@ -82,11 +85,29 @@ def check_training(method: Method, num_samples: int, processes: int) -> None:
     training = method.training
     if not isinstance(training, SpectrumTraining):
         raise UserError(f"method.training is a {type(training).__name__}; specomp trains specomp.methods.spectrum.SpectrumTraining.")
-    if method.compensation.needs:
+    if method.compensation.needs or isinstance(method.compensation, BlockRefine):
         raise UserError(
             f"A training starts from components, which {type(method.compensation).__name__} does not keep: use method/compensation=none."
         )
     training.check(num_samples, processes)
+
+
+def check_streamed(source: Source, method: Method, needs: Iterable[Statistic], options: Options, suite: Suite) -> None:
+    """What a model that is never in memory as a whole cannot do. Raises UserError."""
+    if not source.stream:
+        return
+    reason = source.unstreamable()
+    if reason is None and method.training.phases:
+        reason = f"method={method.name} trains, which needs the whole model in memory: set model.stream=false"
+    if reason is None and (gradients := [x.name for x in needs if x.scope in GRADIENT_SCOPES]):
+        reason = f"{gradients[0]} is a statistic of gradients, which need the whole model in memory: set model.stream=false"
+    if reason is None and not method.is_dense and not options.save:
+        reason = "the compressed model exists on disk only: set save=true"
+    timings = [x.id for x in suite.benchmarks if getattr(x, "volatile", False)]
+    if reason is None and timings:
+        reason = f"{timings[0]} would measure the disk: set model.stream=false, or choose another benchmark"
+    if reason is not None:
+        raise UserError(f"model.stream=true: {reason}.")
 
 
 def check_quantizer(method: Method, quantizer: Quantizer, options: Options) -> None:
@@ -95,6 +116,10 @@ def check_quantizer(method: Method, quantizer: Quantizer, options: Options) -> N
         return
     if method.is_dense:
         log.warning("method=dense has no factors: quantizer is not used.")
+    elif isinstance(method.compensation, BlockRefine):
+        raise UserError(
+            "A block refinement moves numbers off the grid they were rounded to: use another method/compensation, or quantizer=none."
+        )
     elif not isinstance(method.packing, Factors):
         raise UserError("A quantizer rounds U and Vt, which only method/packing=factors stores: choose that packing, or quantizer=none.")
     elif options.save and options.export == "factors" and find_spec("compressed_tensors") is None:
@@ -122,6 +147,6 @@ def actionable(error: BaseException) -> UserError | None:
     if isinstance(error, (torch.OutOfMemoryError, MemoryError)) or (isinstance(error, RuntimeError) and "allocate memory" in str(error)):
         return UserError(
             f"Out of memory ({one_line(error, 120)}): lower calibration.batch_size or benchmark.batch_size, set calibration.window, "
-            "or use model.dtype=bfloat16."
+            "use model.dtype=bfloat16, or model.stream=true."
         )
     return None

@@ -5,6 +5,7 @@ Build and check everything that is cheap; stop if the record says it is done; th
 
 import logging
 import math
+from collections.abc import Callable
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -20,10 +21,12 @@ from specomp.evaluation.suite import Benchmark
 from specomp.experiment import Experiment, ask, build
 from specomp.ledger import Ledger, ledger, measure
 from specomp.methods.base import describe
+from specomp.methods.block_refine import BlockRefine
+from specomp.methods.svd import Weight
+from specomp.models.export import exporting, save_compressed
 from specomp.models.export import load as load_folder
-from specomp.models.export import save_compressed
 from specomp.models.files import checked_folder, first_line
-from specomp.models.load import torch_device
+from specomp.models.load import LoadedModel
 from specomp.planning.plan import plan
 from specomp.planning.show import show as show_plan
 from specomp.ratio import Ratio, break_even_rank, is_low_rank
@@ -108,10 +111,7 @@ def execute(experiment: Experiment, record: Record) -> None:
                 reference(experiment, setup)
             del setup  # not both models in memory
         with record.stage("load"):
-            source = experiment.source
-            model, tokenizer = load_folder(folder, dtype=source.dtype, device_map=source.device_map).model, experiment.tokenizer
-            if source.device_map is None:
-                model.to(torch_device(source.device, None))  # type: ignore[arg-type]
+            model, tokenizer = reload(experiment, folder).model, experiment.tokenizer
     else:
         model, tokenizer, linears = produce(experiment, record)
         experiment.records.save(record)
@@ -140,12 +140,29 @@ def load_dense(experiment: Experiment, record: Record) -> Setup:
         cache=experiment.cache,
         model_key=digest(experiment.source.fingerprint(experiment.cache)),
         trainer=experiment.trainer,
+        store=loaded.store,
     )
 
 
+def reload(experiment: Experiment, folder: Path) -> LoadedModel:
+    """A compressed model from its folder, in the precision and the place of the dense one."""
+    source = experiment.source
+    return load_folder(folder, dtype=source.dtype, device=source.device, device_map=source.device_map, stream=source.stream)
+
+
 def produce(experiment: Experiment, record: Record) -> tuple[Any, Any, list[dict[str, Any]]]:
-    """Load the dense model, evaluate it for reference, compress it in place, count and save it."""
+    """Load the dense model, evaluate it for reference, compress it in place, count and save it.
+
+    A streamed model is saved while it is compressed, and then opened again.
+    """
     setup = load_dense(experiment, record)
+    folder = model_folder(experiment, record)
+    info = {
+        "method": experiment.method.name,
+        "compression": experiment.ratio.compression,
+        "record": record.key,
+        "specomp": record.identity,
+    }
     before = measure(setup.model, setup.linears)
     reports: list[LinearReport] = []
     target = UNCOMPRESSED if experiment.method.is_dense else experiment.ratio
@@ -154,7 +171,11 @@ def produce(experiment: Experiment, record: Record) -> tuple[Any, Any, list[dict
         if experiment.options.reference:
             with record.stage("evaluate dense"):
                 record.dense_metrics |= reference(experiment, setup)
-        reports = factorize(experiment, setup, record)
+        if setup.store is None:
+            reports = factorize(experiment, setup, record)
+        else:
+            assert folder is not None, "only the dense row has none"
+            reports = factorize_to(folder, info, experiment, setup, record)
     after = measure(setup.model, setup.linears)
     note_quantization(record, reports, setup.model.dtype)
     balance = ledger(target.retention, before, after)
@@ -169,21 +190,27 @@ def produce(experiment: Experiment, record: Record) -> tuple[Any, Any, list[dict
         )
     linears = [report.as_dict() for report in reports]
     experiment.records.save_linears(record.key, linears)
-    folder = model_folder(experiment, record)
+    if folder is not None and setup.store is not None:
+        record.model_folder = str(folder)
+        return reload(experiment, folder).model, setup.tokenizer, linears
     if experiment.options.save and folder is not None:
         with record.stage("save"):
-            info = {
-                "method": experiment.method.name,
-                "compression": experiment.ratio.compression,
-                "record": record.key,
-                "specomp": record.identity,
-            }
             save_compressed(setup.model, setup.tokenizer, folder, form=experiment.options.export, info=info)
         record.model_folder = str(folder)
     return setup.model, setup.tokenizer, linears
 
 
-def factorize(experiment: Experiment, setup: Setup, record: Record) -> list[LinearReport]:
+def factorize_to(folder: Path, info: dict[str, Any], experiment: Experiment, setup: Setup, record: Record) -> list[LinearReport]:
+    """The same for a streamed model: every decoder layer is written as soon as it is compressed."""
+    name = setup.family.decoder_layers
+    with exporting(folder, experiment.options.export) as export:
+        reports = factorize(experiment, setup, record, lambda index: export.add(f"{name}.{index}", setup.layers[index]))
+        with record.stage("save"):
+            export.finish(setup.model, setup.tokenizer, info)
+    return reports
+
+
+def factorize(experiment: Experiment, setup: Setup, record: Record, finished: Callable[[int], None] | None = None) -> list[LinearReport]:
     """Calibrate, allocate, compress: the method itself."""
     method, upstream = experiment.method, experiment.calibration.upstream
     with record.stage("calibrate"):
@@ -193,7 +220,9 @@ def factorize(experiment: Experiment, setup: Setup, record: Record) -> list[Line
     trains = bool(method.training.phases)
     # Another packing than two factors may store components beyond their break-even rank.
     complete = trains or any(is_low_rank(x.m, x.n, math.ceil(break_even_rank(x.m, x.n)), method.packing.stored) for x in setup.linears)
-    spectra = DenseSpectra(setup, method.target, method.whitening, spectra_statistics, complete=complete)
+    # In the dense model a linear's outputs are those of its weight, whatever the target makes of compressed inputs.
+    target = method.target if upstream == "dense" else Weight()
+    spectra = DenseSpectra(setup, target, method.whitening, spectra_statistics, complete=complete)
     with record.stage("allocate"):
         ranks = method.allocation(
             *(setup.linears, experiment.ratio, dense, spectra, method.packing.stored), make_probe(setup, spectra, method.packing)
@@ -202,13 +231,15 @@ def factorize(experiment: Experiment, setup: Setup, record: Record) -> list[Line
     if trains:
         return refine(experiment, setup, record, ranks, spectra, dense)
     with record.stage("compress"):
-        reports = compress(setup, method, experiment.quantizer, ranks, spectra, dense)
+        reports = compress(setup, method, experiment.quantizer, ranks, spectra, dense, finished)
     damped = [x for x in reports if x.damping > 0]
     if damped:
         record.note(
             f"{len(damped)} of {len(reports)} linears have a damped Gram matrix, "
             f"at most {max(x.damping for x in damped):.1e} of their mean diagonal"
         )
+    if isinstance(method.compensation, BlockRefine):
+        record.note("errors of single linears are those before the block refinement; compensation_gain is of a decoder layer's outputs")
     pivoted = [x.growth for x in reports if x.growth is not None]
     if pivoted:
         record.note(f"{len(pivoted)} of {len(reports)} linears are pivoted, with coefficients up to {max(pivoted):.2f}")

@@ -2,8 +2,9 @@
 
 A statistic is a small frozen description (hashable, so slots can ask for the same one twice and pay once); `start` gives the
 accumulator that sees the data. Shapes: x (batch, length, n) inputs of a site, W (m, n) weight of a linear.
-Scopes: "site" sees x; "linear" sees the gradient of W (m, n); "output" sees the gradient of a linear's outputs (batch, length, m)
-and its inputs; "decoder_layer" sees its input and output hidden states.
+Scopes: "site" sees x; "pair" sees x of the dense model and of the compressed one, for the same tokens; "linear" sees the gradient of
+W (m, n); "output" sees the gradient of a linear's outputs (batch, length, m) and its inputs; "decoder_layer" sees its input and output
+hidden states.
 """
 
 import math
@@ -16,7 +17,7 @@ from torch import Tensor
 
 # Bumped whenever the same data would give other numbers: part of every cache key.
 VERSION = 1
-Scope = Literal["site", "linear", "output", "decoder_layer"]
+Scope = Literal["site", "pair", "linear", "output", "decoder_layer"]
 # What takes a backward pass.
 GRADIENT_SCOPES: frozenset[Scope] = frozenset({"linear", "output"})
 # One triangle of the Gram is computed, in blocks of this many columns.
@@ -66,6 +67,21 @@ class Gram:
     def start(self, precision: Precision, num_samples: int) -> Accumulator:
         """Fresh accumulator."""
         return _GramSum(precision)
+
+
+@dataclass(frozen=True)
+class CrossGram:
+    """(n, n): sum_t x_t x'_t^T, x_t a site's input in the dense model and x'_t in the compressed one (methods.md F6's C = X X'^T).
+
+    Equals Gram where nothing before the site was compressed.
+    """
+
+    scope: ClassVar[Scope] = "pair"
+    name: ClassVar[str] = "cross_gram"
+
+    def start(self, precision: Precision, num_samples: int) -> Accumulator:
+        """Fresh accumulator."""
+        return _CrossSum(precision)
 
 
 @dataclass(frozen=True)
@@ -193,18 +209,48 @@ class _GramSum:
         n = x.shape[1]
         if self.total is None:
             self.total = torch.zeros(n, n, dtype=self.precision.sums, device=x.device)
-        half = x.dtype in (torch.bfloat16, torch.float16)
-        for tokens in x.split(PRODUCT_TOKENS if half and not x.is_cuda else len(x)):
+        for tokens in x.split(_tokens_per_product(x)):
             for start in range(0, n, GRAM_BLOCK):
                 stop = min(start + GRAM_BLOCK, n)
-                left, right = tokens[:, start:stop].T, tokens[:, :stop]
-                # Only CUDA multiplies in half precision into a float32 result.
-                self.total[start:stop, :stop] += torch.mm(left, right, out_dtype=torch.float32) if half and x.is_cuda else left @ right
+                self.total[start:stop, :stop] += _product(tokens[:, start:stop].T, tokens[:, :stop])
 
     def value(self) -> Tensor:
         assert self.total is not None, "no data"
         lower = self.total.tril()
         return lower + lower.tril(-1).T
+
+
+class _CrossSum:
+    """x^T x', all of it."""
+
+    def __init__(self, precision: Precision) -> None:
+        self.precision = precision
+        self.total: Tensor | None = None
+
+    def update(self, *observation: Tensor) -> None:
+        dense, own = (x.flatten(0, -2).to(self.precision.products) for x in observation)
+        if self.total is None:
+            self.total = torch.zeros(dense.shape[1], own.shape[1], dtype=self.precision.sums, device=own.device)
+        size = _tokens_per_product(own)
+        for left, right in zip(dense.split(size), own.split(size), strict=True):
+            self.total += _product(left.T, right)
+
+    def value(self) -> Tensor:
+        assert self.total is not None, "no data"
+        return self.total
+
+
+def _half(x: Tensor) -> bool:
+    return x.dtype in (torch.bfloat16, torch.float16)
+
+
+def _tokens_per_product(x: Tensor) -> int:
+    return PRODUCT_TOKENS if _half(x) and not x.is_cuda else len(x)
+
+
+def _product(left: Tensor, right: Tensor) -> Tensor:
+    # Only CUDA multiplies in half precision into a float32 result.
+    return torch.mm(left, right, out_dtype=torch.float32) if _half(left) and left.is_cuda else left @ right
 
 
 class _BucketMeans:

@@ -304,7 +304,7 @@ def test_no_gradient_and_no_trainable_parameter_is_left(cache):
 
 def test_gradient_statistics_do_not_exist_for_compressed_inputs():
     with pytest.raises(UserError, match=r"calibration\.upstream=dense"):
-        dense_needs(method(whitening=KroneckerWhitening(fit="independent", damping=1e-2, solve="auto")), "compressed", NoQuantizer())
+        dense_needs(method(whitening=KroneckerWhitening(fit="nearest", damping=1e-2, solve="auto")), "compressed", NoQuantizer())
     fisher = FisherWhitening(side="in", eps=1e-6, solve="auto")
     assert dense_needs(method(whitening=fisher), "dense", NoQuantizer()) == {Fisher("in")}
     with pytest.raises(UserError, match=r"calibration\.upstream=dense"):

@@ -40,6 +40,10 @@ class StatsOf(Protocol):
 class Target(Protocol):
     """What W' approximates."""
 
+    @property
+    def needs(self) -> frozenset[Statistic]:
+        """Statistics it is made of."""
+
     def __call__(self, W: Tensor, stats: Stats) -> Tensor:
         """T (m, n)."""
 

@@ -20,6 +20,8 @@ from specomp.statistics import Statistic, Stats
 class Weight:
     """Approximate the weight itself: T = W."""
 
+    needs: ClassVar[frozenset[Statistic]] = frozenset()
+
     def __call__(self, W: Tensor, stats: Stats) -> Tensor:
         """W (m, n)."""
         return W

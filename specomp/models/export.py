@@ -13,12 +13,15 @@ import json
 import logging
 import os
 import shutil
+import sys
+import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 import transformers
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
@@ -28,17 +31,18 @@ from specomp import __version__
 from specomp.cache import disk_errors
 from specomp.errors import UserError
 from specomp.models.families import COMPRESSED_PREFIX, base_model_type, family_of
-from specomp.models.files import checked_folder
-from specomp.models.load import LoadedModel, open_model, quiet
+from specomp.models.files import checked_folder, safetensors_header
+from specomp.models.load import LoadedModel, open_model, quiet, torch_device
 from specomp.models.packed import grid_linears, packed_state, quantization_config, unpack_model, unpacking
 from specomp.models.remote import low_rank_config, low_rank_model
-from specomp.models.sources import folder_config, folder_tokenizer
+from specomp.models.sources import folder_config, folder_tokenizer, streamed
 from specomp.modules import LowRankLinear, PivotedLinear
 
 log = logging.getLogger(__name__)
 
 INFO_FILE = "specomp.json"  # also marks a folder as ours, which may be replaced
 MAX_SHARD = "5GB"
+Form = Literal["factors", "dense"]
 
 
 def save_compressed(
@@ -46,7 +50,7 @@ def save_compressed(
     tokenizer: PreTrainedTokenizerBase,
     folder: Path,
     *,
-    form: Literal["factors", "dense"],
+    form: Form,
     info: dict[str, Any],
 ) -> None:
     """Write a model of nn.Linear, LowRankLinear and PivotedLinear, its tokenizer, generation settings and `info` (specomp.json).
@@ -54,24 +58,49 @@ def save_compressed(
     The folder appears complete or not at all; an earlier export there is replaced. Raises UserError when the folder holds
     something else, when a linear is of another type, and when the disk is full.
     """
-    linears = family_of(model.config).linears(model)
-    biases = added_biases(model, [x.name for x in linears])
-    switches = _bias_switches(model, len(linears), biases) if form == "dense" else {}
-    modules = low_rank_linears(model)
-    ranks = {name: module.rank for name, module in modules.items()}
-    pivoted = [name for name, module in modules.items() if isinstance(module, PivotedLinear)]
-    dtypes = {parameter.dtype for parameter in model.parameters() if parameter.is_floating_point()}
-    if len(dtypes) > 1:
-        log.warning("%s: weights of several dtypes (%s); loading casts them to one.", folder, ", ".join(sorted(map(str, dtypes))))
-    packed = form == "factors" and bool(grid_linears(model))
-    state = merged_state(model) if form == "dense" else packed_state(model) if packed else None
+    with exporting(folder, form) as export:
+        export.finish(model, tokenizer, info)
+
+
+@contextlib.contextmanager
+def exporting(folder: Path, form: Form) -> Iterator["Export"]:
+    """The same for a model that is never in memory as a whole: the parts that were `add`ed need no numbers any more when it is finished."""
     with _replacing(Path(folder)) as target:
+        yield Export(target, form)
+
+
+class Export:
+    """A folder that is being written."""
+
+    def __init__(self, target: Path, form: Form) -> None:
+        self.target, self.form = target, form
+        self.files: list[dict[str, int]] = []  # bytes of every tensor, file by file
+
+    def add(self, name: str, module: nn.Module) -> None:
+        """Write one module of the model, of full dotted name `name`, to a file of its own."""
+        state = {f"{name}.{key}": tensor.detach().cpu().contiguous() for key, tensor in stored_state(module, self.form).items()}
+        save_file(state, self.target / _part_name(len(self.files)), metadata={"format": "pt"})
+        self.files.append({key: tensor.nbytes for key, tensor in state.items()})
+
+    def finish(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, info: dict[str, Any]) -> None:
+        """Write all that was not added, and what makes the folder a model."""
+        folder, target, form = self.target, self.target, self.form
+        linears = family_of(model.config).linears(model)
+        biases = added_biases(model, [x.name for x in linears])
+        switches = _bias_switches(model, len(linears), biases) if form == "dense" else {}
+        modules = low_rank_linears(model)
+        ranks = {name: module.rank for name, module in modules.items()}
+        pivoted = [name for name, module in modules.items() if isinstance(module, PivotedLinear)]
+        dtypes = {parameter.dtype for parameter in model.parameters() if parameter.is_floating_point()}
+        if len(dtypes) > 1:
+            log.warning("%s: weights of several dtypes (%s); loading casts them to one.", folder, ", ".join(sorted(map(str, dtypes))))
+        self._save_rest(model)
         with quiet():
-            model.save_pretrained(target, state_dict=state, max_shard_size=MAX_SHARD)
             tokenizer.save_pretrained(target)
         base = base_model_type(model.config)
         config = json.loads((target / "config.json").read_text())
         foreign = ("auto_map", "lowrank_ranks", "lowrank_biases", "lowrank_pivoted")  # of the folder that the model itself was loaded from
+        packed = form == "factors" and bool(grid_linears(model))
         quantized = {"quantization_config": quantization_config(model)} if packed else {}
         kept = {key: value for key, value in config.items() if key not in foreign}
         _write_json(target / "config.json", kept | switches | _identity(base, ranks, biases, pivoted, form) | quantized)
@@ -81,22 +110,67 @@ def save_compressed(
             shutil.copymode(target / "config.json", shard)  # safetensors makes files that only their owner can read
         _write_json(target / INFO_FILE, {"specomp": __version__, "form": form, **info})
 
+    def _save_rest(self, model: PreTrainedModel) -> None:
+        """config.json, generation settings and what was not added; beside files that were, an index of all."""
+        if not self.files:
+            with quiet():
+                model.save_pretrained(self.target, state_dict=stored_state(model, self.form), max_shard_size=MAX_SHARD)
+            return
+        added = {name for file in self.files for name in file}
+        rest = {name: tensor for name, tensor in model.state_dict().items() if not tensor.is_meta}
+        # In a folder of its own, since it would remove the files that are there as those of an earlier save.
+        with tempfile.TemporaryDirectory(dir=self.target) as temporary, quiet():
+            model.save_pretrained(temporary, state_dict=rest, max_shard_size=sys.maxsize)
+            os.replace(Path(temporary) / "model.safetensors", self.target / _part_name(len(self.files)))
+            for path in Path(temporary).iterdir():
+                os.replace(path, self.target / path.name)
+        names = safetensors_header(self.target / _part_name(len(self.files)))[1].keys() - {"__metadata__"}
+        assert not names & added, "written twice"
+        self.files.append({name: rest[name].nbytes for name in names})
+        count = len(self.files)
+        for index in range(count):
+            os.replace(self.target / _part_name(index), self.target / _part_name(index, count))
+        weights = {name: _part_name(index, count) for index, file in enumerate(self.files) for name in sorted(file)}
+        size = sum(sum(file.values()) for file in self.files)
+        _write_json(
+            self.target / "model.safetensors.index.json",
+            {"metadata": {"total_parameters": model.num_parameters(), "total_size": size}, "weight_map": weights},
+        )
 
-def load(folder: Path | str, *, dtype: str | None = None, device_map: str | None = None) -> LoadedModel:
-    """The model in a folder that `save_compressed` wrote (either form), in eval mode on the CPU unless device_map says otherwise.
 
-    dtype: "float32", "bfloat16", "float16", or None for the one it was saved in. Raises UserError when the folder is damaged.
+def _part_name(index: int, count: int | None = None) -> str:
+    """A file of weights as transformers calls them; the count is known only at the end."""
+    return f"model-{index + 1:05d}.safetensors" if count is None else f"model-{index + 1:05d}-of-{count:05d}.safetensors"
+
+
+def stored_state(module: nn.Module, form: Form) -> dict[str, Tensor]:
+    """What a folder of this form stores of a model, or of a part of it."""
+    if form == "dense":
+        return merged_state(module)
+    return packed_state(module) if grid_linears(module) else dict(module.state_dict())
+
+
+def load(
+    folder: Path | str, *, dtype: str | None = None, device_map: str | None = None, device: str = "cpu", stream: bool = False
+) -> LoadedModel:
+    """The model in a folder that `save_compressed` wrote (either form), in eval mode on the CPU unless device or device_map say otherwise.
+
+    dtype: "float32", "bfloat16", "float16", or None for the one it was saved in. stream: its decoder layers stay on disk until they are
+    called (packed integers are loaded all the same). Raises UserError when the folder is damaged.
     """
     path = checked_folder(str(folder))
     config = folder_config(path, trust_remote_code=False)
     family = family_of(config)
     tokenizer = folder_tokenizer(path, trust_remote_code=False)
-    device = "cpu" if device_map is None else "auto"
     packed = getattr(config, "quantization_config", None) is not None
+    if stream and not packed:
+        return streamed(path, config, tokenizer, dtype=dtype or "auto", device=device)
     with unpacking() if packed else contextlib.nullcontext():
-        model = open_model(path, config, dtype=dtype or "auto", device=device, device_map=device_map)
+        model = open_model(path, config, dtype=dtype or "auto", device="cpu" if device_map is None else "auto", device_map=device_map)
     if packed:
         unpack_model(model)
+    if device_map is None:
+        model.to(torch_device(device, None))  # type: ignore[arg-type]
     return LoadedModel(model, tokenizer, family)
 
 

@@ -3,6 +3,7 @@
 import hashlib
 import json
 from pathlib import Path
+from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
@@ -21,7 +22,7 @@ def checked_folder(path: str) -> Path:
         raise UserError(f"Model folder {folder} does not exist{' (it is a file)' if folder.exists() else ''}: check model.path.")
     if not (folder / "config.json").is_file():
         raise UserError(f"{folder} has no config.json: model.path must be a folder written by save_pretrained or downloaded from the hub.")
-    for shard in _shards(folder):
+    for shard in shards(folder):
         _check_shard(shard)
     return folder
 
@@ -63,7 +64,8 @@ def one_line(error: BaseException, limit: int = 300) -> str:
     return text if len(text) <= limit else text[: limit - 3] + "..."
 
 
-def _shards(folder: Path) -> list[Path]:
+def shards(folder: Path) -> list[Path]:
+    """The safetensors files of a folder. Raises UserError when there are none, or one that the index names is absent."""
     index = folder / "model.safetensors.index.json"
     if index.is_file():
         try:
@@ -96,13 +98,17 @@ def _check_shard(path: Path) -> None:
         raise UserError(f"{path} is damaged or truncated ({sizes}; {first_line(error)}): copy or download it again.") from error
 
 
+def safetensors_header(path: Path) -> tuple[int, dict[str, Any]]:
+    """Where the tensors of a file start, and what its header says of each: dtype, shape, data_offsets."""
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        return 8 + length, json.loads(file.read(min(length, path.stat().st_size)))
+
+
 def _size_in_header(path: Path) -> int | None:
     """Bytes a safetensors file should have: 8 for the header's length, the header, the tensors. None when the header is unreadable."""
     try:
-        with path.open("rb") as file:
-            length = int.from_bytes(file.read(8), "little")
-            header = json.loads(file.read(min(length, path.stat().st_size)))
-        tensors_end = max(tensor["data_offsets"][1] for name, tensor in header.items() if name != "__metadata__")
-        return 8 + length + int(tensors_end)
+        start, header = safetensors_header(path)
+        return start + max(int(tensor["data_offsets"][1]) for name, tensor in header.items() if name != "__metadata__")
     except (ValueError, KeyError, TypeError, AttributeError):
         return None

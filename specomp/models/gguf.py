@@ -69,7 +69,7 @@ class PackagedGGUF(Source):
             log.warning("Converted model in the cache is damaged, converting again: %s", error)
             shutil.rmtree(folder)
             cache.folder("models", key, lambda target: _convert(file, target))
-        place = {"dtype": self.dtype, "device": self.device, "device_map": self.device_map}
+        place = {"dtype": self.dtype, "device": self.device, "device_map": self.device_map, "stream": self.stream}
         return LocalModel(name=self.name, path=str(folder), trust_remote_code=False, **place)  # type: ignore[arg-type]
 
     def _file(self) -> Path:

@@ -2,7 +2,9 @@
 
 import contextlib
 from collections.abc import Iterator
+from pathlib import Path
 
+from huggingface_hub import snapshot_download
 from huggingface_hub.errors import (
     EntryNotFoundError,
     GatedRepoError,
@@ -48,6 +50,12 @@ def hub_errors(repo: str, revision: str) -> Iterator[None]:
         if advice is None:
             advice = _by_text(str(error)) or f"cannot be loaded: {' '.join(str(error).split())[:300]}"
         raise UserError(f"{repo} (revision {revision}) {advice}.") from error
+
+
+def downloaded(repo: str, revision: str) -> Path:
+    """The folder of a repository in the hub's cache, with its config and safetensors, downloaded if need be. Raises UserError."""
+    with hub_errors(repo, revision):
+        return Path(snapshot_download(repo, revision=revision, allow_patterns=["*.json", "*.py", "model*.safetensors"]))
 
 
 def _causes(error: BaseException) -> Iterator[BaseException]:

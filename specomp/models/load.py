@@ -4,6 +4,7 @@ Order of the checks: architecture from the config, then the files, then the weig
 """
 
 import contextlib
+import copy
 import logging
 import warnings
 from collections.abc import Iterator, Mapping
@@ -22,6 +23,7 @@ from specomp.models.families import COMPRESSED_PREFIX, family_of
 from specomp.models.family import ModelFamily
 from specomp.models.files import first_line, one_line, some
 from specomp.models.registration import register
+from specomp.models.store import LayerStore, TensorFiles
 
 log = logging.getLogger(__name__)
 
@@ -33,14 +35,23 @@ class LoadedModel:
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
     family: ModelFamily
+    store: LayerStore | None = None  # of a streamed model: where its decoder layers are
 
 
 def open_model(
-    where: Path | str, config: PreTrainedConfig, *, dtype: str, device: str, device_map: str | None, **options: Any
+    where: Path | str,
+    config: PreTrainedConfig,
+    *,
+    dtype: str,
+    device: str,
+    device_map: str | None,
+    without: str | None = None,
+    **options: Any,
 ) -> PreTrainedModel:
     """The causal LM of `config` with the weights at `where` (a checked folder or a hub repository), in eval mode.
 
     `dtype` may be "auto" (as saved). `options` go to from_pretrained. Raises UserError when a weight is absent or has another shape.
+    without: part of the names of weights that are there and not wanted.
     """
     register()
     target = torch_device(device, device_map)
@@ -60,12 +71,39 @@ def open_model(
     missing = sorted(info["missing_keys"])
     if missing:  # transformers only warns, and leaves random weights
         raise UserError(f"{where} lacks {len(missing)} weights that its config.json asks for ({some(missing)}): the folder is incomplete.")
-    unexpected = sorted(info["unexpected_keys"])
+    unexpected = sorted(name for name in info["unexpected_keys"] if without is None or without not in name)
     if unexpected:
         log.warning("%s: %d weights are not used by %s (%s)", where, len(unexpected), type(model).__name__, some(unexpected))
     if device_map is None:
         model = model.to(target)
     return model.eval()  # type: ignore[no-any-return]
+
+
+def open_streamed(
+    folder: Path, config: PreTrainedConfig, family: ModelFamily, *, dtype: str, device: str, **options: Any
+) -> tuple[PreTrainedModel, LayerStore]:
+    """The model of a checked folder without its decoder layers, which come in when they are called. Raises UserError as `open_model`."""
+    # What surrounds the decoder layers is what a model of none consists of: transformers loads, ties and initializes it.
+    none = {"num_hidden_layers": 0, "layer_types": [], "lowrank_ranks": {}, "lowrank_biases": [], "lowrank_pivoted": []}
+    changed = {name: value for name, value in none.items() if getattr(config, name, None) is not None}
+    hollow = copy.deepcopy(config)
+    for name, value in changed.items():
+        setattr(hollow, name, value)
+    owner, _, leaf = family.decoder_layers.rpartition(".")
+    model = open_model(folder, hollow, dtype=dtype, device=device, device_map=None, without=f"{leaf}.", **options)
+    for name in changed:
+        setattr(model.config, name, getattr(config, name))
+    trusted = {name: value for name, value in options.items() if name == "trust_remote_code"}
+    with torch.device("meta"), quiet():
+        skeleton = AutoModelForCausalLM.from_config(config, dtype=model.dtype, **trusted)  # type: ignore[no-untyped-call]
+    layers = skeleton.get_submodule(family.decoder_layers).requires_grad_(False).eval()
+    for module in layers.modules():
+        if hasattr(module, "config"):
+            module.config = model.config
+    setattr(model.get_submodule(owner), leaf, layers)
+    store = LayerStore(family.layers(model), family.decoder_layers, model.base_model_prefix, TensorFiles(folder), model.device)
+    log.info("%s is streamed: its %d decoder layers are read from disk one at a time.", folder, len(store.layers))
+    return model, store
 
 
 def read_config(where: Path | str, **options: Any) -> PreTrainedConfig:

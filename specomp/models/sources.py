@@ -16,8 +16,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 
 from specomp.cache import Cache
 from specomp.errors import UserError
+from specomp.models.families import family_of
 from specomp.models.files import checked_folder, folder_hashes, one_line
-from specomp.models.hub import hub_errors
+from specomp.models.hub import downloaded, hub_errors
 from specomp.models.load import (
     LoadedModel,
     cast_weights,
@@ -26,6 +27,7 @@ from specomp.models.load import (
     context_length,
     dense_family,
     open_model,
+    open_streamed,
     quiet,
     read_config,
     torch_device,
@@ -45,6 +47,7 @@ class Source:
     dtype: Literal["float32", "bfloat16", "float16"]
     device: Annotated[str, Field(pattern=r"^(auto|cpu|mps|cuda(:\d+)?)$")]
     device_map: str | None  # transformers' device_map, to spread over several devices; then device must be auto
+    stream: bool = False  # decoder layers stay on disk, and come in one at a time
 
     def fingerprint(self, cache: Cache) -> dict[str, Any]:
         """JSON-able: what determines the weights. Never a path or a device; loads no model."""
@@ -65,6 +68,12 @@ class Source:
     def load(self, cache: Cache) -> LoadedModel:
         """The model in eval mode on its device."""
         raise AssertionError("abstract")
+
+    def unstreamable(self) -> str | None:
+        """Why `stream` cannot be: what to do instead, or None."""
+        if self.device_map is not None:
+            return f"model.device_map={self.device_map} spreads the whole model over devices: leave it unset"
+        return None
 
 
 @configurable
@@ -104,6 +113,9 @@ class HubModel(Source):
         tokenizer = self.tokenizer(cache)
         # without it transformers may fetch the weights of another commit (a conversion bot's), or ask the hub for such a conversion
         os.environ["DISABLE_SAFETENSORS_CONVERSION"] = "1"
+        if self.stream:
+            folder = checked_folder(str(downloaded(self.repo, self.revision)))
+            return streamed(folder, config, tokenizer, dtype=self.dtype, device=self.device, trust_remote_code=self.trust_remote_code)
         with hub_errors(self.repo, self.revision):
             model = open_model(
                 self.repo,
@@ -116,6 +128,12 @@ class HubModel(Source):
                 use_safetensors=self.weights == "safetensors",
             )
         return LoadedModel(model, tokenizer, family)
+
+    def unstreamable(self) -> str | None:
+        """Pickles can only be read whole."""
+        if self.weights == "bin":
+            return "model.weights=bin are pickles, which are read whole: save the model once with save_pretrained, and use model=local"
+        return super().unstreamable()
 
     def _config(self) -> PreTrainedConfig:
         with hub_errors(self.repo, self.revision):
@@ -151,8 +169,10 @@ class LocalModel(Source):
         config = self._config(folder)
         family = dense_family(config, folder)
         tokenizer = folder_tokenizer(folder, trust_remote_code=self.trust_remote_code)
-        place = {"dtype": self.dtype, "device": self.device, "device_map": self.device_map}
-        model = open_model(folder, config, trust_remote_code=self.trust_remote_code, **place)  # type: ignore[arg-type]
+        options = {"dtype": self.dtype, "device": self.device, "trust_remote_code": self.trust_remote_code}
+        if self.stream:
+            return streamed(folder, config, tokenizer, **options)
+        model = open_model(folder, config, device_map=self.device_map, **options)  # type: ignore[arg-type]
         return LoadedModel(model, tokenizer, family)
 
     def _config(self, folder: Path) -> PreTrainedConfig:
@@ -196,6 +216,10 @@ class RandomModel(Source):
         model = cast_weights(model, getattr(torch, self.dtype)).to(target).eval()  # type: ignore[arg-type]
         return LoadedModel(model, self.tokenizer(cache), family)
 
+    def unstreamable(self) -> str | None:
+        """There is nothing on disk."""
+        return f"{self.name} draws its weights in memory: use a model that is a folder of safetensors"
+
     def _config(self) -> PreTrainedConfig:
         tokenizer = byte_tokenizer()
         specials = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
@@ -206,6 +230,13 @@ class RandomModel(Source):
             return AutoConfig.for_model(self.architecture, **fields)
         except (TypeError, ValueError, StrictDataclassError) as error:
             raise UserError(f"model.architecture={self.architecture} with this model.config is refused: {one_line(error)}") from error
+
+
+def streamed(folder: Path, config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase, **options: Any) -> LoadedModel:
+    """The model of a checked folder whose decoder layers come in one at a time; see `open_streamed`."""
+    family = family_of(config)
+    model, store = open_streamed(folder, config, family, **options)
+    return LoadedModel(model, tokenizer, family, store)
 
 
 def byte_tokenizer() -> PreTrainedTokenizerFast:

@@ -36,7 +36,7 @@ WEIGHTS_VERSION = 1
 # What of a config says which weights are wanted; what inside it only says where they are made, or repeats what the weights say of
 # themselves (shape); what of a calibration only says how fast.
 WEIGHTS = ("model", "method", "ratio", "calibration", "quantizer", "seed")
-MACHINE = {"device", "device_map", "data_root", "local", "partial", "shape"}
+MACHINE = {"device", "device_map", "stream", "data_root", "local", "partial", "shape"}
 MEMORY = {"batch_size", "window"}
 COMPANIONS = ("linears.csv", "training.csv")
 PACKAGES = ("specomp", "torch", "transformers", "lightning", "datasets", "lm_eval", "hydra-core", "safetensors", "compressed-tensors")

@@ -1,14 +1,15 @@
 """Calibration: statistics of the dense model over the calibration set, once, cached by content, shared by every job.
 
-The forward pass stops at the last hidden state (no logits), except for gradient statistics, which need the loss.
+The forward pass stops at the last hidden state (no logits), except for gradient statistics, which need the loss. A streamed model is
+calibrated decoder layer by decoder layer, each in memory once: the hidden states of all samples wait for the next one.
 """
 
 import logging
 import signal
 import threading
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import lightning as L
@@ -21,6 +22,7 @@ from specomp.models.family import LinearSpec
 from specomp.progress import track
 from specomp.stages.observe import LayerObserver, stats_of
 from specomp.stages.setup import Setup
+from specomp.stages.stream import HiddenStream
 from specomp.statistics import GRADIENT_SCOPES, VERSION, Statistic, Stats
 
 log = logging.getLogger(__name__)
@@ -38,7 +40,7 @@ class CalibrationModule(L.LightningModule):
         """One batch through the decoder, or one backward pass per sequence for gradient statistics."""
         setup = self._setup[0]
         batch = batch.to(setup.model.device)
-        with forward_precision(setup):
+        with setup.forward_precision():
             if not self._gradients:
                 setup.family.decoder(setup.model)(input_ids=batch, use_cache=False)
                 return
@@ -46,13 +48,6 @@ class CalibrationModule(L.LightningModule):
                 with torch.enable_grad():
                     # transformers shifts the labels itself.
                     setup.model(input_ids=sequence, labels=sequence, use_cache=False).loss.backward()
-
-
-def forward_precision(setup: Setup) -> Any:
-    """bfloat16 products in the forward pass where asked for; the residual stream and the norms keep the model's precision."""
-    if setup.half_forward:
-        return torch.autocast(setup.model.device.type, torch.bfloat16)
-    return nullcontext()
 
 
 class DenseStatistics:
@@ -91,9 +86,13 @@ class DenseStatistics:
             self._layer = index
         return self._values
 
+    def forget(self) -> None:
+        """Free what was read; it can be read again."""
+        self._layer, self._values = -1, {}
+
     def _load(self, statistic: Statistic, index: int) -> dict[str, Tensor] | None:
         part = self.setup.cache.load("statistics", statistic_key(self.setup, statistic), part_name(index))
-        device = next(self.setup.layers[index].parameters()).device
+        device = self.setup.device(index)
         return None if part is None else {name: value.to(device) for name, value in part.items()}
 
 
@@ -141,6 +140,9 @@ def _complete(setup: Setup, statistic: Statistic) -> bool:
 def collect(setup: Setup, statistics: Iterable[Statistic]) -> None:
     """Compute and store statistics, window of decoder layers by window; gradient statistics in passes of their own."""
     statistics = list(statistics)
+    if setup.store is not None:
+        _collect_streamed(setup, statistics)
+        return
     for gradients in (False, True):
         chosen = [x for x in statistics if (x.scope in GRADIENT_SCOPES) == gradients]
         if chosen:
@@ -165,9 +167,25 @@ def _collect_window(setup: Setup, statistics: list[Statistic], window: range, *,
     for i, observer in observers.items():
         values = observer.values()
         observer.accumulators.clear()
-        for statistic in statistics:
-            part = {name: value for name, value in values.items() if name.endswith(f":{statistic.name}")}
-            setup.cache.save("statistics", statistic_key(setup, statistic), part_name(i), part)
+        _keep(setup, statistics, i, values)
+
+
+def _collect_streamed(setup: Setup, statistics: list[Statistic]) -> None:
+    if any(x.scope in GRADIENT_SCOPES for x in statistics):
+        raise UserError("Statistics of gradients need the whole model in memory: set model.stream=false.")
+    samples, count = setup.samples, len(setup.layers)
+    label = f"calibrate {', '.join(x.name for x in statistics)}, streamed"
+    log.info("%s: %d samples of %d tokens", label, samples.num_samples, samples.length)
+    stream = HiddenStream(setup)
+    for i in track(range(count), label, count):
+        with setup.resident(i):
+            _keep(setup, statistics, i, stream.advance(i, statistics))
+
+
+def _keep(setup: Setup, statistics: Iterable[Statistic], decoder_layer: int, values: Mapping[str, Tensor]) -> None:
+    for statistic in statistics:
+        part = {name: value for name, value in values.items() if name.endswith(f":{statistic.name}")}
+        setup.cache.save("statistics", statistic_key(setup, statistic), part_name(decoder_layer), part)
 
 
 class _Terminable(L.Callback):

@@ -19,12 +19,14 @@ from specomp.errors import UserError
 from specomp.factors import GramNorm, LowRankFactors, QuantizedFactors, Spectrum, truncate
 from specomp.linalg import relative
 from specomp.methods.base import Method, Quantizer, Upstream
+from specomp.methods.block_refine import BlockRefine
 from specomp.models.family import LinearSpec
 from specomp.modules import PivotedLinear, replace_linear
 from specomp.ratio import is_low_rank
 from specomp.stages.calibrate import DenseStatistics, linear_module, predict
-from specomp.stages.decompose import DenseSpectra, decompose
+from specomp.stages.decompose import DenseSpectra, decompose, target_of
 from specomp.stages.observe import stats_of
+from specomp.stages.refine import refine
 from specomp.stages.setup import Setup
 from specomp.stages.stream import HiddenStream
 from specomp.statistics import GRADIENT_SCOPES, Statistic, Stats
@@ -49,7 +51,8 @@ class LinearReport:
     norm_error: float = 0.0
     # Achieved loss over the Eckart-Young bound at this rank: 1 certifies the solver; above 1 is what compensation and dtype moved.
     loss_over_bound: float = 1.0
-    # Loss on the compensation's own inputs after over before it; null without compensation.
+    # Loss on the compensation's own inputs after over before it; null without compensation. Of a block refinement it is the loss of the
+    # decoder layer's outputs, and the errors above are those before it.
     compensation_gain: float | None = None
     damping: float = 0.0
     # Of the rounded product to the unrounded one, in the method's norm; null without quantization. Damping: the most of both Hessians.
@@ -70,55 +73,90 @@ class CompressionModule(L.LightningModule):
     """One predict step per decoder layer: observe it (if it must see compressed inputs), factorize its linears, pack, move on."""
 
     def __init__(
-        self, setup: Setup, method: Method, quantizer: Quantizer, ranks: Mapping[str, int], spectra: DenseSpectra, dense: DenseStatistics
+        self,
+        setup: Setup,
+        method: Method,
+        quantizer: Quantizer,
+        ranks: Mapping[str, int],
+        spectra: DenseSpectra,
+        dense: DenseStatistics,
+        finished: Callable[[int], None] | None = None,
     ) -> None:
         super().__init__()
         # In a tuple, so that Lightning neither moves nor registers the model.
-        self._setup = (setup,)
+        self._setup, self.finished = (setup,), finished
         self.method, self.quantizer, self.ranks, self.spectra, self.dense = method, quantizer, ranks, spectra, dense
         self.reports: list[LinearReport] = []
         upstream = setup.calibration.upstream
         self.quantize_from = quantizer_reads(method, upstream, quantizer)
-        self.whiten_needs = method.whitening.needs | (quantizer.needs if self.quantize_from == "whitening" else frozenset())
+        self.whiten_needs = seen_by_the_norm(method) | (quantizer.needs if self.quantize_from == "whitening" else frozenset())
         self.repair_needs = method.compensation.needs | (quantizer.needs if self.quantize_from == "repair" else frozenset())
-        self.whiten_streamed = upstream == "compressed" and bool(self.whiten_needs)
+        # Gradients are the dense model's: nothing else has the loss of a whole model.
+        self.streamed_needs = frozenset(x for x in self.whiten_needs if x.scope not in GRADIENT_SCOPES)
+        self.whiten_streamed = upstream == "compressed" and bool(self.streamed_needs)
+        self.refinement = method.compensation if isinstance(method.compensation, BlockRefine) else None
         self.repair_streamed = method.compensation.upstream == "compressed" and bool(method.compensation.needs)
         self.stream: HiddenStream | None = None
+        self.dense_stream: HiddenStream | None = None  # where a statistic compares both models
 
     def on_predict_start(self) -> None:
         """Embed the calibration set if anything has to see compressed inputs."""
-        if self.whiten_streamed or self.repair_streamed:
+        if self.whiten_streamed or self.repair_streamed or self.refinement:
             setup, limit = self._setup[0], self.method.compensation.num_samples
             samples = setup.samples
             if not self.whiten_streamed and limit is not None and limit < samples.num_samples:
                 samples = samples.subset(limit)  # no other sample has a reader
             self.stream = HiddenStream(replace(setup, samples=samples))
+            if self.refinement or any(x.scope == "pair" for x in self.streamed_needs):
+                self.dense_stream = self.stream.twin()
 
     @torch.no_grad()
     def predict_step(self, batch: int, batch_idx: int) -> None:
         """Compress decoder layer `batch`."""
         setup = self._setup[0]
-        streamed = self._observe(batch)
-        linears = [linear for linear in setup.linears if linear.decoder_layer == batch]
+        with setup.resident(batch):
+            self._compress_layer(batch)
+            # Before the next decoder layer comes in.
+            self.dense.forget()
+            self.spectra.forget()
+            if self.stream is not None:
+                self.stream.advance(batch)
+            if self.finished is not None:
+                self.finished(batch)
+
+    def _compress_layer(self, index: int) -> None:
+        setup = self._setup[0]
+        streamed = self._observe(index)
+        linears = [linear for linear in setup.linears if linear.decoder_layer == index]
         if self.dense.statistics:
-            self.dense.layer(batch)  # read once, before several workers ask for it
-        with one_thread_each(linears, next(setup.layers[batch].parameters()).device) as run:
-            self.reports.extend(run(lambda linear: self._compress(linear, *streamed), linears))
-        if self.stream is not None:
-            self.stream.advance(batch)
+            self.dense.layer(index)  # read once, before several workers ask for it
+        with one_thread_each(linears, setup.device(index)) as run:
+            reports = list(run(lambda linear: self._compress(linear, *streamed), linears))
+        if self.refinement and not all(x.dense for x in reports):
+            assert self.stream is not None and self.dense_stream is not None
+            gain = refine(setup, self.refinement, index, self.stream, self.dense_stream).gain
+            reports = [x if x.dense else replace(x, compensation_gain=gain) for x in reports]
+        self.reports.extend(reports)
 
     def _observe(self, index: int) -> tuple[Mapping[str, Tensor], Mapping[str, Tensor]]:
         """What the still dense decoder layer sees of compressed inputs: for the whitening, and for the repair."""
         if self.stream is None:
             return {}, {}
-        whitening, repair = self.whiten_needs, self.repair_needs
+        whitening = self.streamed_needs if self.whiten_streamed else frozenset()
+        repair = self.repair_needs if self.repair_streamed else frozenset()
         limit = self.method.compensation.num_samples
         if limit is None:
-            needs = (whitening if self.whiten_streamed else frozenset()) | (repair if self.repair_streamed else frozenset())
-            values = self.stream.observe(index, needs)
+            values = self._observe_all(self.stream, index, whitening | repair)
             return values, values
-        first = self.stream.observe(index, whitening) if self.whiten_streamed else {}
-        return first, self.stream.observe(index, repair, limit) if self.repair_streamed else {}
+        first = self._observe_all(self.stream, index, whitening) if whitening else {}
+        return first, self.stream.observe(index, repair, limit) if repair else {}
+
+    def _observe_all(self, stream: HiddenStream, index: int, needs: frozenset[Statistic]) -> Mapping[str, Tensor]:
+        if self.dense_stream is None:
+            return stream.observe(index, needs)
+        if not needs:
+            return self.dense_stream.advance(index)
+        return stream.observe_beside(index, needs, self.dense_stream)
 
     @torch.no_grad()
     def _compress(self, linear: LinearSpec, whitening_values: Mapping[str, Tensor], repair_values: Mapping[str, Tensor]) -> LinearReport:
@@ -129,9 +167,11 @@ class CompressionModule(L.LightningModule):
             return report
         module = linear_module(setup.model, linear)
         W = module.weight.detach()
-        whitening_stats = stats_of(linear, whitening_values, self.whiten_needs) if self.whiten_streamed else self.dense(linear.name)
-        target, norm = method.target(W, whitening_stats), method.whitening(whitening_stats)
-        spectrum = decompose(norm, target, linear.name) if self.whiten_streamed else self.spectra(linear.name)
+        whitening_stats = self.dense(linear.name)
+        if self.whiten_streamed:
+            whitening_stats = Stats({**whitening_stats, **stats_of(linear, whitening_values, self.streamed_needs)})
+        target, norm = target_of(method.target, W, whitening_stats, linear.name), method.whitening(whitening_stats)
+        spectrum = decompose(norm, target, linear.name, keep=rank) if self.whiten_streamed else self.spectra(linear.name)
         factors = truncate(spectrum, rank)
         repair_stats = stats_of(linear, repair_values, self.repair_needs) if self.repair_streamed else self.dense(linear.name)
         if method.compensation.needs:
@@ -182,15 +222,26 @@ def quantization_of(factors: LowRankFactors, stored: LowRankFactors, norm: Any) 
     return {"quantization_error": error, "quantization_damping": stored.damping}
 
 
+def seen_by_the_norm(method: Method) -> frozenset[Statistic]:
+    """Statistics that the target and its norm are made of."""
+    return method.target.needs | method.whitening.needs
+
+
 def dense_needs(method: Method, upstream: Upstream, quantizer: Quantizer) -> frozenset[Statistic]:
     """Statistics of the dense model that a method reads; the others are taken on the way. Raises UserError where that cannot be."""
     repair, needs = method.compensation, method.allocation.needs
     if quantizer_reads(method, upstream, quantizer) == "dense":
         needs |= quantizer.needs
+    seen = seen_by_the_norm(method)
+    gradients = frozenset(x for x in seen if x.scope in GRADIENT_SCOPES)
     if upstream == "dense":
-        needs |= method.whitening.needs
-    elif any(x.scope in GRADIENT_SCOPES for x in method.whitening.needs):
-        raise UserError("The whitening reads gradients of the dense model's loss: set calibration.upstream=dense.")
+        if any(x.scope == "pair" for x in seen):
+            raise UserError("The target compares inputs of the dense and of the compressed model: set calibration.upstream=compressed.")
+        needs |= seen
+    elif gradients and gradients == seen:
+        raise UserError("The whitening reads gradients of the dense model's loss alone: set calibration.upstream=dense.")
+    else:
+        needs |= gradients
     if repair.upstream == "dense" and repair.needs:
         if repair.num_samples is not None:
             raise UserError(
@@ -252,11 +303,20 @@ def _gain(method: Method, stats: Stats, target: Tensor, before: LowRankFactors, 
 
 
 def compress(
-    setup: Setup, method: Method, quantizer: Quantizer, ranks: Mapping[str, int], spectra: DenseSpectra, dense: DenseStatistics
+    setup: Setup,
+    method: Method,
+    quantizer: Quantizer,
+    ranks: Mapping[str, int],
+    spectra: DenseSpectra,
+    dense: DenseStatistics,
+    finished: Callable[[int], None] | None = None,
 ) -> list[LinearReport]:
-    """Replace the model's linears by their packed factors; returns one report per linear."""
+    """Replace the model's linears by their packed factors; returns one report per linear.
+
+    finished: told of every decoder layer when its modules are final; those of a streamed model lose their numbers after that.
+    """
     setup.model.requires_grad_(False)  # also where every statistic came from the cache and no calibration pass did it
-    module = CompressionModule(setup, method, quantizer, ranks, spectra, dense)
+    module = CompressionModule(setup, method, quantizer, ranks, spectra, dense, finished)
     count = len(setup.layers)
     predict(setup.trainer, module, range(count), f"compress with {method.name}", count)
     return module.reports

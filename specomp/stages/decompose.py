@@ -13,6 +13,7 @@ from specomp.methods.base import Target, Whitening, describe
 from specomp.ratio import break_even_rank
 from specomp.stages.calibrate import DenseStatistics, linear_module, statistic_key
 from specomp.stages.setup import Setup
+from specomp.statistics import Stats
 
 log = logging.getLogger(__name__)
 # Bumped whenever the same statistics would give another spectrum.
@@ -45,7 +46,7 @@ class DenseSpectra:
         if last is not None and last[0] == name:
             return last[1]
         cache = self.setup.cache
-        device = next(self.setup.model.get_submodule(name).parameters()).device
+        device = self.setup.device(self._by_name[name].decoder_layer)
         with cache.lock("spectra", digest([self.key, name])):
             stored = cache.load("spectra", self.key, name)
             cache.count("spectra", hit=stored is not None)
@@ -60,12 +61,25 @@ class DenseSpectra:
         self._last = (name, spectrum)
         return spectrum
 
+    def forget(self) -> None:
+        """Free what was read; it can be read again."""
+        self._last = None
+
     def _decompose(self, name: str) -> Spectrum:
         linear = self._by_name[name]
         keep = None if self.complete else math.ceil(break_even_rank(linear.m, linear.n))
-        W = linear_module(self.setup.model, linear).weight.detach()
         stats = self.statistics(name)
-        return decompose(self.whitening(stats), self.target(W, stats), name, keep=keep)
+        with self.setup.resident(linear.decoder_layer):
+            W = linear_module(self.setup.model, linear).weight.detach()
+            return decompose(self.whitening(stats), self.target(W, stats), name, keep=keep)
+
+
+def target_of(target: Target, W: Tensor, stats: Stats, name: str) -> Tensor:
+    """target(W, stats), with what is numerically impossible said of the linear it concerns. Raises UserError."""
+    try:
+        return target(W, stats)
+    except ValueError as error:
+        raise UserError(f"{name}: {error}: calibrate on more tokens, raise method.target.damping, or use method/target=weight.") from error
 
 
 def decompose(norm: Norm, target: Tensor, name: str, keep: int | None = None) -> Spectrum:

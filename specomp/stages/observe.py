@@ -1,7 +1,8 @@
 """Hooks that feed accumulators while a decoder layer runs, and nothing else: no storage of activations, no change to the model."""
 
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 from torch import Tensor, nn
@@ -12,7 +13,10 @@ from specomp.statistics import Accumulator, Precision, Statistic, Stats
 
 
 class LayerObserver:
-    """Accumulates statistics of one decoder layer: site inputs, gradients of its linears and of their outputs, its own input and output."""
+    """Accumulates statistics of one decoder layer: site inputs, gradients of its linears and of their outputs, its own input and output.
+
+    Where a statistic compares two models, every batch runs first inside `reference()`, as the dense model sees it, then as this one does.
+    """
 
     def __init__(
         self, layer: nn.Module, family: ModelFamily, statistics: Iterable[Statistic], precision: Precision, num_samples: int
@@ -23,17 +27,19 @@ class LayerObserver:
         self._precision, self._num_samples = precision, num_samples
         self._handles: list[RemovableHandle] = []
         self._batch: tuple[int, ...] = ()
+        self._in_reference = False
+        self._seen: dict[int, Tensor] = {}
 
     def __enter__(self) -> "LayerObserver":
         by_scope: dict[str, list[Statistic]] = defaultdict(list)
         for statistic in self.statistics:
             by_scope[statistic.scope].append(statistic)
-        if by_scope["site"]:
+        if by_scope["site"] or by_scope["pair"]:
             self._handles.append(self.layer.register_forward_pre_hook(self._remember_batch, with_kwargs=True))
             for index, site in enumerate(self.family.sites):
-                feed = self._start(f"site{index}", by_scope["site"])
+                feeds = [self._start(f"site{index}", by_scope[scope]) for scope in ("site", "pair")]
                 first = self.layer.get_submodule(site.linears[0])
-                self._handles.append(first.register_forward_pre_hook(lambda _, args, feed=feed: _update(feed, self._by_sample(args[0]))))
+                self._handles.append(first.register_forward_pre_hook(lambda _, args, i=index, feeds=feeds: self._see(i, args[0], *feeds)))
         if by_scope["linear"]:
             for name in (name for site in self.family.sites for name in site.linears):
                 weight = self.layer.get_submodule(name).weight
@@ -62,6 +68,24 @@ class LayerObserver:
         self.accumulators |= started
         return list(started.values())
 
+    @contextmanager
+    def reference(self) -> Iterator[None]:
+        """While it is open, inputs are the dense model's: kept for the pair that the same batch makes afterwards, and counted nowhere."""
+        self._in_reference, self._seen = True, {}
+        try:
+            yield
+        finally:
+            self._in_reference = False
+
+    def _see(self, site: int, x: Tensor, alone: list[Accumulator], paired: list[Accumulator]) -> None:
+        x = self._by_sample(x)
+        if self._in_reference:
+            self._seen[site] = x
+            return
+        _update(alone, x)
+        if paired:
+            _update(paired, self._seen.pop(site), x)
+
     def _remember_batch(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self._batch = tuple(hidden_input(args, kwargs).shape[:-1])
 
@@ -85,7 +109,13 @@ class LayerObserver:
 
 def stats_of(linear: LinearSpec, values: Mapping[str, Tensor], statistics: Iterable[Statistic]) -> Stats:
     """The statistics of one linear out of its decoder layer's values. Raises KeyError when one was never collected."""
-    place = {"site": f"site{linear.site}", "linear": linear.kind, "output": linear.kind, "decoder_layer": "layer"}
+    place = {
+        "site": f"site{linear.site}",
+        "pair": f"site{linear.site}",
+        "linear": linear.kind,
+        "output": linear.kind,
+        "decoder_layer": "layer",
+    }
     return Stats({x: values[f"{place[x.scope]}:{x.name}"] for x in statistics})
 
 

@@ -2,6 +2,7 @@
 
 import torch
 
+from specomp.errors import UserError
 from specomp.factors import truncate
 from specomp.methods.base import Packing, Probe
 from specomp.modules import replace_linear
@@ -13,6 +14,9 @@ from specomp.stages.setup import Setup
 def make_probe(setup: Setup, spectra: DenseSpectra, packing: Packing) -> Probe:
     """A function (linear name, rank) -> mean token loss on the calibration set with only that linear cut."""
     by_name = {linear.name: linear for linear in setup.linears}
+
+    if setup.store is not None:
+        return _refuse
 
     @torch.no_grad()
     def loss() -> float:
@@ -34,3 +38,7 @@ def make_probe(setup: Setup, spectra: DenseSpectra, packing: Packing) -> Probe:
             replace_linear(setup.model, name, dense)
 
     return probe
+
+
+def _refuse(name: str, rank: int) -> float:
+    raise UserError("This allocation tries cuts on the whole model: set model.stream=false, or choose another method/allocation.")

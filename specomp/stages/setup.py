@@ -1,7 +1,9 @@
 """What every stage works on, gathered once."""
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from typing import Any
 
 import lightning as L
 import torch
@@ -11,6 +13,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from specomp.cache import Cache
 from specomp.data.calibration import CalibrationSet, CalibrationSpec
 from specomp.models.family import LinearSpec, ModelFamily
+from specomp.models.store import LayerStore
 from specomp.statistics import Precision
 
 
@@ -27,11 +30,24 @@ class Setup:
     cache: Cache
     model_key: str
     trainer: Callable[..., L.Trainer]
+    store: LayerStore | None = None  # where the decoder layers of a streamed model are
 
     @property
     def layers(self) -> list[nn.Module]:
         """The decoder layers, in order."""
         return self.family.layers(self.model)
+
+    def resident(self, decoder_layer: int) -> AbstractContextManager[None]:
+        """While it is open the decoder layer has its numbers, which a streamed model's has only then."""
+        return nullcontext() if self.store is None else self.store.resident(decoder_layer)
+
+    def device(self, decoder_layer: int) -> torch.device:
+        """Where a decoder layer is worked on."""
+        return next(self.layers[decoder_layer].parameters()).device if self.store is None else self.store.device
+
+    def forward_precision(self) -> AbstractContextManager[Any]:
+        """bfloat16 products in the forward pass where asked for; the residual stream and the norms keep the model's precision."""
+        return torch.autocast(self.model.device.type, torch.bfloat16) if self.half_forward else nullcontext()
 
     @property
     def is_dense(self) -> bool:

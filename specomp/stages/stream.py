@@ -1,17 +1,18 @@
 """Layer streaming: the hidden states of the calibration set travel from decoder layer to decoder layer.
 
-Lets a decoder layer see what the compressed ones before it produce, at the price of one pass per stream for the whole model.
+Lets a decoder layer see what the compressed ones before it produce, at the price of one pass per stream for the whole model; and lets
+statistics of a model be taken of which only one decoder layer is in memory.
 What each decoder layer is called with (masks, position embeddings) is recorded once per batch shape by running the model with recorders in
 place of its decoder layers: no per-family forward code, no exceptions, no weights touched.
 """
 
 from collections.abc import Iterable
+from copy import copy
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from specomp.stages.calibrate import forward_precision
 from specomp.stages.observe import LayerObserver, hidden_input, hidden_output
 from specomp.stages.setup import Setup
 from specomp.statistics import Statistic
@@ -64,8 +65,6 @@ class HiddenStream:
     @torch.no_grad()
     def run(self, index: int, *, num_samples: int | None = None) -> Iterable[Tensor]:
         """Outputs of decoder layer `index` (as it is now) on the hidden states before it; at most num_samples of them."""
-        layer = self.setup.layers[index]
-        device = next(layer.parameters()).device
         seen = 0
         for hidden in self.hidden:
             if num_samples is not None and seen >= num_samples:
@@ -74,22 +73,53 @@ class HiddenStream:
             if num_samples is not None and seen + len(hidden) > num_samples:
                 hidden, args, kwargs = _cut((hidden, args, kwargs), num_samples - seen, len(hidden))
             seen += len(hidden)
-            with forward_precision(self.setup):
-                output = hidden_output(layer(_to(hidden, device), *_to(args, device), **_to(kwargs, device)))
-            yield output
+            yield self._call(index, hidden, args, kwargs)
+
+    def output(self, index: int, position: int) -> Tensor:
+        """Output (batch, length, hidden) of decoder layer `index` on one batch, with a gradient where that is switched on."""
+        hidden = self.hidden[position]
+        return self._call(index, hidden, *self.calls[len(hidden)][index])
+
+    def _call(self, index: int, hidden: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+        device = self.setup.device(index)
+        with self.setup.forward_precision():
+            return hidden_output(self.setup.layers[index](_to(hidden, device), *_to(args, device), **_to(kwargs, device)))
+
+    def twin(self) -> "HiddenStream":
+        """Another stream from here on, of the same samples."""
+        other = copy(self)
+        other.hidden = list(self.hidden)
+        return other
+
+    def observe_beside(self, index: int, statistics: Iterable[Statistic], dense: "HiddenStream") -> dict[str, Tensor]:
+        """Statistics of decoder layer `index`, which is still dense, on these hidden states and those of the dense model; these stay, the
+        dense model's are replaced by the outputs of the decoder layer."""
+        with self._observer(index, statistics) as observer:
+            reference, own = iter(dense.run(index)), iter(self.run(index))
+            for position in range(len(self.hidden)):
+                with observer.reference():
+                    output = next(reference)
+                next(own)
+                dense.hidden[position] = output.to(dense.hidden[position].dtype).cpu()
+            return observer.values()
 
     def observe(self, index: int, statistics: Iterable[Statistic], num_samples: int | None = None) -> dict[str, Tensor]:
         """Statistics of decoder layer `index` on the hidden states before it."""
-        total = min(num_samples or self.setup.samples.num_samples, self.setup.samples.num_samples)
-        with LayerObserver(self.setup.layers[index], self.setup.family, statistics, self.setup.precision, total) as observer:
+        with self._observer(index, statistics, num_samples) as observer:
             for _ in self.run(index, num_samples=num_samples):
                 pass
             return observer.values()
 
-    def advance(self, index: int) -> None:
-        """Replace the hidden states by the outputs of decoder layer `index`."""
-        for position, output in enumerate(self.run(index)):
-            self.hidden[position] = output.to(self.hidden[position].dtype).cpu()
+    def advance(self, index: int, statistics: Iterable[Statistic] = ()) -> dict[str, Tensor]:
+        """Replace the hidden states by the outputs of decoder layer `index`; returns statistics of it on the way."""
+        with self._observer(index, statistics) as observer:
+            for position, output in enumerate(self.run(index)):
+                self.hidden[position] = output.to(self.hidden[position].dtype).cpu()
+            return observer.values()
+
+    def _observer(self, index: int, statistics: Iterable[Statistic], num_samples: int | None = None) -> LayerObserver:
+        total = min(num_samples or self.setup.samples.num_samples, self.setup.samples.num_samples)
+        return LayerObserver(self.setup.layers[index], self.setup.family, statistics, self.setup.precision, total)
 
 
 def _layer_list(setup: Setup) -> tuple[nn.Module, str]:

@@ -12,7 +12,6 @@ from torch import Tensor
 
 from specomp.cache import digest, waiting
 from specomp.progress import track
-from specomp.stages.calibrate import forward_precision
 from specomp.stages.setup import Setup
 
 log = logging.getLogger(__name__)
@@ -42,7 +41,7 @@ class TeacherStates:
         decoder, index = setup.family.decoder(setup.model), 0
         loader = setup.samples.predict_dataloader()
         for batch in track(loader, f"teacher: {setup.samples.num_samples} samples", len(loader)):
-            with forward_precision(setup):
+            with setup.forward_precision():
                 hidden = decoder(input_ids=batch.to(setup.model.device), use_cache=False).last_hidden_state
             for sample in hidden:
                 self.cache.save("teacher", self.key, part_name(index), {"hidden": sample.contiguous().cpu()})

@@ -1,0 +1,73 @@
+"""Fits one packed decoder layer to the outputs of the dense one, on hidden states that both streams carry (methods/block_refine.py)."""
+
+import logging
+from contextlib import nullcontext
+from dataclasses import dataclass
+
+import torch
+
+from specomp.methods.block_refine import BlockRefine, output_loss
+from specomp.phases import Cosine
+from specomp.stages.setup import Setup
+from specomp.stages.stream import HiddenStream
+
+log = logging.getLogger(__name__)
+BETAS = (0.9, 0.95)
+
+
+@dataclass(frozen=True)
+class Refined:
+    """Loss of a decoder layer's outputs over the calibration set, before and after."""
+
+    before: float
+    after: float
+
+    @property
+    def gain(self) -> float:
+        """After over before."""
+        return self.after / self.before if self.before > 0 else 1.0
+
+
+def refine(setup: Setup, settings: BlockRefine, index: int, stream: HiddenStream, dense: HiddenStream) -> Refined:
+    """Train every linear of decoder layer `index` in place, in float32. stream: hidden states before it; dense: outputs of the dense one.
+
+    What does not improve the loss over all samples is put back: a fit never makes it worse.
+    """
+    trained = [p for x in setup.linears if x.decoder_layer == index for p in setup.model.get_submodule(x.name).parameters()]
+    dtype = trained[0].dtype
+    # A half-precision model's other parameters stay as they are: its products too.
+    half = torch.autocast(trained[0].device.type, dtype) if dtype != torch.float32 else nullcontext()
+    before = _loss(index, stream, dense)
+    start = [p.detach().clone() for p in trained]
+    for parameter in trained:
+        parameter.data = parameter.data.float()
+        parameter.requires_grad_(True)
+    optimizer = torch.optim.Adam(trained, lr=settings.learning_rate, betas=BETAS)
+    rate = Cosine(0.0, settings.learning_rate_final)
+    for step in range(settings.steps):
+        position = step % len(stream.hidden)
+        for group in optimizer.param_groups:
+            group["lr"] = settings.learning_rate * rate(step / settings.steps)
+        with torch.enable_grad(), half:
+            output = stream.output(index, position)
+            loss = output_loss(output, dense.hidden[position].to(output.device))
+            loss.backward()  # type: ignore[no-untyped-call]
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+    for parameter in trained:
+        parameter.requires_grad_(False)
+        parameter.data = parameter.data.to(dtype)
+    after = _loss(index, stream, dense)
+    if not after < before:  # nan included
+        for parameter, value in zip(trained, start, strict=True):
+            parameter.data = value
+        log.warning("Decoder layer %d: refinement took the loss from %.4g to %.4g and was put back.", index, before, after)
+        after = before
+    return Refined(before, after)
+
+
+def _loss(index: int, stream: HiddenStream, dense: HiddenStream) -> float:
+    """Mean over all samples."""
+    losses = [float(output_loss(stream.output(index, i), wanted.to(stream.setup.device(index)))) for i, wanted in enumerate(dense.hidden)]
+    counts = [len(x) for x in dense.hidden]
+    return sum(a * b for a, b in zip(losses, counts, strict=True)) / sum(counts)

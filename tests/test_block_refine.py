@@ -1,0 +1,76 @@
+"""Block refinement: packed decoder layers come closer to the dense ones, cost nothing, and never get worse."""
+
+import dataclasses
+
+import pytest
+import torch
+from running import compose_config, compose_run, make_setup
+from test_stages import method, ranks_of, run_method
+
+from specomp.cache import Cache
+from specomp.errors import UserError
+from specomp.methods.block_refine import BlockRefine, output_loss
+from specomp.methods.pivoted import Pivoted
+from specomp.methods.svd import Factors
+from specomp.pipeline import run
+
+REFINE = BlockRefine(steps=30, learning_rate=3e-3, learning_rate_final=0.1)
+
+
+def final_error(folder, family_name: str = "llama", **slots) -> float:
+    """Relative error of the compressed model's last hidden states on the calibration set."""
+    setup = make_setup(family_name, Cache(folder), num_samples=12, length=32, batch_size=4)
+    with torch.no_grad():
+        dense = setup.family.decoder(setup.model)(input_ids=setup.samples.tokens).last_hidden_state
+        run_method(setup, method(**slots), ranks=ranks_of(setup, 6))
+        own = setup.family.decoder(setup.model)(input_ids=setup.samples.tokens).last_hidden_state
+    return float((own - dense).norm() / dense.norm())
+
+
+@pytest.mark.parametrize("family_name", ["llama", "opt"])
+@pytest.mark.parametrize("packing", [Factors(), Pivoted(max_growth=2.0)], ids=["factors", "pivoted"])
+def test_it_brings_the_model_closer(tmp_path, family_name, packing):
+    plain = final_error(tmp_path / "plain", family_name, packing=packing)
+    refined = final_error(tmp_path / "refined", family_name, packing=packing, compensation=REFINE)
+    assert refined < 0.9 * plain
+
+
+def test_each_decoder_layer_says_what_it_gained_and_nothing_is_trainable(tmp_path):
+    setup = make_setup("llama", Cache(tmp_path), num_samples=12, length=32, batch_size=4)
+    reports = run_method(setup, method(compensation=REFINE), ranks=ranks_of(setup, 6))
+    by_layer = {x.name.split(".")[2]: x.compensation_gain for x in reports}
+    assert len(by_layer) == len(setup.layers) and all(0 < gain < 1 for gain in by_layer.values())
+    assert not any(p.requires_grad or p.grad is not None for p in setup.model.parameters())
+
+
+def test_a_fit_that_makes_it_worse_is_put_back(tmp_path, caplog):
+    wild = dataclasses.replace(REFINE, learning_rate=10.0, learning_rate_final=1.0)
+    plain, after = (final_error(tmp_path / name, compensation=x) for name, x in (("plain", method().compensation), ("wild", wild)))
+    assert after == pytest.approx(plain, rel=1e-6)
+    assert "was put back" in caplog.text
+
+
+def test_half_precision_models_are_fitted_in_float32_and_stored_as_they_were(tmp_path):
+    record = compose_run(tmp_path, "method=svd_llm", "method/compensation=block_refine", "model.dtype=bfloat16", "ratio=cr60")
+    assert record.status == "ok"
+    assert record.ledger["compensation_gain"] < 1
+    plain = compose_run(tmp_path, "method=svd_llm", "model.dtype=bfloat16", "ratio=cr60")
+    assert record.ledger["compressed"] == plain.ledger["compressed"], "it costs nothing"
+    assert any("before the block refinement" in note for note in record.notes)
+
+
+def test_the_loss_is_relative_per_token():
+    wanted = torch.randn(2, 5, 8)
+    assert float(output_loss(wanted, wanted)) == 0
+    assert float(output_loss(2 * wanted, wanted)) == pytest.approx(1)
+    scaled = wanted * torch.logspace(0, 3, 5)[:, None]  # massive tokens count as others do
+    assert float(output_loss(1.1 * scaled, scaled)) == pytest.approx(0.01, rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("typed", "message"),
+    [(["method=svd_llm", "quantizer=rtn_int4", "save=false"], "off the grid"), (["method=soco"], "method/compensation=none")],
+)
+def test_what_it_cannot_be_combined_with_is_said_before_any_work(tmp_path, typed, message):
+    with pytest.raises(UserError, match=message):
+        run(compose_config(tmp_path, *typed, "method/compensation=block_refine"))
