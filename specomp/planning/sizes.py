@@ -153,6 +153,7 @@ def values_of_layer(statistics: Iterable[Statistic], shape: ModelShape, precisio
         for linear in shape.layer:
             place, seen = {
                 "site": (f"site{linear.site}", (tokens(linear.n),)),
+                "pair": (f"site{linear.site}", (tokens(linear.n), tokens(linear.n))),
                 "linear": (linear.kind, (torch.empty(linear.m, linear.n, device=META),)),
                 "output": (linear.kind, (tokens(linear.m), tokens(linear.n))),
                 "decoder_layer": ("layer", (tokens(shape.hidden), tokens(shape.hidden))),

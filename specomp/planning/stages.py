@@ -12,6 +12,7 @@ from specomp.checks import check_budget, check_training
 from specomp.data.token_ids import read_token_ids
 from specomp.experiment import Request
 from specomp.ledger import Size
+from specomp.methods.block_refine import BlockRefine
 from specomp.methods.pivoted import Pivoted
 from specomp.planning.outlook import Outlook, Stage
 from specomp.planning.sizes import (
@@ -44,7 +45,7 @@ from specomp.planning.work import (
     rounding,
 )
 from specomp.ratio import break_even_rank, is_low_rank
-from specomp.stages.compress import dense_needs, quantizer_reads
+from specomp.stages.compress import dense_needs, quantizer_reads, seen_by_the_norm
 from specomp.stages.spectrum import settings_of
 from specomp.statistics import GRADIENT_SCOPES, Precision, Statistic
 
@@ -92,10 +93,12 @@ class _Counting:
         self.compressed = compressed_size(shape, method, request.quantizer, ranks.by_name)
         self.needs = frozenset() if method.is_dense else dense_needs(method, spec.upstream, request.quantizer)
         quantize_from = quantizer_reads(method, spec.upstream, request.quantizer)
-        self.whiten_streamed = spec.upstream == "compressed" and not self.trains
+        seen = frozenset(x for x in seen_by_the_norm(method) if x.scope not in GRADIENT_SCOPES)
+        self.whiten_streamed = spec.upstream == "compressed" and bool(seen) and not self.trains
+        self.refinement = method.compensation if isinstance(method.compensation, BlockRefine) else None
         self.streamed: frozenset[Statistic] = frozenset()
         if self.whiten_streamed:
-            self.streamed |= method.whitening.needs | (request.quantizer.needs if quantize_from == "whitening" else frozenset())
+            self.streamed |= seen | (request.quantizer.needs if quantize_from == "whitening" else frozenset())
         if method.compensation.upstream == "compressed" and method.compensation.needs:
             self.streamed |= method.compensation.needs | (request.quantizer.needs if quantize_from == "repair" else frozenset())
         limit = method.compensation.num_samples
@@ -256,20 +259,30 @@ class _Counting:
             work += packed_errors(linear, norm, rank)
         detail = f"{len(self.low)} linears"
         held = self.workspace() + num_bytes(values_of_layer(self.needs, shape, self.precision).values())
-        if self.streamed and not self.trains:
+        if (self.streamed or self.refinement) and not self.trains:
             work += self.stream()
             tokens = self.stream_samples * self.length
             held += tokens * shape.hidden * shape.dtype.itemsize + self.activations(self.batch, self.length)
             held += 2 * num_bytes(values_of_layer(self.streamed, shape, self.precision).values())
-            detail += f"; {tokens:,} tokens carried through every decoder layer twice"
+            detail += f"; {tokens:,} tokens carried through every decoder layer {2 + self.two_streams} times"
+            if self.refinement:
+                detail += f"; {self.refinement.steps} steps each"
         return Stage(name="compress", detail=detail, work=work, held=held)
 
+    @property
+    def two_streams(self) -> bool:
+        """Whether the dense model's hidden states are carried beside those of the compressed one."""
+        return bool(self.refinement) or any(x.scope == "pair" for x in self.streamed)
+
     def stream(self) -> Work:
-        """Each decoder layer once dense, observed, and once compressed."""
+        """Each decoder layer once dense, observed, and once compressed; where both models are compared, once more on dense inputs."""
         shape, tokens = self.shape, self.stream_samples * self.length
         work = NOTHING
-        for linears in (shape.size.linear_params, self.compressed.linear_params):
+        for linears in (*[shape.size.linear_params] * (1 + self.two_streams), self.compressed.linear_params):
             work += forward(shape, tokens, self.length, self.dtype, linears=linears, head=False)
+        if self.refinement:  # the loss before and after; its steps: forward, and gradients of activations and of weights
+            seen = 2 * tokens + 3 * self.refinement.steps * self.batch * self.length
+            work += forward(shape, seen, self.length, self.dtype, linears=self.compressed.linear_params, head=False)
         batches = math.ceil(self.stream_samples / self.batch)
         for statistic in self.streamed:
             for value in values_of_layer([statistic], shape, self.precision).values():

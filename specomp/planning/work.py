@@ -102,6 +102,8 @@ def reduction(statistic: Statistic, value: torch.Tensor, samples: int, length: i
         tokens = samples * length
         if isinstance(statistic, StackedGram):
             tokens = math.ceil(samples / math.ceil(samples / statistic.num_buckets)) * length
+        if statistic.scope == "pair":  # not symmetric: both triangles
+            tokens *= 2
         return gram(len(value), tokens, dtype, batches)
     return NOTHING  # a pass over activations that are in the processor's cache
 
