@@ -239,7 +239,14 @@ def test_damaged_converted_model_is_converted_again(tmp_path, monkeypatch, caplo
     monkeypatch.syspath_prepend(str(tmp_path))
     monkeypatch.setattr(importlib.metadata, "version", lambda _: "v1")
     monkeypatch.setattr(specomp.models.gguf, "_convert", lambda _, target: model_folder(target.parent).rename(target))
-    typed = ["model=smollm2_135m", "model.package=packed_model", "model.version=v1", "model.filename=model.gguf", "options.save=false"]
+    typed = [
+        "model=smollm2_135m",
+        "model.package=packed_model",
+        "model.version=v1",
+        "model.filename=model.gguf",
+        "model.shape=null",
+        "options.save=false",
+    ]
     expected = run(compose_config(tmp_path, *typed))
     weights = next((tmp_path / "cache" / "models").rglob("model.safetensors"))
     weights.write_bytes(weights.read_bytes()[:-100])
