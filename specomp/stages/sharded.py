@@ -1,18 +1,18 @@
 """Sharded training: what is large and frozen is shared out among the processes, what trains is whole in each of them.
 
-Of a decoder layer in training, nearly everything is frozen (the components of its linears) and what trains is tiny (one score per component,
-one bias per linear). So torch's FSDP2 (`fully_shard`, after Zhao et al., PyTorch FSDP, arXiv:2304.11277) keeps 1/N of every frozen matrix in
-each of N processes and gathers them one decoder layer at a time, forward and backward, while DDP averages the few gradients. Optimizer and
-checkpoints are therefore those of one process. Lightning's own FSDP strategies shard what trains as well, and need a GPU or a launcher that
-runs the whole command once per process.
+Of a decoder layer in training nearly everything is frozen, the components of its linears; what trains is one score per component and one
+bias per linear. So torch's FSDP2 (`fully_shard`, after Zhao et al., PyTorch FSDP, arXiv:2304.11277) keeps 1/N of every frozen matrix in
+each of N processes and gathers them one decoder layer at a time, forward and backward, while DDP averages the few gradients: the optimizer
+and the checkpoints are those of one process. Lightning's own strategies for FSDP start the whole command once per process, and shard what
+trains.
 """
 
+import inspect
 import logging
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import lightning as L
-import torch
 from lightning.pytorch.strategies import DDPStrategy, Strategy
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
@@ -26,6 +26,10 @@ log = logging.getLogger(__name__)
 def sharded_trainer(*, strategy: str | Callable[[], Strategy], **options: Any) -> L.Trainer:
     """lightning.Trainer, but `strategy` may be what makes one: a run builds several trainers, and no two may share a strategy."""
     return L.Trainer(strategy=strategy if isinstance(strategy, str) else strategy(), **options)
+
+
+# So that a misspelt setting is found before the trainer is made.
+sharded_trainer.__signature__ = inspect.signature(L.Trainer)  # type: ignore[attr-defined]
 
 
 class ShardedStrategy(DDPStrategy):
@@ -59,11 +63,12 @@ class Shards:
         self._report()
 
     def _shard(self, module: nn.Module) -> None:
-        """A decoder layer; or the decoder, around sharded ones, which then gathers the next layer while one computes."""
-        inside = module in self.layers
-        whole = {p for p in module.parameters() if p.requires_grad or p.ndim < 2 or not inside}
+        """A decoder layer; or the decoder around sharded ones, which shares out nothing but lets the next layer come while one computes."""
+        shared = {p for p in module.parameters() if not p.requires_grad and p.ndim > 1} if module in self.layers else set()
+        for parameter in shared:
+            parameter.data = parameter.data.contiguous()
         self._undo[module] = restorer(module)
-        fully_shard(module, mesh=self.mesh, reshard_after_forward=True, ignored_params=whole)
+        fully_shard(module, mesh=self.mesh, reshard_after_forward=True, ignored_params=set(module.parameters()) - shared)
 
     def each_whole(self) -> Iterator[nn.Module]:
         """One decoder layer after the other with whole parameters, which may change shape: they are shared out anew afterwards."""
