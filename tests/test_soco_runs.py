@@ -1,7 +1,10 @@
 """SoCo on tiny models: its start, its budget, what is packed, what falls in training, what is cached, and resuming to the last bit."""
 
 import csv
+import os
 import re
+import subprocess
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache as cached
@@ -666,22 +669,93 @@ def test_recomputed_activations_change_nothing(tmp_path):
 # --- several processes ---------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("strategy", ["ddp_fork", "ddp_spawn"])  # of trainer=ddp_cpu, and of trainer=ddp
-def test_two_processes_train_as_one(tmp_path, strategy):
-    """Two real processes over gloo, each with half of every batch, against one that accumulates it."""
-    scores = []
-    for trainer in (["trainer=default"], ["trainer=ddp_cpu", f"trainer.strategy={strategy}"]):
-        folder = tmp_path / str(len(trainer))
-        folder.mkdir()
-        done = command(folder, "method=soco", *trainer, "method.training.batch_size=2", "method.training.steps_factor=0.04")
-        assert done.returncode == 0, done.stderr
-        (found,) = (folder / "cache" / "trained").glob("*/scores.safetensors")
-        scores.append(load_file(found))
-    alone, together = scores
-    assert alone.keys() == together.keys()
-    for name, value in alone.items():
-        assert torch.allclose(value.float(), together[name].float(), atol=1e-5), name
-    assert any(float(value.float().std()) > 0.01 for name, value in alone.items() if name.endswith(".scores")), "they did train"
+SHARED = ["method=soco", "method.training.batch_size=2", "method.training.steps_factor=0.04"]
+SEVERAL = {
+    "ddp_cpu": ["trainer=ddp_cpu"],
+    "as ddp": ["trainer=ddp_cpu", "trainer.strategy=ddp_spawn"],
+    "fsdp_cpu": ["trainer=fsdp_cpu"],
+    "as fsdp": ["trainer=fsdp_cpu", "trainer.strategy.start_method=spawn", "method.training.activation_checkpointing=true"],
+}
+SHARE = re.compile(r"Process (\d) of 2 holds (\d+) of (\d+) frozen numbers")
+
+
+def scores_of(folder: Path) -> dict[str, torch.Tensor]:
+    """What the one training in a cache ended with."""
+    (found,) = (folder / "cache" / "trained").glob("*/scores.safetensors")
+    return load_file(found)
+
+
+@pytest.fixture(scope="module")
+def one_process(tmp_path_factory) -> dict[str, torch.Tensor]:
+    """Trained by one process that accumulates every batch."""
+    folder = tmp_path_factory.mktemp("one")
+    done = command(folder, *SHARED, "trainer=default")
+    assert done.returncode == 0, done.stderr
+    return scores_of(folder)
+
+
+def same_scores(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
+    assert found.keys() == expected.keys()
+    for name, value in expected.items():
+        assert torch.allclose(value.float(), found[name].float(), atol=1e-5), name
+    assert any(float(value.float().std()) > 0.01 for name, value in expected.items() if name.endswith(".scores")), "they did train"
+
+
+@pytest.mark.parametrize("several", SEVERAL)
+def test_two_processes_train_as_one(tmp_path, one_process, several):
+    """Two real processes over gloo, each with half of every batch; the sharded ones prune too, and each holds half of what is frozen."""
+    done = command(tmp_path, *SHARED, *SEVERAL[several])
+    assert done.returncode == 0, done.stderr
+    same_scores(scores_of(tmp_path), one_process)
+    if several == "fsdp_cpu":  # whose processes, being forked, log where the run does
+        shares = [tuple(map(int, x)) for x in SHARE.findall(done.stdout + done.stderr)]
+        totals = sorted({total for _, _, total in shares}, reverse=True)
+        assert len(totals) == 2, "as decomposed, and after the pruning"
+        for total in totals:
+            assert sorted(process for process, _, size in shares if size == total) == [1, 2]
+            assert all(0.48 * total < mine < 0.52 * total for _, mine, size in shares if size == total)
+
+
+KILLED = """
+import sys
+from pathlib import Path
+
+sys.path[:0] = [{tests!r}]
+from running import compose_config
+from specomp.pipeline import run
+from specomp.stages.train import SpectrumModule
+
+original = SpectrumModule.performance
+
+
+def performance(self):
+    if self.trainer.global_step == 5:
+        raise RuntimeError("the machine went down")
+    return original(self)
+
+
+SpectrumModule.performance = performance
+run(compose_config(Path({folder!r}), *{overrides!r}))
+"""
+
+
+def test_a_killed_sharded_training_goes_on(tmp_path, one_process):
+    """After the pruning; the checkpoint holds what trains, as everywhere."""
+    overrides = [*SHARED, "trainer=fsdp_cpu", "method.training.checkpoint_every=1"]
+    script = tmp_path / "killed.py"
+    script.write_text(KILLED.format(tests=str(Path(__file__).parent), folder=str(tmp_path), overrides=overrides))
+    killed = subprocess.run(
+        [sys.executable, str(script)], capture_output=True, text=True, timeout=120, env=os.environ | {"OMP_NUM_THREADS": "1"}
+    )
+    assert killed.returncode != 0 and "the machine went down" in killed.stderr, killed.stderr
+    (path,) = (tmp_path / "cache").rglob("*.ckpt")
+    state = torch.load(path, map_location="cpu", weights_only=True)
+    assert state["global_step"] == 4
+    assert {name.rpartition(".")[2] for name in state["state_dict"]} == {"scores", "deviation", "alive"}
+    done = command(tmp_path, *overrides)
+    assert done.returncode == 0, done.stderr
+    assert "from checkpoint" in done.stdout + done.stderr
+    same_scores(scores_of(tmp_path), one_process)
 
 
 def test_a_batch_that_cannot_be_shared_out_is_refused_before_the_model_is_loaded(tmp_path):

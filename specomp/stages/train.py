@@ -15,7 +15,7 @@ from typing import Any
 
 import lightning as L
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from specomp.cache import atomic_path
 from specomp.errors import UserError
@@ -26,6 +26,7 @@ from specomp.phases import Cosine, LossTerms, Phase, PhaseSchedule
 from specomp.progress import track
 from specomp.ratio import Cost, Ratio
 from specomp.stages.setup import Setup
+from specomp.stages.sharded import each_whole
 from specomp.stages.teacher import TeacherStates, distillation, head_of
 
 log = logging.getLogger(__name__)
@@ -70,6 +71,16 @@ class SpectrumModule(L.LightningModule):
         self.boundaries: list[dict[str, Any]] = []
         self._tokens, self._since = 0, time.perf_counter()
 
+    @property
+    def decoder(self) -> nn.Module:
+        """The student without its LM head."""
+        return self._context[0].family.decoder(self.student)
+
+    @property
+    def layers(self) -> list[nn.Module]:
+        """The student's decoder layers."""
+        return self._context[0].layers
+
     def _budget(self) -> GateBudget:
         counts = [len(self.gated[x.name].rows) for x in self.linears]
         return GateBudget(self.linears, counts, next(self.student.parameters()).device, self.cost)
@@ -110,7 +121,7 @@ class SpectrumModule(L.LightningModule):
         setup, teacher = self._context
         settings, device = self.settings, next(self.student.parameters()).device
         ids = setup.samples.tokens[indices].to(device)
-        hidden = setup.family.decoder(self.student)(input_ids=ids, use_cache=False).last_hidden_state
+        hidden = self.decoder(input_ids=ids, use_cache=False).last_hidden_state
         return distillation(hidden, teacher(indices).to(device), head_of(self.student), settings.token_chunk, ids, settings.label_weight)
 
     def training_step(self, batch: int, batch_idx: int) -> Tensor:
@@ -209,9 +220,8 @@ class SpectrumModule(L.LightningModule):
         if phase.prune_margin is not None:
             threshold = self.budget.threshold_for(gates, phase.prune_margin * self.target)
             state["existing_before"] = len(gates)
-            for linear, keep in zip(self.linears, self.budget.kept(gates, threshold).split(self.budget.counts), strict=True):
-                self.gated[linear.name].prune(keep)
-            self.budget = self._budget()
+            keeps = self.budget.kept(gates, threshold).split(self.budget.counts)
+            self._prune({self.gated[x.name]: keep for x, keep in zip(self.linears, keeps, strict=True)})
             state["existing"] = len(self.flat_gates())
         self.boundaries.append(state)
         log.info(
@@ -219,6 +229,14 @@ class SpectrumModule(L.LightningModule):
             *(name, state["step"], state["kl"], state["kl_cut"], state["threshold"], state["retention"]),
             *(state["retention_at_fixed"], self.settings.threshold),
         )
+
+    def _prune(self, keeps: dict[nn.Module, Tensor]) -> None:
+        for layer in each_whole(self.trainer.strategy, self.layers):
+            for module in layer.modules():
+                if isinstance(module, GatedLinear):
+                    module.prune(keeps.pop(module))
+        assert not keeps, "every gated linear is in a decoder layer"
+        self.budget = self._budget()
 
     @torch.no_grad()
     def histograms(self) -> dict[str, list[int]]:
