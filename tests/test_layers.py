@@ -27,9 +27,17 @@ LEVELS = {
 }
 # Besides the standard library, torch and pydantic.
 THIRD_PARTY = {
-    "hydra": {"run.py", "specomp/pipeline.py", "specomp/experiment.py", "specomp/checks.py", "specomp/results/sweep.py"},
+    "hydra": {
+        "run.py",
+        "specomp/pipeline.py",
+        "specomp/experiment.py",
+        "specomp/checks.py",
+        "specomp/results/sweep.py",
+        "specomp/results/dashboard.py",
+    },
     "omegaconf": {"run.py", "specomp/pipeline.py", "specomp/experiment.py", "specomp/checks.py", "specomp/results/sweep.py"},
     "wandb": {"specomp/results/tracking.py"},
+    "wandb_workspaces": {"specomp/results/dashboard.py"},
     "matplotlib": {"specomp/results/figures.py", "specomp/results/charts.py"},
     "lm_eval": {"specomp/evaluation/harness.py"},
     "compressed_tensors": {"specomp/models/packed.py"},

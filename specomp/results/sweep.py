@@ -42,6 +42,10 @@ class Column:
         """Whether the best value is the smallest."""
         return self.metric == "ppl" or self.protocol == LEDGER
 
+    def matches(self, benchmark: str) -> bool:
+        """Whether a benchmark's id is of this column's protocol."""
+        return benchmark == self.protocol or (self.protocol.endswith(":") and benchmark.startswith(self.protocol))
+
     def of(self, record: Record, *, dense: bool = False) -> float | None:
         """The value in a record, of the compressed model or of its dense reference."""
         return self.result(record, dense=dense).get(self.metric)
@@ -51,7 +55,7 @@ class Column:
         if self.protocol == LEDGER:
             return {} if dense else record.ledger
         metrics = record.dense_metrics if dense else record.metrics
-        found = [v for k, v in metrics.items() if k == self.protocol or (self.protocol.endswith(":") and k.startswith(self.protocol))]
+        found = [v for k, v in metrics.items() if self.matches(k)]
         if len(found) > 1:
             raise UserError(f"Record {record.key[:12]} has {self.protocol} of {len(found)} different texts: keep one data root per table.")
         return found[0] if found else {}

@@ -1,18 +1,22 @@
 """W&B: files without a network, and never a reason to stop."""
 
 import builtins
+import io
 import logging
 import sys
-import time
+import threading
 import types
+from dataclasses import replace
 
 import pytest
+from lightning.pytorch.loggers import WandbLogger
 from pydantic import ValidationError
 
+from specomp.results import tracking
 from specomp.results.record import Record
-from specomp.results.tracking import NoTracking, WandbTracking
+from specomp.results.tracking import NoTracking, SweepReport, WandbTracking
 
-SETTINGS = {"project": "specomp", "entity": None, "group": None, "mode": "offline", "init_timeout": 5.0}
+SETTINGS = {"project": "specomp", "entity": None, "group": None, "mode": "offline", "init_timeout": 5.0, "finish_timeout": 6.0}
 RECORD = Record(
     key="0123456789abcdef",
     status="ok",
@@ -25,9 +29,37 @@ RECORD = Record(
 LINEARS = [{"name": "q", "rank": 3, "compensation_gain": None}, {"name": "k", "rank": 4, "compensation_gain": 0.5}]
 
 
+SWEEP = SweepReport(
+    key="sweep-1",
+    name="table1",
+    caption="Table 1",
+    html="<p>all</p>",
+    points=[
+        {"series": "svd", "measured_retention": 0.6, "ppl": 20.0},
+        {"series": "svd", "measured_retention": 0.4, "ppl": None},
+    ],
+    curves={"curves/ppl": ("measured_retention", "ppl")},
+)
+
+
+@pytest.fixture(autouse=True)
+def settings(tmp_path, monkeypatch):
+    """SETTINGS in a folder of the test's own, in a process that has not given up on the service."""
+    monkeypatch.setattr(tracking, "_offline_from_now", threading.Event())
+    monkeypatch.setenv("WANDB_DATA_DIR", str(tmp_path / "data"))
+    monkeypatch.setitem(SETTINGS, "folder", str(tmp_path / "outputs"))
+    return SETTINGS
+
+
 class FakeRun:
-    def __init__(self) -> None:
-        self.logged, self.finished = [], False
+    entity = "someone"
+
+    def __init__(self, id="", mode="offline") -> None:
+        self.id, self.offline = id, mode == "offline"
+        self.logged, self.artifacts, self.finished = [], [], False
+
+    def log_artifact(self, artifact):
+        self.artifacts.append(artifact)
 
     def log(self, values):
         self.logged.append(values)
@@ -36,20 +68,38 @@ class FakeRun:
         self.finished = True
 
 
+class FakeArtifact:
+    def __init__(self, name, type, description):
+        self.name, self.type, self.files = name, type, {}
+
+    def new_file(self, name, encoding):
+        self.files[name] = io.StringIO()
+        self.files[name].close = lambda: None
+        return self.files[name]
+
+
 @pytest.fixture
 def fake(monkeypatch):
     """A wandb module that remembers what it was asked; `fails` names the modes whose init raises."""
     module = types.ModuleType("wandb")
     module.inits, module.runs, module.fails = [], [], set()
+    module.run, module.key, module.left = None, True, []
 
     def init(**options):
         module.inits.append(options)
         if options["mode"] in module.fails:
             raise RuntimeError("no server\nsecond line")
-        module.runs.append(FakeRun())
+        module.runs.append(FakeRun(options["id"], options["mode"]))
         return module.runs[-1]
 
-    module.init = init
+    def login(*, prompt, verify):
+        assert not prompt
+        return module.key
+
+    module.init, module.login, module.teardown = init, login, lambda: module.left.append(True)
+    module.Html = lambda data, **_: data
+    module.plot = types.SimpleNamespace(line=lambda table, x, y, *, stroke, title: (table, x, y, stroke, title))
+    module.Artifact = FakeArtifact
     module.Settings = lambda **options: options
     module.Table = lambda columns, data: {"columns": columns, "data": data}
     monkeypatch.setitem(sys.modules, "wandb", module)
@@ -79,6 +129,9 @@ def test_one_run_per_record(fake):
     assert options["mode"] == "offline"
     assert options["config"] == {"seed": 0}
     assert options["settings"]["init_timeout"] == 5.0
+    assert options["settings"]["finish_timeout"] == 6.0
+    assert str(options["dir"]) == SETTINGS["folder"]
+    assert options["dir"].is_dir()
     summary, table = run.logged
     assert summary == {"wikitext2@1/ppl": 14.76, "seconds/compress": 1.5, "measured_retention": 0.5875}
     assert table["linears"] == {"columns": ["name", "rank", "compensation_gain"], "data": [["q", 3, None], ["k", 4, 0.5]]}
@@ -98,7 +151,57 @@ def test_online_falls_back_to_offline_with_one_line(fake, caplog):
     assert fake.runs[0].finished
     (line,) = [x.getMessage() for x in caplog.records]
     assert "W&B (online) failed: no server" in line
+    assert f"`wandb sync {SETTINGS['folder']}/wandb/" in line
     assert "\n" not in line
+    assert fake.left, "the service still holds the id of the run it could not start"
+
+
+def test_a_sweep_waits_for_a_dead_server_once(fake, caplog):
+    fake.fails = {"online"}
+    for _ in range(3):
+        WandbTracking(**SETTINGS | {"mode": "online"}).publish(RECORD, LINEARS)
+    assert [x["mode"] for x in fake.inits] == ["online", "offline", "offline", "offline"]
+    assert len(caplog.records) == 1
+
+
+def test_without_a_key_nothing_is_asked(fake, caplog):
+    fake.key = False
+    WandbTracking(**SETTINGS | {"mode": "online"}).publish(RECORD, LINEARS)
+    assert [x["mode"] for x in fake.inits] == ["offline"]
+    assert "no API key: `wandb login` stores one" in caplog.text
+
+
+def test_a_training_and_its_record_are_one_run(fake):
+    online = WandbTracking(**SETTINGS | {"mode": "online"})
+    logger = online.training_logger(RECORD)
+    assert isinstance(logger, WandbLogger)
+    (fake.run,) = fake.runs
+    online.publish(RECORD, LINEARS)
+    assert len(fake.inits) == 1
+    assert fake.run.finished
+    online.publish(replace(RECORD, key="another record"), [])
+    assert len(fake.inits) == 2, "the run of another record is not this one's"
+
+
+def test_a_whole_sweep_is_one_more_run_of_its_group(fake):
+    assert WandbTracking(**SETTINGS | {"mode": "online"}).publish_sweep(SWEEP) == "someone"
+    (options,), (run,) = fake.inits, fake.runs
+    assert (options["id"], options["group"], options["job_type"]) == ("sweep-1", "Table 1", "report")
+    logged = {name: value for values in run.logged for name, value in values.items()}
+    assert logged["report"] == "<p>all</p>"
+    assert logged["points"]["data"] == [["svd", 0.6, 20.0], ["svd", 0.4, None]]
+    table, *chart = logged["curves/ppl"]
+    assert chart == ["measured_retention", "ppl", "series", "curves/ppl"]
+    assert table == {"columns": ["series", "measured_retention", "ppl"], "data": [["svd", 0.6, 20.0]]}, "no point without a value"
+    (artifact,) = run.artifacts
+    assert (artifact.name, artifact.type) == ("table1-report", "report")
+    assert artifact.files["table1.html"].getvalue() == "<p>all</p>"
+
+
+def test_a_sweep_that_is_stored_has_no_place_yet(fake):
+    assert WandbTracking(**SETTINGS).publish_sweep(SWEEP) is None
+    fake.fails = {"online", "offline"}
+    assert WandbTracking(**SETTINGS | {"mode": "online"}).publish_sweep(SWEEP) is None
 
 
 def test_nothing_works_and_nothing_is_raised(fake, caplog):
@@ -154,24 +257,7 @@ def test_the_watch_notices_an_import(no_wandb, caplog):
     assert "wandb was imported" in caplog.text
 
 
-@pytest.mark.parametrize("wrong", [{"mode": "sometimes"}, {"init_timeout": 0}, {"unknown": 1}, {"project": None}])
+@pytest.mark.parametrize("wrong", [{"mode": "sometimes"}, {"init_timeout": 0}, {"finish_timeout": 0}, {"unknown": 1}, {"project": None}])
 def test_settings_are_checked(wrong):
     with pytest.raises(ValidationError):
         WandbTracking(**SETTINGS | wrong)
-
-
-def test_offline_writes_local_files_without_a_network(tmp_path, monkeypatch, caplog):
-    """The real package: a run folder appears that `wandb sync` could upload, and no warning is logged."""
-    pytest.importorskip("wandb")
-    for name in ("WANDB_DIR", "WANDB_CACHE_DIR", "WANDB_CONFIG_DIR", "WANDB_DATA_DIR", "HOME"):
-        monkeypatch.setenv(name, str(tmp_path))
-    for name in ("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY"):
-        monkeypatch.setenv(name, "http://127.0.0.1:9")
-    monkeypatch.delenv("WANDB_API_KEY", raising=False)
-    WandbTracking(**SETTINGS | {"init_timeout": 60.0}).publish(RECORD, LINEARS)
-    (written,) = tmp_path.glob(f"wandb/offline-run-*-{RECORD.key[:12]}/run-{RECORD.key[:12]}.wandb")
-    deadline = time.monotonic() + 30  # W&B's own process writes the file, at times after `finish` has returned
-    while b"wikitext2@1/ppl" not in written.read_bytes():
-        assert time.monotonic() < deadline, f"only {written.stat().st_size} bytes were written"
-        time.sleep(0.05)
-    assert not [x for x in caplog.records if x.name.startswith("specomp")]
