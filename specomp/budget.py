@@ -10,6 +10,7 @@ from specomp.models.family import LinearSpec
 from specomp.ratio import Cost, is_low_rank, pair_cost, rank_for_retention
 
 BISECTIONS = 60
+ROUNDING = 1e-9  # of a mean over linears, relative
 
 
 def stored(linear: LinearSpec, rank: int, cost: Cost = pair_cost) -> int:
@@ -75,9 +76,10 @@ def water_fill(
     bottom, top = -1.0, 1.0
     while mean(top) < target and top < 2**40:
         top *= 2
-    while mean(bottom) > target and bottom > -(2**40):
+    most = target * (1 + ROUNDING)  # a floor that is the target itself is no floor above it
+    while mean(bottom) > most and bottom > -(2**40):
         bottom *= 2
-    if mean(top) < target or mean(bottom) > target:
+    if mean(top) < target or mean(bottom) > most:
         raise UserError(
             f"No allocation with retentions in [{low:.3g}, 1] averages {target:.4g}: change ratio.compression or the minimum retention."
         )

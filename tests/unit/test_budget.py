@@ -132,6 +132,23 @@ def test_water_filling_meets_the_target_within_its_bounds(wish, seed):
     assert all(level == pytest.approx(free[0], rel=1e-6, abs=1e-9) for level in free)  # one level for all that are not clipped
 
 
+@pytest.mark.parametrize("compression", [0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8])
+def test_a_floor_at_the_target_itself_is_uniform(compression):
+    """mrr = trr, the end of AdaSVD's Table 3d: the mean over SmolLM2's linears may come out one rounding above the target."""
+    shapes = {
+        "q": (576, 576),
+        "k": (192, 576),
+        "v": (192, 576),
+        "o": (576, 576),
+        "gate": (1536, 576),
+        "up": (1536, 576),
+        "down": (576, 1536),
+    }
+    linears, target = decoder(shapes, 30), 1 - compression
+    shares = water_fill(linears, {x.name: target for x in linears}, {x.name: 1.0 + x.decoder_layer for x in linears}, target, target)
+    assert all(share == pytest.approx(target) for share in shares.values())
+
+
 def test_water_filling_without_a_solution_is_refused():
     linears = [linear("a", 50, 50), linear("b", 50, 50)]
     with pytest.raises(UserError, match=r"No allocation with retentions in \[0\.6, 1\] averages 0\.5: change ratio\.compression"):
