@@ -41,7 +41,7 @@ class ShardedStrategy(DDPStrategy):
     shards: "Shards | None" = None  # made inside each process
 
     def model_to_device(self) -> None:
-        """Shard first: no device ever holds more than one whole decoder layer."""
+        """Shard first, layer by layer: the whole model is never on one device."""
         module: Any = self.lightning_module
         mesh = init_device_mesh(self.root_device.type, (self.world_size,))
         self.shards = Shards(module.decoder, module.layers, mesh)
