@@ -122,7 +122,9 @@ def execute(experiment: Experiment, record: Record) -> None:
             b: v for b, v in _dense_metrics(experiment).items() if b in record.metrics and b not in record.dense_metrics
         }
         experiment.records.save(record)
-    record.cache = {"hits": experiment.cache.hits, "misses": experiment.cache.misses}
+    for kind, counted in (("hits", experiment.cache.hits), ("misses", experiment.cache.misses)):
+        before = record.cache.get(kind, {})  # of an earlier run that this one went on from
+        record.cache[kind] = before | {name: before.get(name, 0) + count for name, count in counted.items()}
     experiment.tracking.publish(record, linears)
 
 
