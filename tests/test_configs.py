@@ -15,6 +15,7 @@ from running import CONF, compose_config
 
 from specomp.checks import make
 from specomp.errors import UserError
+from specomp.experiment import composed
 from specomp.pipeline import build
 from specomp.ratio import Ratio
 
@@ -232,3 +233,11 @@ def test_the_defaults_are_the_readme_ones():
     assert cfg.model._target_ == "specomp.models.gguf.PackagedGGUF"
     assert cfg.calibration.corpus._target_ == cfg.benchmark.parts.pydocs.corpus._target_ == "specomp.data.pydocs.PyDocs"
     assert cfg.tracking._target_ == "specomp.results.tracking.NoTracking"
+
+
+def test_budgets_replace_the_main_configs_values():
+    """A sweep at the size of a laptop keeps no model folders; what is typed wins all the same."""
+    assert composed("budget=cpu").save is False
+    assert composed("budget=cpu_bf16").options.save is False
+    assert composed("budget=cpu", "save=true").save is True
+    assert composed().save is True
