@@ -15,7 +15,6 @@ from running import CONF, compose_config
 
 from specomp.checks import make
 from specomp.errors import UserError
-from specomp.experiment import composed
 from specomp.pipeline import build
 from specomp.ratio import Ratio
 
@@ -111,6 +110,8 @@ def test_nothing_is_a_named_class_everywhere():
 
 @pytest.mark.parametrize("path", [p for p in FILES if "\n_target_:" in p.read_text()], ids=name)
 def test_targets_can_be_imported(path):
+    if path.parent.parent.name == "hydra":  # of an extra
+        pytest.importorskip(yaml.safe_load(path.read_text())["_target_"].rpartition(".")[0], reason="needs an extra: submitit or ray")
     assert callable(resolve(yaml.safe_load(path.read_text())["_target_"]))
 
 
