@@ -69,6 +69,13 @@ def exporting(folder: Path, form: Form) -> Iterator["Export"]:
         yield Export(target, form)
 
 
+def remove_unfinished(folder: Path) -> None:
+    """What killed processes left of exports of `folder`: call it only where no other process can be writing it."""
+    for left in folder.parent.glob(f".{folder.name}.*.tmp"):
+        log.info("Removing %s, which a killed run left.", left)
+        shutil.rmtree(left, ignore_errors=True)
+
+
 class Export:
     """A folder that is being written."""
 
