@@ -23,7 +23,7 @@ from specomp.ledger import Ledger, ledger, measure
 from specomp.methods.base import describe
 from specomp.methods.block_refine import BlockRefine
 from specomp.methods.svd import Weight
-from specomp.models.export import exporting, save_compressed
+from specomp.models.export import exporting, remove_unfinished, save_compressed
 from specomp.models.export import load as load_folder
 from specomp.models.files import checked_folder, first_line
 from specomp.models.load import LoadedModel
@@ -205,6 +205,7 @@ def produce(experiment: Experiment, record: Record) -> tuple[Any, Any, list[dict
 def factorize_to(folder: Path, info: dict[str, Any], experiment: Experiment, setup: Setup, record: Record) -> list[LinearReport]:
     """The same for a streamed model: every decoder layer is written as soon as it is compressed."""
     name = setup.family.decoder_layers
+    remove_unfinished(folder)  # this process holds the lock of the record
     with exporting(folder, experiment.options.export) as export:
         reports = factorize(experiment, setup, record, lambda index: export.add(f"{name}.{index}", setup.layers[index]))
         with record.stage("save"):

@@ -14,9 +14,9 @@ from torch import nn
 import specomp
 from specomp.cache import Cache
 from specomp.errors import UserError
-from specomp.models import export
+from specomp.models import export, hub
 from specomp.models.load import LoadedModel
-from specomp.models.sources import LocalModel
+from specomp.models.sources import HubModel, LocalModel
 from specomp.models.store import LayerStore, TensorFiles
 from specomp.pipeline import build, load_dense, run
 from specomp.results.record import Record, point_of
@@ -153,6 +153,22 @@ def test_a_decoder_layer_is_let_go_after_a_call_that_failed(folders):
     assert torch.isfinite(logits(loaded.model)).all()
 
 
+@pytest.mark.parametrize("by_hand", [True, False])
+def test_a_decoder_layer_that_could_not_be_read_is_read_again(folders, monkeypatch, by_hand):
+    loaded = opened(folders("llama"))
+    layers = loaded.family.layers(loaded.model)
+    with monkeypatch.context() as patch:
+        patch.setattr(TensorFiles, "read", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            if by_hand:
+                with loaded.store.resident(0):
+                    raise AssertionError("unreachable")
+            logits(loaded.model)
+    assert not any(in_memory(loaded.model, layers))
+    assert torch.equal(logits(loaded.model), logits(tiny_model("llama")))
+    assert not any(in_memory(loaded.model, layers))
+
+
 def test_damaged_folders_are_refused_when_opened(folders, tmp_path):
     state = load_file(folders("llama") / "model.safetensors")
     for file in folders("llama").iterdir():
@@ -178,6 +194,22 @@ def test_a_buffer_that_no_file_has_is_refused(folders, tmp_path):
     save_file({f"layers.0.{n}": torch.zeros(p.shape) for n, p in layer.named_parameters()}, tmp_path / "model.safetensors")
     with pytest.raises(UserError, match=r"layers\.0\.table: made by the model's code"):
         LayerStore([layer], "layers", "model", TensorFiles(tmp_path), torch.device("cpu"))
+
+
+def test_a_streamed_model_of_the_hub(folders, cache, monkeypatch):
+    folder, asked = folders("llama"), []
+
+    def snapshot(repo, *, revision, allow_patterns):
+        asked.append((repo, revision))
+        assert "model*.safetensors" in allow_patterns and "*.json" in allow_patterns
+        return str(folder)
+
+    monkeypatch.setattr(hub, "snapshot_download", snapshot)
+    place = {"dtype": "float32", "device": "cpu", "device_map": None, "trust_remote_code": False, "stream": True}
+    source = HubModel(name="m", repo=str(folder), revision="main", weights="safetensors", **place)
+    assert source.unstreamable() is None
+    assert torch.equal(logits(source.load(cache).model), logits(tiny_model("llama")))
+    assert asked == [(str(folder), "main")]
 
 
 def test_the_fingerprint_does_not_know_of_streaming(folders, cache):
@@ -240,6 +272,7 @@ def test_slots(folders, tmp_path, settings):
     assert_same_run(*runs, atol=1e-5, rtol=1e-4)
     whole, streamed = (made for _, made in runs)
     assert torch.allclose(logits(specomp.load(streamed).model), logits(specomp.load(whole).model), atol=1e-4)
+    assert torch.equal(logits(specomp.load(streamed, stream=True).model), logits(specomp.load(streamed).model))
 
 
 @pytest.mark.parametrize("options", [{"sharded": True}, {"untied": True}, {"base": True}])
@@ -322,6 +355,8 @@ def test_an_interrupted_run_leaves_nothing_and_can_be_repeated(folders, tmp_path
         with pytest.raises(error):
             run(cfg)
     assert not list(models.iterdir())
+    name = next((tmp_path / "other" / "outputs" / "models").iterdir()).name
+    (models / f".{name}.1.tmp").mkdir()  # of a process that was killed
     record = store(tmp_path).load(key_of(cfg))
     assert record.status == ("running" if error is KeyboardInterrupt else "failed") and not record.ledger
     run(cfg)

@@ -89,7 +89,7 @@ def llama7b(folder: Path, layers: int, overrides: list[str]) -> None:
     few = ["calibration.num_samples=8", "calibration.length=256", "calibration.batch_size=2"]
     local = ["model=local", "model.name=llama7b", f"model.path={checkpoint}", "model.dtype=bfloat16", "model.stream=true"]
     report = started(folder / "run", [*local, "method=svd_llm", "ratio=cr40", "method.whitening.solve=float32", *few, *overrides])
-    print("stage      decoder layer  seconds  peak MiB  MiB after")
+    print("stage      decoder layer  seconds  peak MiB  held MiB")
     for stage, index, seconds, peak, after in report["steps"]:
         print(f"{stage:10} {index:13} {seconds:8.1f} {peak:9.0f} {after:10.0f}")
     print(f"in all: {report['seconds']:.1f} s, peak {report['peak']:.0f} MiB")
@@ -129,7 +129,10 @@ def started(folder: Path, overrides: Sequence[str]) -> dict[str, Any]:
 
 
 def worker(folder: Path, overrides: list[str]) -> None:
-    """One run; reports its peak, and what every decoder layer took while it was calibrated and while it was compressed."""
+    """One run; reports its peak, and of every decoder layer, calibrated or compressed, the seconds, the peak and what was held after it.
+
+    Held is anonymous memory: pages of files and libraries, which the peak counts too, come and go as the system likes.
+    """
     logging.basicConfig(level=logging.WARNING)
     steps: list[tuple[str, int, float, float, float]] = []
     begun, peaks = time.perf_counter(), []
@@ -138,7 +141,7 @@ def worker(folder: Path, overrides: list[str]) -> None:
         nonlocal last
         peak, now = memory("VmHWM"), time.perf_counter()
         peaks.append(peak)
-        steps.append((stage, sum(x[0] == stage for x in steps), now - last, peak, memory("VmRSS")))
+        steps.append((stage, sum(x[0] == stage for x in steps), now - last, peak, memory("RssAnon")))
         last = now
         Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
 

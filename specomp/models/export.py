@@ -66,14 +66,22 @@ def save_compressed(
 def exporting(folder: Path, form: Form) -> Iterator["Export"]:
     """The same for a model that is never in memory as a whole: the parts that were `add`ed need no numbers any more when it is finished."""
     with _replacing(Path(folder)) as target:
-        yield Export(target, form)
+        yield Export(target, Path(folder), form)
+
+
+def remove_unfinished(folder: Path) -> None:
+    """What killed processes left of exports of `folder`: call it only where no other process can be writing it."""
+    for left in folder.parent.glob(f".{folder.name}.*.tmp"):
+        log.info("Removing %s, which a killed run left.", left)
+        shutil.rmtree(left, ignore_errors=True)
 
 
 class Export:
     """A folder that is being written."""
 
-    def __init__(self, target: Path, form: Form) -> None:
-        self.target, self.form = target, form
+    def __init__(self, target: Path, folder: Path, form: Form) -> None:
+        """target: where it is written until it is whole, and becomes `folder`."""
+        self.target, self.folder, self.form = target, folder, form
         self.files: list[dict[str, int]] = []  # bytes of every tensor, file by file
 
     def add(self, name: str, module: nn.Module) -> None:
@@ -84,7 +92,7 @@ class Export:
 
     def finish(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, info: dict[str, Any]) -> None:
         """Write all that was not added, and what makes the folder a model."""
-        folder, target, form = self.target, self.target, self.form
+        folder, target, form = self.folder, self.target, self.form
         linears = family_of(model.config).linears(model)
         biases = added_biases(model, [x.name for x in linears])
         switches = _bias_switches(model, len(linears), biases) if form == "dense" else {}

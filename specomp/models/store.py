@@ -85,14 +85,15 @@ class LayerStore:
     @contextmanager
     def resident(self, index: int) -> Iterator[None]:
         """Decoder layer `index` has its numbers while the block runs; changes of them are forgotten afterwards."""
-        self._acquire(index)
         try:
+            self._acquire(index)
             yield
         finally:
             self._release(index)
 
     def _acquire(self, index: int) -> None:
-        if self._users[index] == 0:
+        self._users[index] += 1  # first, since a call that fails here is released too
+        if self._users[index] == 1:
             layer = self.layers[index]
             for name, tensor in layer.state_dict(keep_vars=True).items():
                 # A copy, since what was read may be a view of the file, in whose place it would be kept.
@@ -102,7 +103,6 @@ class LayerStore:
                 setattr(layer.get_submodule(owner), leaf, nn.Parameter(value, requires_grad=False) if trains else value)
             if index + 1 < len(self.layers) and self._users[index + 1] == 0:
                 self.files.prefetch(key for name in self.layers[index + 1].state_dict() if (key := self._key(index + 1, name)))
-        self._users[index] += 1
 
     def _release(self, index: int) -> None:
         self._users[index] -= 1
