@@ -10,7 +10,6 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-import torch
 from omegaconf import DictConfig
 
 from specomp.budget import full_rank
@@ -21,12 +20,12 @@ from specomp.evaluation.suite import Benchmark
 from specomp.experiment import Experiment, ask, build
 from specomp.ledger import Ledger, ledger, measure
 from specomp.methods.base import describe
-from specomp.methods.block_refine import BlockRefine
 from specomp.methods.svd import Weight
 from specomp.models.export import exporting, remove_unfinished, save_compressed
 from specomp.models.export import load as load_folder
 from specomp.models.files import checked_folder, first_line
 from specomp.models.load import LoadedModel
+from specomp.notes import note_factors, note_quantization
 from specomp.planning.plan import plan
 from specomp.planning.show import show as show_plan
 from specomp.ratio import Ratio, break_even_rank, is_low_rank
@@ -235,44 +234,8 @@ def factorize(experiment: Experiment, setup: Setup, record: Record, finished: Ca
         return refine(experiment, setup, record, ranks, spectra, dense)
     with record.stage("compress"):
         reports = compress(setup, method, experiment.quantizer, ranks, spectra, dense, finished)
-    damped = [x for x in reports if x.damping > 0]
-    if damped:
-        record.note(
-            f"{len(damped)} of {len(reports)} linears have a damped Gram matrix, "
-            f"at most {max(x.damping for x in damped):.1e} of their mean diagonal"
-        )
-    if isinstance(method.compensation, BlockRefine):
-        record.note("errors of single linears are those before the block refinement; compensation_gain is of a decoder layer's outputs")
-    pivoted = [x.growth for x in reports if x.growth is not None]
-    if pivoted:
-        record.note(f"{len(pivoted)} of {len(reports)} linears are pivoted, with coefficients up to {max(pivoted):.2f}")
-    worst = max(reports, key=lambda x: x.loss_over_bound)
-    if (
-        not method.compensation.needs
-        and experiment.quantizer.bits >= 16
-        and setup.model.dtype == torch.float32
-        and worst.loss_over_bound > 1.01
-    ):
-        record.note(f"{worst.name} loses {worst.loss_over_bound:.3f} times its Eckart-Young bound: try method.whitening.solve=float64")
+    note_factors(record, reports, method, experiment.quantizer, setup.model.dtype)
     return reports
-
-
-def note_quantization(record: Record, reports: list[LinearReport], dtype: torch.dtype) -> None:
-    """Which weights are integers, and where the Hessians were damped by more than was asked; nothing without quantization."""
-    rounded = [x for x in reports if x.quantization_error is not None]
-    if not rounded:
-        return
-    quantizer, held_in = record.identity["quantizer"], str(dtype).removeprefix("torch.")
-    record.note(
-        f"the factors of {len(rounded)} linears have {quantizer['bits']} bits: metrics are of the rounded numbers held in {held_in} "
-        "(simulated), model_bytes is what a folder of factors stores"
-    )
-    if len(rounded) < len(reports):
-        record.note(f"{len(reports) - len(rounded)} linears stay dense and are not quantized")
-    asked = quantizer.get("damping", 0.0)
-    more = [x.quantization_damping for x in rounded if x.quantization_damping > asked]
-    if more:
-        record.note(f"GPTQ of {len(more)} linears needed more damping than {asked:g}, at most {max(more):.1e} of their mean diagonal")
 
 
 def reference(experiment: Experiment, setup: Setup) -> dict[str, dict[str, float]]:

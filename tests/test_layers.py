@@ -20,6 +20,7 @@ LEVELS = {
     **dict.fromkeys(("methods", "quantization", "data"), 5),
     **dict.fromkeys(("stages", "evaluation", "results"), 6),
     "checks": 7,
+    "notes": 8,
     "experiment": 8,
     "planning": 9,
     "pipeline": 10,
