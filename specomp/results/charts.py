@@ -18,6 +18,7 @@ from specomp.results.sweep import Column, Point, Sweep
 
 RATIO = "ratio"
 SIZE = (6.4, 4.0)  # inches
+BEYOND_USE = 1e5  # a perplexity: more than the words that most vocabularies have
 STAGES = ("calibrate", "allocate", "train", "compress", "evaluate")
 Linears = Sequence[Mapping[str, str]]
 Curve = tuple[list[float], list[float]]
@@ -68,6 +69,8 @@ def _metric_lines(
     axes.set(xlabel=xlabel, ylabel=column.label, yscale="log" if column.lower_is_better else "linear")
     if column.lower_is_better:
         _plain_ticks(axes.yaxis)
+        if axes.get_ylim()[1] > BEYOND_USE:  # lines of collapsed models leave the figure
+            axes.set_ylim(top=BEYOND_USE)
     axes.legend(fontsize="small", frameon=False)
     return svg(figure)
 
