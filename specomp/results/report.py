@@ -136,9 +136,12 @@ def _companions(folders: Sequence[RecordStore], record: Record, suffix: str) -> 
 
 
 def _list(lines: Sequence[str]) -> str:
-    """Of markdown only what `facts` uses: `code` and *emphasis*."""
-    marked = (re.sub(r"\*(\w+)\*", r"<em>\1</em>", re.sub(r"`([^`]+)`", r"<code>\1</code>", html.escape(x))) for x in lines)
-    return "<ul>" + "".join(f"<li>{x}</li>" for x in marked) + "</ul>"
+    return "<ul>" + "".join(f"<li>{_marked(x)}</li>" for x in lines) + "</ul>"
+
+
+def _marked(text: str) -> str:
+    """Of markdown only what `facts` and cells use: `code` and *emphasis*."""
+    return re.sub(r"\*(\w+)\*", r"<em>\1</em>", re.sub(r"`([^`]+)`", r"<code>\1</code>", html.escape(text)))
 
 
 def _notes(notes: Sequence[str]) -> list[str]:
@@ -147,7 +150,7 @@ def _notes(notes: Sequence[str]) -> list[str]:
 
 def _table(header: Sequence[str], body: Sequence[Sequence[Cell]]) -> str:
     def text(cell: Cell) -> str:
-        return f"<b>{html.escape(cell.text)}</b>" if isinstance(cell, Bold) else html.escape(cell)
+        return f"<b>{_marked(cell.text)}</b>" if isinstance(cell, Bold) else _marked(cell)
 
     head = "".join(f"<th>{html.escape(x)}</th>" for x in header)
     rows = []
