@@ -1,10 +1,14 @@
-"""As much of W&B's server, on the loopback device, as a run needs: it says yes to everything and remembers what it was told."""
+"""As much of W&B's server, on the loopback device, as a run needs: it says yes to everything and remembers what it was told.
+Also what W&B itself has no reader for: the files of an offline run."""
 
 import gzip
 import json
 import re
+import struct
 import threading
+from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from typing import Any
 
 
@@ -19,12 +23,16 @@ class Server(ThreadingHTTPServer):
         self.history: list[dict[str, Any]] = []
         self.summaries: list[dict[str, Any]] = []
         self.artifacts: list[dict[str, Any]] = []
+        self.views: list[dict[str, Any]] = []
         self.asked: list[str] = []
         threading.Thread(target=self.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()
 
     @property
     def url(self) -> str:
         return f"http://127.0.0.1:{self.server_address[1]}"
+
+    def handle_error(self, *_: object) -> None:
+        """A client that hangs up is no news."""
 
     def close(self) -> None:
         self.shutdown()
@@ -41,6 +49,8 @@ class Server(ThreadingHTTPServer):
             known.update({k: v for k, v in variables.items() if v is not None})
         if operation == "CreateArtifact":
             self.artifacts.append(variables)
+        if operation == "UpsertView2":
+            self.views.append(variables)
         project = {"id": "p", "name": "specomp", "entity": {"id": "e", "name": "someone"}}
         name = variables.get("name") or "run"
         bucket = {"id": "r", "name": name, "displayName": name, "description": "", "config": "{}", "sweepName": "", "historyLineCount": 0}
@@ -59,6 +69,7 @@ class Server(ThreadingHTTPServer):
             "project": None,
             "entity": None,
             "createRunFiles": {"runID": "r", "uploadHeaders": [], "files": files},
+            "upsertView": {"view": {"id": "v", "name": variables.get("name")}, "inserted": True},
             "createArtifact": {"artifact": artifact},
         }
 
@@ -103,3 +114,23 @@ class Handler(BaseHTTPRequestHandler):
         self.send_header("Content-Length", str(len(body)))
         self.end_headers()
         self.wfile.write(body)
+
+
+def stored(path: Path) -> Iterator[Any]:
+    """Records of a `.wandb` file: LevelDB's log format behind 7 bytes (https://github.com/google/leveldb/blob/main/doc/log_format.md)."""
+    from wandb.proto import wandb_internal_pb2
+
+    block, header, last = 32768, 7, {1, 4}  # types: 1 a whole record; 2, 3, 4 its first, middle and last fragment
+    data, position, record = path.read_bytes(), header, b""
+    while position + header <= len(data):
+        if block - position % block < header:  # padding
+            position += block - position % block
+            continue
+        _, length, kind = struct.unpack_from("<IHB", data, position)
+        if kind == 0:  # not written yet
+            return
+        record += data[position + header : position + header + length]
+        position += header + length
+        if kind in last:
+            yield wandb_internal_pb2.Record.FromString(record)
+            record = b""

@@ -69,7 +69,9 @@ def view(sweep: Sweep, shown: SweepReport, *, project: str, entity: str, group: 
         import wandb_workspaces.reports.v2 as panels
         import wandb_workspaces.workspaces as spaces
     except ImportError as error:
-        raise UserError("The view needs wandb-workspaces: pip install -c constraints.txt -e '.[dashboard]'.") from error
+        raise UserError(
+            "The run of the sweep is there; its view needs wandb-workspaces: pip install -c constraints.txt -e '.[dashboard]'."
+        ) from error
     keys = {c.label: key for c in sweep.columns if (key := metric_key(c, sweep)) is not None}
     lower = {c.label for c in sweep.columns if c.lower_is_better}
 
