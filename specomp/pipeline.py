@@ -141,6 +141,7 @@ def load_dense(experiment: Experiment, record: Record) -> Setup:
         cache=experiment.cache,
         model_key=digest(experiment.source.fingerprint(experiment.cache)),
         trainer=experiment.trainer,
+        processes=experiment.processes,
         store=loaded.store,
     )
 

@@ -5,6 +5,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from typing import TypeVar
 
+from lightning.pytorch.utilities import rank_zero_only
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
@@ -16,6 +17,9 @@ console = Console(stderr=True)
 
 def track(items: Iterable[T], description: str, total: int, status: Callable[[], str] = lambda: "") -> Iterator[T]:
     """Yield the items, reporting how many of `total` are done, how long the rest will take, and what `status` says."""
+    if getattr(rank_zero_only, "rank", 0):  # of several processes one reports
+        yield from items
+        return
     if console.is_terminal:
         columns = (
             TextColumn("{task.description}"),

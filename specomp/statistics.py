@@ -43,11 +43,15 @@ class Accumulator(Protocol):
     def value(self) -> Tensor:
         """The statistic of everything seen so far."""
 
+    def merge(self, total: Callable[[Tensor], Tensor]) -> None:
+        """Become the state after what all processes saw; `total` adds a tensor up over them."""
+
 
 class Statistic(Protocol):
-    """A description of what to accumulate."""
+    """A description of what to accumulate. `sequential`: which samples follow which matters, so several processes cannot share the work."""
 
     scope: ClassVar[Scope]
+    sequential: ClassVar[bool]
 
     @property
     def name(self) -> str:
@@ -62,6 +66,7 @@ class Gram:
     """(n, n): sum_t x_t x_t^T, uncentred, not divided by the number of tokens."""
 
     scope: ClassVar[Scope] = "site"
+    sequential: ClassVar[bool] = False
     name: ClassVar[str] = "gram"
 
     def start(self, precision: Precision, num_samples: int) -> Accumulator:
@@ -77,6 +82,7 @@ class CrossGram:
     """
 
     scope: ClassVar[Scope] = "pair"
+    sequential: ClassVar[bool] = False
     name: ClassVar[str] = "cross_gram"
 
     def start(self, precision: Precision, num_samples: int) -> Accumulator:
@@ -94,6 +100,7 @@ class StackedGram:
 
     num_buckets: int
     scope: ClassVar[Scope] = "site"
+    sequential: ClassVar[bool] = True
 
     @property
     def name(self) -> str:
@@ -110,6 +117,7 @@ class AbsMean:
     """(n,): mean_t |x_t| (ASVD Sec. 3.2)."""
 
     scope: ClassVar[Scope] = "site"
+    sequential: ClassVar[bool] = False
     name: ClassVar[str] = "abs_mean"
 
     def start(self, precision: Precision, num_samples: int) -> Accumulator:
@@ -122,6 +130,7 @@ class IOCosine:
     """(): mean_t cos(x_t, y_t) between a decoder layer's input and output (AdaSVD Eq. 17-18; 1 - it is ShortGPT's block influence)."""
 
     scope: ClassVar[Scope] = "decoder_layer"
+    sequential: ClassVar[bool] = False
     name: ClassVar[str] = "io_cosine"
 
     def start(self, precision: Precision, num_samples: int) -> Accumulator:
@@ -135,6 +144,7 @@ class Fisher:
 
     side: Literal["in", "out"]
     scope: ClassVar[Scope] = "linear"
+    sequential: ClassVar[bool] = False
 
     @property
     def name(self) -> str:
@@ -152,6 +162,7 @@ class OutputGradGram:
     """(m, m): sum_t g_t g_t^T, g_t the gradient of a sequence's mean language-model loss by the linear's output at token t (K-FAC)."""
 
     scope: ClassVar[Scope] = "output"
+    sequential: ClassVar[bool] = False
     name: ClassVar[str] = "output_grad_gram"
 
     def start(self, precision: Precision, num_samples: int) -> Accumulator:
@@ -170,6 +181,7 @@ class TokenWeightedGram:
 
     side: Literal["in", "out"]
     scope: ClassVar[Scope] = "output"
+    sequential: ClassVar[bool] = False
 
     @property
     def name(self) -> str:
@@ -196,6 +208,9 @@ class _Weighted:
     def value(self) -> Tensor:
         return self.inner.value()
 
+    def merge(self, total: Callable[[Tensor], Tensor]) -> None:
+        self.inner.merge(total)
+
 
 class _GramSum:
     """x^T x with one triangle of blocks computed, the other mirrored at the end."""
@@ -219,6 +234,10 @@ class _GramSum:
         lower = self.total.tril()
         return lower + lower.tril(-1).T
 
+    def merge(self, total: Callable[[Tensor], Tensor]) -> None:
+        assert self.total is not None, "no data"
+        self.total = total(self.total)
+
 
 class _CrossSum:
     """x^T x', all of it."""
@@ -238,6 +257,10 @@ class _CrossSum:
     def value(self) -> Tensor:
         assert self.total is not None, "no data"
         return self.total
+
+    def merge(self, total: Callable[[Tensor], Tensor]) -> None:
+        assert self.total is not None, "no data"
+        self.total = total(self.total)
 
 
 def _half(x: Tensor) -> bool:
@@ -277,6 +300,9 @@ class _BucketMeans:
         self._flush()
         return self.inner.value()
 
+    def merge(self, total: Callable[[Tensor], Tensor]) -> None:
+        raise NotImplementedError("sequential")
+
 
 class _Mean:
     """Mean over the first axis of what `reduce` makes of each observation."""
@@ -295,6 +321,11 @@ class _Mean:
     def value(self) -> Tensor:
         assert self.sum is not None, "no data"
         return self.sum / self.count
+
+    def merge(self, total: Callable[[Tensor], Tensor]) -> None:
+        assert self.sum is not None, "no data"
+        self.sum = total(self.sum)
+        self.count = round(float(total(torch.tensor(float(self.count), dtype=torch.float64, device=self.sum.device))))
 
 
 class Stats(Mapping[Statistic, Tensor]):

@@ -627,7 +627,7 @@ def test_neither_module_has_an_optimizer_or_parameters_of_its_own(cache):
     dense = dense_statistics(setup, {Gram()})
     spectra = DenseSpectra(setup, chosen.target, chosen.whitening, dense)
     for module in (
-        CalibrationModule(setup, [], gradients=True),
+        CalibrationModule(setup, [], range(1), gradients=True),
         CompressionModule(setup, chosen, NoQuantizer(), ranks_of(setup, 4), spectra, dense),
     ):
         with pytest.warns(UserWarning, match="`configure_optimizers` must be implemented"):

@@ -2,7 +2,7 @@
 
 Pivoted   r rows of W' = U Vt, and the coefficients with which they make the other m - r   Sec. 3 (pivoting factorization)
 Exact for any W' of rank r; the same bytes buy a higher rank, and at full rank nothing is lost or added.
-Differs from the paper: pivots come from LU with partial pivoting of an orthonormal basis of U, then rows are exchanged until no coefficient
+Differs from the paper: pivots come from LU with partial pivoting of U, then rows are exchanged until no coefficient
 exceeds `max_growth` (maxvol, Goreinov et al. 2010; CHOICE), so that storing both parts in low precision stays safe.
 """
 
@@ -17,6 +17,9 @@ from specomp.linalg import SOLVE_DTYPE
 from specomp.modules import PivotedLinear
 from specomp.ratio import pivoted_cost
 from specomp.settings import configurable
+
+# Share of a column's length that is not in the span of those before it, above which an LU needs no orthonormal basis.
+INDEPENDENT = 1e-4
 
 
 @configurable
@@ -44,22 +47,38 @@ def pivot_rows(U: Tensor, max_growth: float) -> tuple[Tensor, Tensor, Tensor]:
 
     Independent of the basis: U R gives the same for every invertible R. Columns of U may depend on each other.
     """
-    m, rank = U.shape
-    basis = torch.linalg.qr(U).Q
+    basis = independent(U)
+    m, rank = basis.shape
     order = torch.arange(m, device=U.device)
     LU, swaps = torch.linalg.lu_factor(basis)
     for row, other in enumerate(swaps.tolist()):
         order[[row, other - 1]] = order[[other - 1, row]]
     lower = LU[:rank].tril(-1)
     C = torch.linalg.solve_triangular(lower, LU[rank:], upper=False, left=False, unitriangular=True)
+    exchanged = False
     # Each exchange multiplies the volume of the pivots by its coefficient, so this ends.
     while float(C.abs().max()) > max_growth:
         row, column = divmod(int(C.abs().argmax()), rank)
         order[[column, rank + row]] = order[[rank + row, column]]
         exchange(C, row, column)
+        exchanged = True
     pivots, others = order[:rank], order[rank:]
-    # Free of what the exchanges rounded.
-    return pivots, others, torch.linalg.solve(basis[pivots], basis[others], left=False)
+    if exchanged:  # free of what that rounded
+        C = torch.linalg.solve(basis[pivots], basis[others], left=False)
+    return pivots, others, C
+
+
+def independent(U: Tensor) -> Tensor:
+    """A basis (m, r) of the columns of U (m, r), well enough conditioned for an LU in float64: U itself, or an orthonormal one.
+
+    The latter costs more than everything else here, and is needed only where columns depend on each other. The triangle of a
+    Cholesky factor of the columns' cosines shows that: its smallest diagonal entry is how far a column is out of the others' span.
+    """
+    unit = U / U.norm(dim=0).clamp_min(torch.finfo(U.dtype).tiny)
+    factor, failed = torch.linalg.cholesky_ex(unit.T @ unit)
+    if not bool(failed) and float(factor.diagonal().min()) > INDEPENDENT:
+        return unit
+    return torch.linalg.qr(U).Q
 
 
 def exchange(C: Tensor, row: int, column: int) -> None:

@@ -29,25 +29,60 @@ log = logging.getLogger(__name__)
 
 
 class CalibrationModule(L.LightningModule):
-    """Predict-only: runs batches of token ids (batch, length) through the model while observers listen. Changes no parameter."""
+    """Predict-only: runs batches of token ids (batch, length) through the model while observers listen to a window of decoder layers, then
+    stores what they saw. Changes no parameter. Several processes take turns with the batches, and their sums are added up once."""
 
-    def __init__(self, setup: Setup, observers: Sequence[LayerObserver], *, gradients: bool) -> None:
+    def __init__(self, setup: Setup, statistics: Sequence[Statistic], window: range, *, gradients: bool) -> None:
         super().__init__()
         # In a tuple, so that Lightning neither moves nor scripts it: the model is already where it belongs, perhaps on several devices.
-        self._setup, self._observers, self._gradients = (setup,), observers, gradients
+        self._setup, self.statistics, self.window, self.gradients = (setup,), list(statistics), window, gradients
+        self._observers: dict[int, LayerObserver] = {}
+        self._hooks = ExitStack()
+
+    def on_predict_start(self) -> None:
+        """Hooks are made here, inside each process: they cannot be sent to one."""
+        setup = self._setup[0]
+        if self.trainer.world_size > 1:
+            setup.model.to(self.device)
+            if self.device.type == "cpu":
+                torch.set_num_threads(max(1, torch.get_num_threads() // self.trainer.world_size))
+        for parameter in setup.model.parameters():
+            parameter.requires_grad_(False)
+        self._observers = {
+            i: self._hooks.enter_context(
+                LayerObserver(setup.layers[i], setup.family, self.statistics, setup.precision, setup.samples.num_samples)
+            )
+            for i in self.window
+        }
 
     def predict_step(self, batch: Tensor, batch_idx: int) -> None:
         """One batch through the decoder, or one backward pass per sequence for gradient statistics."""
+        if batch_idx % self.trainer.world_size != self.trainer.global_rank:
+            return
         setup = self._setup[0]
         batch = batch.to(setup.model.device)
         with setup.forward_precision():
-            if not self._gradients:
+            if not self.gradients:
                 setup.family.decoder(setup.model)(input_ids=batch, use_cache=False)
                 return
             for sequence in batch.split(1):
                 with torch.enable_grad():
                     # transformers shifts the labels itself.
                     setup.model(input_ids=sequence, labels=sequence, use_cache=False).loss.backward()
+
+    def on_predict_end(self) -> None:
+        """Add up, store, forget; one decoder layer at a time."""
+        self._hooks.close()
+        for i in list(self._observers):
+            observer = self._observers.pop(i)
+            if self.trainer.world_size > 1:
+                observer.merge(lambda value: self.trainer.strategy.reduce(value, reduce_op="sum"))
+            if self.trainer.is_global_zero:
+                _keep(self._setup[0], self.statistics, i, observer.values())
+
+    def teardown(self, stage: str) -> None:
+        """Also after an error."""
+        self._hooks.close()
 
 
 class DenseStatistics:
@@ -143,31 +178,24 @@ def collect(setup: Setup, statistics: Iterable[Statistic]) -> None:
     if setup.store is not None:
         _collect_streamed(setup, statistics)
         return
-    for gradients in (False, True):
-        chosen = [x for x in statistics if (x.scope in GRADIENT_SCOPES) == gradients]
-        if chosen:
-            for window in setup.family.windows(setup.model, setup.calibration.window):
-                _collect_window(setup, chosen, window, gradients=gradients)
+    # Several processes share the batches of what is a sum over tokens; the rest is taken by one process.
+    groups: dict[tuple[bool, bool], list[Statistic]] = {}
+    for statistic in statistics:
+        shared = setup.processes > 1 and not statistic.sequential
+        groups.setdefault((statistic.scope in GRADIENT_SCOPES, shared), []).append(statistic)
+    for gradients, shared in sorted(groups):
+        for window in setup.family.windows(setup.model, setup.calibration.window):
+            _collect_window(setup, groups[gradients, shared], window, gradients=gradients, shared=shared)
 
 
-def _collect_window(setup: Setup, statistics: list[Statistic], window: range, *, gradients: bool) -> None:
-    samples, layers = setup.samples, setup.layers
-    names = ", ".join(x.name for x in statistics)
-    label = f"calibrate {names}, decoder layers {window.start}-{window.stop - 1}"
-    log.info("%s: %d samples of %d tokens", label, samples.num_samples, samples.length)
-    for parameter in setup.model.parameters():
-        parameter.requires_grad_(False)
-    with ExitStack() as stack:
-        observers = {
-            i: stack.enter_context(LayerObserver(layers[i], setup.family, statistics, setup.precision, samples.num_samples)) for i in window
-        }
-        loader = samples.predict_dataloader()
-        module = CalibrationModule(setup, list(observers.values()), gradients=gradients)
-        predict(setup.trainer, module, loader, label, len(loader))
-    for i, observer in observers.items():
-        values = observer.values()
-        observer.accumulators.clear()
-        _keep(setup, statistics, i, values)
+def _collect_window(setup: Setup, statistics: list[Statistic], window: range, *, gradients: bool, shared: bool) -> None:
+    samples, loader = setup.samples, setup.samples.predict_dataloader()
+    label = f"calibrate {', '.join(x.name for x in statistics)}, decoder layers {window.start}-{window.stop - 1}"
+    shared = shared and len(loader) >= setup.processes
+    by = f" by {setup.processes} processes" if shared else " by one of them" if setup.processes > 1 else ""
+    log.info("%s: %d samples of %d tokens%s", label, samples.num_samples, samples.length, by)
+    module = CalibrationModule(setup, statistics, window, gradients=gradients)
+    predict(setup.trainer, module, loader, label, len(loader), shared=shared)
 
 
 def _collect_streamed(setup: Setup, statistics: list[Statistic]) -> None:
@@ -215,11 +243,16 @@ def lightning_loop() -> Iterator[L.Callback]:
             raise KeyboardInterrupt from error
 
 
-def predict(trainer: Callable[..., L.Trainer], module: L.LightningModule, items: Iterable[Any], label: str, total: int) -> None:
-    """Drive a predict-only module over items, with progress and without keeping outputs."""
+# The model is hidden from the loop and stays where it is, so the loop is one process on the CPU, whatever the trainer's.
+ALONE = {"accelerator": "cpu", "devices": 1, "num_nodes": 1, "strategy": "auto"}
+
+
+def predict(
+    trainer: Callable[..., L.Trainer], module: L.LightningModule, items: Iterable[Any], label: str, total: int, *, shared: bool = False
+) -> None:
+    """Drive a predict-only module over items, with progress and without keeping outputs; shared: in every process of the trainer."""
     with lightning_loop() as terminable:
-        # The model is hidden from the loop and stays where it is, so the loop is always one process on the CPU.
-        loop = trainer(callbacks=[terminable], accelerator="cpu", devices=1, num_nodes=1, strategy="auto")
+        loop = trainer(callbacks=[terminable], **({} if shared else ALONE))
         loop.predict(module, _Tracked(items, label, total), return_predictions=False)
 
 

@@ -1,7 +1,7 @@
 """Hooks that feed accumulators while a decoder layer runs, and nothing else: no storage of activations, no change to the model."""
 
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -101,6 +101,11 @@ class LayerObserver:
             if isinstance(weight, nn.Parameter):
                 weight.requires_grad_(False)
                 weight.grad = None
+
+    def merge(self, total: Callable[[Tensor], Tensor]) -> None:
+        """Add up what several processes saw, accumulator by accumulator in the same order everywhere."""
+        for accumulator in self.accumulators.values():
+            accumulator.merge(total)
 
     def values(self) -> dict[str, Tensor]:
         """What was accumulated, by place and statistic; tensors of scalars keep one element."""

@@ -30,6 +30,7 @@ class Setup:
     cache: Cache
     model_key: str
     trainer: Callable[..., L.Trainer]
+    processes: int = 1  # of the trainer
     store: LayerStore | None = None  # where the decoder layers of a streamed model are
 
     @property
