@@ -6,8 +6,9 @@ import resource
 import statistics
 import sys
 import time
-from collections.abc import Sequence
-from typing import ClassVar
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from typing import ClassVar, Literal
 
 import torch
 from pydantic import PositiveInt
@@ -16,6 +17,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from specomp.errors import UserError
 from specomp.evaluation.perplexity import evaluating
+from specomp.models.fuse import fused
 from specomp.progress import track
 from specomp.settings import configurable
 
@@ -100,11 +102,14 @@ class Efficiency:
     new_tokens: PositiveInt
     repeats: PositiveInt
     seed: int
+    fuse: bool
+    compile: Literal["default", "reduce-overhead", "max-autotune"] | None
 
     @property
     def id(self) -> str:
         """For example efficiency@1:128+16:bs1+4 (prompt + new tokens, batch sizes)."""
-        return f"efficiency@{self.version}:{self.prompt_tokens}+{self.new_tokens}:bs{'+'.join(map(str, self.batch_sizes))}"
+        made = f"{':fused' if self.fuse else ''}{f':compiled={self.compile}' if self.compile else ''}"
+        return f"efficiency@{self.version}:{self.prompt_tokens}+{self.new_tokens}:bs{'+'.join(map(str, self.batch_sizes))}{made}"
 
     @property
     def protocol(self) -> str:
@@ -127,11 +132,28 @@ class Efficiency:
     def __call__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> dict[str, float]:
         """See `measure_efficiency`; the tokenizer is not used."""
         log.info("Efficiency: %s, %s, %d threads.", model.device, model.dtype, torch.get_num_threads())
-        return measure_efficiency(
-            model,
-            batch_sizes=self.batch_sizes,
-            prompt_tokens=self.prompt_tokens,
-            new_tokens=self.new_tokens,
-            repeats=self.repeats,
-            seed=self.seed,
-        )
+        with fused(model) if self.fuse else nullcontext(0) as sites, compiled(model, self.compile):
+            if self.fuse:
+                log.info("Efficiency: first factors stacked at %d sites.", sites)
+            return measure_efficiency(
+                model,
+                batch_sizes=self.batch_sizes,
+                prompt_tokens=self.prompt_tokens,
+                new_tokens=self.new_tokens,
+                repeats=self.repeats,
+                seed=self.seed,
+            )
+
+
+@contextmanager
+def compiled(model: PreTrainedModel, mode: str | None) -> Iterator[None]:
+    """While it is open the model runs as torch.compile makes it; reduce-overhead and max-autotune capture CUDA graphs on a GPU."""
+    if mode is None:
+        yield
+        return
+    try:
+        vars(model)["forward"] = torch.compile(model.forward, mode=mode)
+        yield
+    finally:
+        vars(model).pop("forward", None)
+        torch.compiler.reset()
