@@ -17,5 +17,6 @@ class Options:
     retry: bool
     redo: bool
     plan: bool
+    profile: bool
     threads: Annotated[int, Field(ge=1)] | None
     seed: Annotated[int, Field(ge=0)]

@@ -28,6 +28,7 @@ from specomp.models.load import LoadedModel
 from specomp.notes import note_factors, note_quantization
 from specomp.planning.plan import plan
 from specomp.planning.show import show as show_plan
+from specomp.profiling import profiles
 from specomp.ratio import Ratio, break_even_rank, is_low_rank
 from specomp.results.figures import gate_profiles, training_figure
 from specomp.results.record import Record, point_of, provenance, record_key
@@ -56,7 +57,8 @@ def run(cfg: DictConfig) -> float | None:
         if (point := point_of(experiment.config)) not in record.points:
             record.points.append(point)
         try:
-            execute(experiment, record)
+            with profiles.into(experiment.outputs / "profiles" / key[:12] if experiment.options.profile else None):
+                execute(experiment, record)
             record.status, record.error = "ok", None
         except KeyboardInterrupt:
             # Unfinished, which is not a failure of the experiment; anything else is, and the record says what.

@@ -9,6 +9,8 @@ from lightning.pytorch.utilities import rank_zero_only
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from specomp.profiling import profiles
+
 log = logging.getLogger(__name__)
 T = TypeVar("T")
 LINE_EVERY_SECONDS = 15.0
@@ -17,6 +19,7 @@ console = Console(stderr=True)
 
 def track(items: Iterable[T], description: str, total: int, status: Callable[[], str] = lambda: "") -> Iterator[T]:
     """Yield the items, reporting how many of `total` are done, how long the rest will take, and what `status` says."""
+    items = profiles.steps(items, description, total)
     if getattr(rank_zero_only, "rank", 0):  # of several processes one reports
         yield from items
         return

@@ -39,7 +39,9 @@ def main() -> None:
     chosen = parser.parse_args()
     torch.set_num_threads(chosen.threads)
     print(f"{chosen.device}, {chosen.threads} threads, {chosen.turns} turns\n")
-    print("| site | dtype | tokens | compression | kind | dense ms | ratio (quartiles) | ideal | share |\n|---|---|---|---|---|---|---|---|---|")
+    print(
+        "| site | dtype | tokens | compression | kind | dense ms | ratio (quartiles) | ideal | share |\n|---|---|---|---|---|---|---|---|---|"
+    )
     with torch.no_grad():
         for name, shapes in SITES.items():
             for dtype in chosen.dtype:

@@ -43,7 +43,7 @@ class CalibrationModule(L.LightningModule):
         """Hooks are made here, inside each process: they cannot be sent to one."""
         setup = self._setup[0]
         if self.trainer.world_size > 1:
-            setup.model.to(self.device)
+            nn.Module.to(setup.model, self.device)
             if self.device.type == "cpu":
                 torch.set_num_threads(max(1, torch.get_num_threads() // self.trainer.world_size))
         for parameter in setup.model.parameters():

@@ -26,7 +26,16 @@ def tiny(**changes: Any) -> LlamaForCausalLM:
 
 
 def make(**changes: Any) -> Efficiency:
-    settings: dict[str, Any] = {"version": 1, "batch_sizes": (1, 3), "prompt_tokens": 8, "new_tokens": 4, "repeats": 2, "seed": 0, "fuse": False, "compile": None}
+    settings: dict[str, Any] = {
+        "version": 1,
+        "batch_sizes": (1, 3),
+        "prompt_tokens": 8,
+        "new_tokens": 4,
+        "repeats": 2,
+        "seed": 0,
+        "fuse": False,
+        "compile": None,
+    }
     return Efficiency(**settings | changes)
 
 
