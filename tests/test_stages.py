@@ -1,8 +1,14 @@
 """The stages against whole forward passes and hand-made gradients: streaming, windows, cache, passes counted, nothing trained."""
 
 import logging
+import subprocess
+import sys
 import threading
+import time
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,7 +16,7 @@ from running import make_setup, random_tokens
 from tiny import FAMILY_NAMES
 
 from specomp.budget import full_rank
-from specomp.cache import Cache
+from specomp.cache import Cache, digest
 from specomp.data.calibration import CalibrationSet
 from specomp.errors import UserError
 from specomp.methods.adasvd import AdaComp, AdaCR
@@ -683,3 +689,50 @@ def test_progress_is_logged_with_what_is_computed(cache, caplog):
     with caplog.at_level(logging.INFO, logger="specomp"):
         dense_statistics(setup, {Gram()})
     assert "calibrate gram, decoder layers 0-2: 5 samples of 24 tokens" in caplog.text
+
+
+def test_jobs_that_meet_at_a_linear_share_out_the_rest(tmp_path):
+    """Where another process decomposes a linear, this one goes on from the other end until that is done."""
+    setup, chosen = make_setup("llama", Cache(tmp_path)), method()
+    dense = dense_statistics(setup, {Gram()})
+    spectra = DenseSpectra(setup, chosen.target, chosen.whitening, dense)
+    first, last = setup.linears[0].name, setup.linears[-1].name
+    with other_process_locks(setup.cache.root / "locks" / f"spectra-{digest([spectra.key, first])[:24]}.lock") as release:
+        with ThreadPoolExecutor(1) as pool:
+            found = pool.submit(spectra, first)
+            wait_for(lambda: all(setup.cache.has("spectra", spectra.key, x.name) for x in setup.linears[1:]))
+            assert not found.done() and not setup.cache.has("spectra", spectra.key, first)
+            release()
+            spectrum = found.result(timeout=60)
+    assert setup.cache.misses["spectra"] == len(setup.linears)
+    alone = make_setup("llama", Cache(tmp_path / "alone"))
+    again = DenseSpectra(alone, chosen.target, chosen.whitening, dense_statistics(alone, {Gram()}))
+    for name, own in ((first, spectrum), (last, spectra(last))):
+        assert torch.equal(own.s, again(name).s) and torch.equal(own.U, again(name).U)
+
+
+@contextmanager
+def other_process_locks(path: Path):
+    """A process that holds a lock until it is told to release it."""
+    script = f"from filelock import FileLock\nwith FileLock({str(path)!r}):\n    print('held', flush=True)\n    input()"
+    process = subprocess.Popen([sys.executable, "-c", script], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    try:
+        assert process.stdout.readline().strip() == "held"
+
+        def release() -> None:
+            process.stdin.write("\n")
+            process.stdin.close()
+            process.wait(30)
+
+        yield release
+    finally:
+        process.kill()
+        process.wait()
+        process.stdout.close()
+
+
+def wait_for(condition, seconds: float = 60.0) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "in vain"
+        time.sleep(0.02)

@@ -39,9 +39,8 @@ def main() -> None:
     chosen = parser.parse_args()
     torch.set_num_threads(chosen.threads)
     print(f"{chosen.device}, {chosen.threads} threads, {chosen.turns} turns\n")
-    print(
-        "| site | dtype | tokens | compression | kind | dense ms | ratio (quartiles) | ideal | share |\n|---|---|---|---|---|---|---|---|---|"
-    )
+    columns = ("site", "dtype", "tokens", "compression", "kind", "dense ms", "ratio (quartiles)", "ideal", "share")
+    print(f"| {' | '.join(columns)} |\n|{'---|' * len(columns)}")
     with torch.no_grad():
         for name, shapes in SITES.items():
             for dtype in chosen.dtype:

@@ -1,9 +1,11 @@
 """Spectra of the dense model's linears: the expensive part of factorization, cached by content and free of any ratio."""
 
+import contextlib
 import logging
 import math
 
-from torch import Tensor
+from filelock import FileLock, Timeout
+from torch import Tensor, nn
 
 from specomp.cache import digest
 from specomp.errors import UserError
@@ -45,17 +47,22 @@ class DenseSpectra:
         last = self._last  # read once: the linears of a decoder layer are worked on side by side
         if last is not None and last[0] == name:
             return last[1]
-        cache = self.setup.cache
         device = self.setup.device(self._by_name[name].decoder_layer)
-        with cache.lock("spectra", digest([self.key, name])):
-            stored = cache.load("spectra", self.key, name)
-            cache.count("spectra", hit=stored is not None)
-            if stored is None:
-                spectrum = self._decompose(name)
-                stored = {"U": spectrum.U, "s": spectrum.s, "rows": spectrum.rows, "damping": spectrum.s.new_tensor([spectrum.damping])}
-                # Laid out as it comes back from the cache: sums over another layout round differently.
-                stored = {part: tensor.contiguous() for part, tensor in stored.items()}
-                cache.save("spectra", self.key, name, stored)
+        lock = self._lock(name)
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            # Another process decomposes it. Side by side they would do this for every linear; so one goes on from the other end.
+            while self._decompose_another():
+                with contextlib.suppress(Timeout):
+                    lock.acquire(timeout=0)
+                    break
+            else:
+                lock.acquire()
+        try:
+            stored = self._stored(name, self.statistics)
+        finally:
+            lock.release()
         parts: dict[str, Tensor] = {part: tensor.to(device) for part, tensor in stored.items()}
         spectrum = Spectrum(parts["U"], parts["s"], parts["rows"], float(parts["damping"]))
         self._last = (name, spectrum)
@@ -65,10 +72,42 @@ class DenseSpectra:
         """Free what was read; it can be read again."""
         self._last = None
 
-    def _decompose(self, name: str) -> Spectrum:
+    def _lock(self, name: str) -> FileLock:
+        return self.setup.cache.lock("spectra", digest([self.key, name]))
+
+    def _stored(self, name: str, statistics: DenseStatistics) -> dict[str, Tensor]:
+        """From the cache, or into it; its lock is held."""
+        cache = self.setup.cache
+        stored = cache.load("spectra", self.key, name)
+        cache.count("spectra", hit=stored is not None)
+        if stored is None:
+            spectrum = self._decompose(name, statistics)
+            stored = {"U": spectrum.U, "s": spectrum.s, "rows": spectrum.rows, "damping": spectrum.s.new_tensor([spectrum.damping])}
+            # Laid out as it comes back from the cache: sums over another layout round differently.
+            stored = {part: tensor.contiguous() for part, tensor in stored.items()}
+            cache.save("spectra", self.key, name, stored)
+        return stored
+
+    def _decompose_another(self) -> bool:
+        """The last linear that nobody has decomposed or is decomposing, into the cache; False where there is none."""
+        setup = self.setup
+        if setup.store is not None:  # its decoder layers come one at a time
+            return False
+        for name in reversed(self._by_name):
+            if setup.cache.has("spectra", self.key, name) or not isinstance(setup.model.get_submodule(name), nn.Linear):
+                continue
+            lock = self._lock(name)
+            with contextlib.suppress(Timeout), lock.acquire(timeout=0):
+                if not setup.cache.has("spectra", self.key, name):
+                    # Statistics of its own: other threads may be reading those of the decoder layer they work on.
+                    self._stored(name, DenseStatistics(setup, self.statistics.statistics))
+                    return True
+        return False
+
+    def _decompose(self, name: str, statistics: DenseStatistics) -> Spectrum:
         linear = self._by_name[name]
         keep = None if self.complete else math.ceil(break_even_rank(linear.m, linear.n))
-        stats = self.statistics(name)
+        stats = statistics(name)
         with self.setup.resident(linear.decoder_layer):
             W = linear_module(self.setup.model, linear).weight.detach()
             return decompose(self.whitening(stats), self.target(W, stats), name, keep=keep)
