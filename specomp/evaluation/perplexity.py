@@ -27,7 +27,7 @@ from specomp.progress import track
 from specomp.settings import configurable
 
 log = logging.getLogger(__name__)
-CHUNK = 256  # positions whose float32 log-softmax exists at a time: 50 MB at a vocabulary of 49152
+CHUNK = 128  # positions of one sequence whose float32 logits and log-softmax exist at a time: 50 MB at a vocabulary of 49152
 MIN_WINDOW = 2  # one token to read, one to predict
 ForwardPrecision = Literal["float32", "bfloat16"]
 
@@ -107,9 +107,10 @@ def _summed_nll(logits: Tensor, targets: Tensor) -> Tensor:
     """logits (batch, positions, vocabulary), targets (batch, positions) -> (batch,) float64."""
     total = torch.zeros(len(targets), dtype=torch.float64)
     for start in range(0, targets.shape[1], CHUNK):
-        part = logits[:, start : start + CHUNK].float()
-        nll = F.cross_entropy(part.transpose(1, 2), targets[:, start : start + CHUNK], reduction="none")
-        total += nll.double().sum(1).cpu()
+        part, wanted = logits[:, start : start + CHUNK], targets[:, start : start + CHUNK]
+        # Sequence by sequence and flat: several at once would have to be transposed, which takes another copy of their logits.
+        for i, (rows, ids) in enumerate(zip(part, wanted, strict=True)):
+            total[i] += F.cross_entropy(rows.float(), ids, reduction="none").double().sum().cpu()
     return total
 
 
