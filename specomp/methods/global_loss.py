@@ -12,6 +12,7 @@ ends inside one. That is the optimum for what it spends. The rest, less than tha
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Annotated, ClassVar
 
 import torch
@@ -77,28 +78,33 @@ class Curve:
             kept.append(index)
         return kept
 
-    def best(self, here: int, left: float) -> tuple[float, int]:
-        """(loss saved per parameter, option) of the best step up from `here` that costs at most `left`; (0, here) when there is none."""
+    def best(self, here: int, left: float) -> tuple[float, float, int]:
+        """(loss saved per parameter, parameters, option) of the best step up from `here` that costs at most `left`; (0, 0, here): none."""
         more, saved = self.costs[here + 1 :] - self.costs[here], self.losses[here] - self.losses[here + 1 :]
         affordable = int((more <= left).sum())
         if affordable == 0:
-            return 0.0, here
+            return 0.0, 0.0, here
         rates = saved[:affordable] / more[:affordable]
         index = int(rates.argmax())
-        return float(rates[index]), here + 1 + index
+        return float(rates[index]), float(more[index]), here + 1 + index
+
+
+@cache
+def options(m: int, n: int, cost: Cost, round_to: int) -> tuple[list[int], Tensor]:
+    """Ranks below dense, and what each costs with dense at the end: the same for all linears of a shape."""
+    low = [rank for rank in range(1, min(m, n)) if is_low_rank(m, n, rank, cost)]
+    low = [rank for rank in low if rank % round_to == 0] or low
+    return low, torch.tensor([cost(m, n, rank) for rank in low] + [m * n], dtype=torch.float64)
 
 
 def curve(linear: LinearSpec, s: Tensor, cost: Cost, round_to: int, *, normalize: bool) -> Curve:
     """Loss over parameters of one linear, from its singular values (k,)."""
-    m, n, full = linear.m, linear.n, full_rank(linear)
-    low = [rank for rank in range(1, full) if is_low_rank(m, n, rank, cost)]
-    low = [rank for rank in low if rank % round_to == 0] or low
+    full, low, costs = full_rank(linear), *options(linear.m, linear.n, cost, round_to)
     squares = s.double().cpu().square()
     tails = squares.flip(0).cumsum(0).flip(0)  # tails[r] is what rank r loses
     losses = torch.cat([tails[low], tails.new_zeros(1)])
     if normalize and float(tails[0]) > 0:
         losses = losses / tails[0]
-    costs = torch.tensor([cost(m, n, rank) for rank in low] + [linear.params], dtype=torch.float64)
     return Curve([*low, full], costs, losses)
 
 
@@ -119,13 +125,12 @@ def least_loss(curves: Mapping[str, Curve], budget: int) -> dict[str, int]:
         at[name], left = stop, left - more
     best = {name: options.best(at[name], left) for name, options in curves.items()}
     while True:
-        for name, (_, option) in best.items():
-            if curves[name].costs[option] - curves[name].costs[at[name]] > left:
+        for name, (_, more, _) in best.items():
+            if more > left:
                 best[name] = curves[name].best(at[name], left)
         name = max(best, key=lambda name: best[name][0])
-        option = best[name][1]
+        _, more, option = best[name]
         if option == at[name]:
             return {name: curves[name].ranks[index] for name, index in at.items()}
-        left -= float(curves[name].costs[option] - curves[name].costs[at[name]])
-        at[name] = option
+        at[name], left = option, left - more
         best[name] = curves[name].best(option, left)
