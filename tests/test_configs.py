@@ -89,7 +89,7 @@ def test_every_parameter_says_what_it_means(path):
     content = yaml.safe_load(path.read_text()) or {}
     if path.parent.name in SLOTS or path.parent.name in {"model", "tracking", "ratio"}:
         for key in content:
-            if not key.startswith("_"):
+            if not key.startswith("_") and key != "defaults":
                 line = next(x for x in lines if x.startswith(f"{key}:"))
                 assert " # " in line, f"{name(path)}: {key} has no comment"
 
@@ -135,6 +135,11 @@ def test_every_slot_choice_fits_into_every_method(slot, choice):
         node = OmegaConf.to_container(cfg.method[slot])
         check_parameters(f"method.{slot}", node)
         alone = yaml.safe_load((CONF / "method" / slot / f"{choice}.yaml").read_text())
+        if parents := alone.pop("defaults", None):  # a variant of other choices of the slot
+            for parent in reversed(parents):
+                if parent != "_self_":
+                    alone = yaml.safe_load((CONF / "method" / slot / f"{parent}.yaml").read_text()) | {"stages": node["stages"]} | alone
+            alone["stages"] = node["stages"]
         assert node == alone
         assert make(cfg, "method").name == method
 

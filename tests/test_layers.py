@@ -12,8 +12,8 @@ PACKAGE = ROOT / "specomp"
 
 # A file or folder of the package may import itself and what stands on a lower level.
 LEVELS = {
-    **dict.fromkeys(("errors", "settings", "progress", "linalg", "grid"), 0),
-    **dict.fromkeys(("cache", "ratio", "options"), 1),
+    **dict.fromkeys(("errors", "settings", "profiling", "linalg", "grid"), 0),
+    **dict.fromkeys(("progress", "cache", "ratio", "options"), 1),
     **dict.fromkeys(("factors", "modules"), 2),
     **dict.fromkeys(("models", "statistics"), 3),
     **dict.fromkeys(("budget", "ledger", "gates", "phases"), 4),
@@ -50,13 +50,14 @@ THIRD_PARTY = {
     "lightning": {
         "specomp/stages/",
         "specomp/phases.py",
+        "specomp/progress.py",
         "specomp/results/tracking.py",
         "specomp/data/",
         "specomp/experiment.py",
         "specomp/checks.py",
     },
     "safetensors": {"specomp/cache.py", "specomp/models/", "specomp/data/"},
-    "filelock": {"specomp/cache.py", "specomp/results/record.py"},
+    "filelock": {"specomp/cache.py", "specomp/stages/decompose.py", "specomp/results/record.py"},
     "rich": {"specomp/progress.py", "specomp/results/summary.py", "specomp/planning/"},
     "numpy": {"specomp/data/"},
 }

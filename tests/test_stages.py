@@ -697,13 +697,13 @@ def test_jobs_that_meet_at_a_linear_share_out_the_rest(tmp_path):
     dense = dense_statistics(setup, {Gram()})
     spectra = DenseSpectra(setup, chosen.target, chosen.whitening, dense)
     first, last = setup.linears[0].name, setup.linears[-1].name
-    with other_process_locks(setup.cache.root / "locks" / f"spectra-{digest([spectra.key, first])[:24]}.lock") as release:
-        with ThreadPoolExecutor(1) as pool:
-            found = pool.submit(spectra, first)
-            wait_for(lambda: all(setup.cache.has("spectra", spectra.key, x.name) for x in setup.linears[1:]))
-            assert not found.done() and not setup.cache.has("spectra", spectra.key, first)
-            release()
-            spectrum = found.result(timeout=60)
+    lock = setup.cache.root / "locks" / f"spectra-{digest([spectra.key, first])[:24]}.lock"
+    with other_process_locks(lock) as release, ThreadPoolExecutor(1) as pool:
+        found = pool.submit(spectra, first)
+        wait_for(lambda: all(setup.cache.has("spectra", spectra.key, x.name) for x in setup.linears[1:]))
+        assert not found.done() and not setup.cache.has("spectra", spectra.key, first)
+        release()
+        spectrum = found.result(timeout=60)
     assert setup.cache.misses["spectra"] == len(setup.linears)
     alone = make_setup("llama", Cache(tmp_path / "alone"))
     again = DenseSpectra(alone, chosen.target, chosen.whitening, dense_statistics(alone, {Gram()}))
