@@ -17,7 +17,7 @@ import tempfile
 import threading
 import time
 import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -139,11 +139,34 @@ class Cache:
 
 def waiting(lock: FileLock, what: str) -> AcquireReturnProxy:
     """Acquire a lock (use as `with waiting(...)`), saying so when another process holds it: waiting can take hours."""
-    try:
-        return lock.acquire(timeout=0)
-    except Timeout:
+
+    def say() -> bool:
         log.info("Waiting: another process %s.", what)
-        return lock.acquire()
+        return False
+
+    return meanwhile(lock, say)
+
+
+def meanwhile(lock: FileLock, work: Callable[[], bool]) -> AcquireReturnProxy:
+    """Acquire a lock (use as `with meanwhile(...)`); while another process holds it do `work`, until that says that there is no more."""
+    while True:
+        try:
+            return lock.acquire(timeout=0)
+        except Timeout:
+            if not work():
+                return lock.acquire()
+
+
+@contextlib.contextmanager
+def if_free(lock: FileLock) -> Iterator[bool]:
+    """Holds a lock inside if nobody else does; whether that is so."""
+    try:
+        held = lock.acquire(timeout=0)
+    except Timeout:
+        yield False
+        return
+    with held:
+        yield True
 
 
 @functools.cache

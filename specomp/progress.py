@@ -5,7 +5,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from typing import TypeVar
 
-from lightning.pytorch.utilities import rank_zero_only
+import torch.distributed as dist
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
@@ -19,10 +19,10 @@ console = Console(stderr=True)
 
 def track(items: Iterable[T], description: str, total: int, status: Callable[[], str] = lambda: "") -> Iterator[T]:
     """Yield the items, reporting how many of `total` are done, how long the rest will take, and what `status` says."""
-    items = profiles.steps(items, description, total)
-    if getattr(rank_zero_only, "rank", 0):  # of several processes one reports
+    if dist.is_available() and dist.is_initialized() and dist.get_rank() > 0:  # of several processes one reports
         yield from items
         return
+    items = profiles.steps(items, description, total)
     if console.is_terminal:
         columns = (
             TextColumn("{task.description}"),

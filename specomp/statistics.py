@@ -212,12 +212,24 @@ class _Weighted:
         self.inner.merge(total)
 
 
-class _GramSum:
-    """x^T x with one triangle of blocks computed, the other mirrored at the end."""
+class _Sum:
+    """What every sum over tokens has in common."""
 
     def __init__(self, precision: Precision) -> None:
         self.precision = precision
         self.total: Tensor | None = None
+
+    def value(self) -> Tensor:
+        assert self.total is not None, "no data"
+        return self.total
+
+    def merge(self, total: Callable[[Tensor], Tensor]) -> None:
+        assert self.total is not None, "no data"
+        self.total = total(self.total)
+
+
+class _GramSum(_Sum):
+    """x^T x with one triangle of blocks computed, the other mirrored at the end."""
 
     def update(self, *observation: Tensor) -> None:
         x = observation[0].flatten(0, -2).to(self.precision.products)
@@ -230,21 +242,12 @@ class _GramSum:
                 self.total[start:stop, :stop] += _product(tokens[:, start:stop].T, tokens[:, :stop])
 
     def value(self) -> Tensor:
-        assert self.total is not None, "no data"
-        lower = self.total.tril()
+        lower = super().value().tril()
         return lower + lower.tril(-1).T
 
-    def merge(self, total: Callable[[Tensor], Tensor]) -> None:
-        assert self.total is not None, "no data"
-        self.total = total(self.total)
 
-
-class _CrossSum:
+class _CrossSum(_Sum):
     """x^T x', all of it."""
-
-    def __init__(self, precision: Precision) -> None:
-        self.precision = precision
-        self.total: Tensor | None = None
 
     def update(self, *observation: Tensor) -> None:
         dense, own = (x.flatten(0, -2).to(self.precision.products) for x in observation)
@@ -253,14 +256,6 @@ class _CrossSum:
         size = _tokens_per_product(own)
         for left, right in zip(dense.split(size), own.split(size), strict=True):
             self.total += _product(left.T, right)
-
-    def value(self) -> Tensor:
-        assert self.total is not None, "no data"
-        return self.total
-
-    def merge(self, total: Callable[[Tensor], Tensor]) -> None:
-        assert self.total is not None, "no data"
-        self.total = total(self.total)
 
 
 def _half(x: Tensor) -> bool:
@@ -301,7 +296,7 @@ class _BucketMeans:
         return self.inner.value()
 
     def merge(self, total: Callable[[Tensor], Tensor]) -> None:
-        raise NotImplementedError("sequential")
+        raise TypeError("Means of consecutive samples are no sum over the samples that several processes saw.")
 
 
 class _Mean:

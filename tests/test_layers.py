@@ -50,14 +50,13 @@ THIRD_PARTY = {
     "lightning": {
         "specomp/stages/",
         "specomp/phases.py",
-        "specomp/progress.py",
         "specomp/results/tracking.py",
         "specomp/data/",
         "specomp/experiment.py",
         "specomp/checks.py",
     },
     "safetensors": {"specomp/cache.py", "specomp/models/", "specomp/data/"},
-    "filelock": {"specomp/cache.py", "specomp/stages/decompose.py", "specomp/results/record.py"},
+    "filelock": {"specomp/cache.py", "specomp/results/record.py"},
     "rich": {"specomp/progress.py", "specomp/results/summary.py", "specomp/planning/"},
     "numpy": {"specomp/data/"},
 }

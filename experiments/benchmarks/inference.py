@@ -11,12 +11,12 @@ Dense and compressed take turns; printed is the median of the ratios of a turn, 
 
 import argparse
 import statistics
-import time
 from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
 
+from specomp.evaluation.efficiency import now
 from specomp.models.fuse import Factored, Stacked
 from specomp.modules import LowRankLinear, PivotedLinear
 from specomp.ratio import pair_cost, pivoted_cost
@@ -87,24 +87,17 @@ def timed(call: Callable[[Tensor], object], x: Tensor, mode: str | None) -> Call
     run = torch.compile(call, mode=mode) if mode else call
     for _ in range(3):
         run(x)
-    start = now(x)
+    start = now(x.device)
     run(x)
-    repeats = max(1, round(0.02 / max(now(x) - start, 1e-6)))
+    repeats = max(1, round(0.02 / max(now(x.device) - start, 1e-6)))
 
     def once() -> float:
-        start = now(x)
+        start = now(x.device)
         for _ in range(repeats):
             run(x)
-        return (now(x) - start) / repeats
+        return (now(x.device) - start) / repeats
 
     return once
-
-
-def now(x: Tensor) -> float:
-    """After all that was queued."""
-    if x.is_cuda:
-        torch.cuda.synchronize()
-    return time.perf_counter()
 
 
 if __name__ == "__main__":

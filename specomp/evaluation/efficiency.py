@@ -71,16 +71,17 @@ def _prefill_and_decode(model: PreTrainedModel, prompt: Tensor, new_tokens: int)
     """
     # only the last position's logits are needed, as in generation; models that cannot skip the others compute them all
     last_only = {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}
-    start = _now(prompt.device)
+    start = now(prompt.device)
     output = model(input_ids=prompt, use_cache=True, **last_only)
-    prefilled = _now(prompt.device)
+    prefilled = now(prompt.device)
     for _ in range(new_tokens):
         token = output.logits[:, -1:].argmax(-1)
         output = model(input_ids=token, past_key_values=output.past_key_values, use_cache=True)
-    return prefilled - start, _now(prompt.device) - prefilled
+    return prefilled - start, now(prompt.device) - prefilled
 
 
-def _now(device: torch.device) -> float:
+def now(device: torch.device) -> float:
+    """Seconds on a clock, once everything queued on the device is done."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     return time.perf_counter()

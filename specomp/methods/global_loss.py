@@ -12,7 +12,6 @@ ends inside one. That is the optimum for what it spends. The rest, less than tha
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache
 from typing import Annotated, ClassVar
 
 import torch
@@ -89,33 +88,28 @@ class Curve:
         return float(rates[index]), float(more[index]), here + 1 + index
 
 
-@cache
-def options(m: int, n: int, cost: Cost, round_to: int) -> tuple[list[int], Tensor]:
-    """Ranks below dense, and what each costs with dense at the end: the same for all linears of a shape."""
-    low = [rank for rank in range(1, min(m, n)) if is_low_rank(m, n, rank, cost)]
-    low = [rank for rank in low if rank % round_to == 0] or low
-    return low, torch.tensor([cost(m, n, rank) for rank in low] + [m * n], dtype=torch.float64)
-
-
 def curve(linear: LinearSpec, s: Tensor, cost: Cost, round_to: int, *, normalize: bool) -> Curve:
     """Loss over parameters of one linear, from its singular values (k,)."""
-    full, low, costs = full_rank(linear), *options(linear.m, linear.n, cost, round_to)
+    m, n, full = linear.m, linear.n, full_rank(linear)
+    low = [rank for rank in range(1, full) if is_low_rank(m, n, rank, cost)]
+    low = [rank for rank in low if rank % round_to == 0] or low
     squares = s.double().cpu().square()
     tails = squares.flip(0).cumsum(0).flip(0)  # tails[r] is what rank r loses
     losses = torch.cat([tails[low], tails.new_zeros(1)])
     if normalize and float(tails[0]) > 0:
         losses = losses / tails[0]
+    costs = torch.tensor([cost(m, n, rank) for rank in low] + [linear.params], dtype=torch.float64)
     return Curve([*low, full], costs, losses)
 
 
 def least_loss(curves: Mapping[str, Curve], budget: int) -> dict[str, int]:
     """The rank of every linear. Optimal for what the steps on the hulls spend; the budget is met to less than the smallest step."""
     steps = []
-    for name, options in curves.items():
-        hull = options.hull()
+    for name, points in curves.items():
+        hull, costs, losses = points.hull(), points.costs.tolist(), points.losses.tolist()
         for start, stop in zip(hull, hull[1:], strict=False):
-            more = float(options.costs[stop] - options.costs[start])
-            steps.append((float(options.losses[start] - options.losses[stop]) / more, more, name, stop))
+            more = costs[stop] - costs[start]
+            steps.append(((losses[start] - losses[stop]) / more, more, name, stop))
     at = dict.fromkeys(curves, 0)
     left = float(budget - sum(x.cheapest for x in curves.values()))
     # Along a hull the rate falls, so sorting (which is stable) keeps the order of each linear's steps.
@@ -123,7 +117,7 @@ def least_loss(curves: Mapping[str, Curve], budget: int) -> dict[str, int]:
         if more > left:
             break
         at[name], left = stop, left - more
-    best = {name: options.best(at[name], left) for name, options in curves.items()}
+    best = {name: points.best(at[name], left) for name, points in curves.items()}
     while True:
         for name, (_, more, _) in best.items():
             if more > left:

@@ -1,13 +1,11 @@
 """Spectra of the dense model's linears: the expensive part of factorization, cached by content and free of any ratio."""
 
-import contextlib
 import logging
 import math
 
-from filelock import FileLock, Timeout
 from torch import Tensor, nn
 
-from specomp.cache import digest
+from specomp.cache import digest, if_free, meanwhile
 from specomp.errors import UserError
 from specomp.factors import Norm, Spectrum
 from specomp.linalg import SOLVE_DTYPE
@@ -48,21 +46,9 @@ class DenseSpectra:
         if last is not None and last[0] == name:
             return last[1]
         device = self.setup.device(self._by_name[name].decoder_layer)
-        lock = self._lock(name)
-        try:
-            lock.acquire(timeout=0)
-        except Timeout:
-            # Another process decomposes it. Side by side they would do this for every linear; so one goes on from the other end.
-            while self._decompose_another():
-                with contextlib.suppress(Timeout):
-                    lock.acquire(timeout=0)
-                    break
-            else:
-                lock.acquire()
-        try:
+        # Side by side, jobs would wait for each other at every linear; so one goes on from the other end.
+        with meanwhile(self.setup.cache.lock("spectra", self._entry(name)), self._decompose_another):
             stored = self._stored(name, self.statistics)
-        finally:
-            lock.release()
         parts: dict[str, Tensor] = {part: tensor.to(device) for part, tensor in stored.items()}
         spectrum = Spectrum(parts["U"], parts["s"], parts["rows"], float(parts["damping"]))
         self._last = (name, spectrum)
@@ -72,8 +58,9 @@ class DenseSpectra:
         """Free what was read; it can be read again."""
         self._last = None
 
-    def _lock(self, name: str) -> FileLock:
-        return self.setup.cache.lock("spectra", digest([self.key, name]))
+    def _entry(self, name: str) -> str:
+        """What the lock of one linear's spectrum is called."""
+        return digest([self.key, name])
 
     def _stored(self, name: str, statistics: DenseStatistics) -> dict[str, Tensor]:
         """From the cache, or into it; its lock is held."""
@@ -96,9 +83,8 @@ class DenseSpectra:
         for name in reversed(self._by_name):
             if setup.cache.has("spectra", self.key, name) or not isinstance(setup.model.get_submodule(name), nn.Linear):
                 continue
-            lock = self._lock(name)
-            with contextlib.suppress(Timeout), lock.acquire(timeout=0):
-                if not setup.cache.has("spectra", self.key, name):
+            with if_free(setup.cache.lock("spectra", self._entry(name))) as free:
+                if free and not setup.cache.has("spectra", self.key, name):
                     # Statistics of its own: other threads may be reading those of the decoder layer they work on.
                     self._stored(name, DenseStatistics(setup, self.statistics.statistics))
                     return True
