@@ -57,6 +57,8 @@ def run(cfg: DictConfig) -> float | None:
         if (point := point_of(experiment.config)) not in record.points:
             record.points.append(point)
         try:
+            if experiment.options.profile:
+                record.note("profile=true: seconds and peak memory are those of a run that torch's profiler watched")
             with profiles.into(experiment.outputs / "profiles" / key[:12] if experiment.options.profile else None):
                 execute(experiment, record)
             record.status, record.error = "ok", None

@@ -1,6 +1,7 @@
 """debug=profile: what a few steps of every long stage spend their time on, by torch's profiler.
 
-Whatever reports progress (specomp.progress.track) is traced: the first step warms up, the next three are recorded. For each there are
+Whatever reports progress (specomp.progress.track) is traced, but for what measures time itself: the first step warms up, the next three
+are recorded. For each there are
     NN_NAME.json.gz  a trace for Perfetto or chrome://tracing, with stacks and shapes
     NN_NAME.stacks   one line per stack with its microseconds: input of flamegraph.pl, speedscope and their like
     NN_NAME.txt      operators by their own time
@@ -8,6 +9,7 @@ Whatever reports progress (specomp.progress.track) is traced: the first step war
 
 import logging
 import re
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -72,5 +74,16 @@ def _write(trace: profile, path: Path) -> None:
     sort = "self_cuda_time_total" if torch.cuda.is_available() else "self_cpu_time_total"
     trace.export_chrome_trace(f"{path}.json.gz")
     trace.export_stacks(f"{path}.stacks", sort)
+    _collapse(Path(f"{path}.stacks"))
     Path(f"{path}.txt").write_text(trace.key_averages().table(sort_by=sort, row_limit=ROWS))
     log.info("Profile of %d steps: %s.{json.gz,stacks,txt}", RECORDED, path)
+
+
+def _collapse(path: Path) -> None:
+    """Every stack once: torch writes one line per event, a hundred times as much."""
+    microseconds: Counter[str] = Counter()
+    with path.open() as file:
+        for line in file:
+            stack, _, spent = line.rpartition(" ")
+            microseconds[stack] += int(spent)
+    path.write_text("".join(f"{stack} {spent}\n" for stack, spent in microseconds.items()))

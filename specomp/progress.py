@@ -17,12 +17,15 @@ LINE_EVERY_SECONDS = 15.0
 console = Console(stderr=True)
 
 
-def track(items: Iterable[T], description: str, total: int, status: Callable[[], str] = lambda: "") -> Iterator[T]:
-    """Yield the items, reporting how many of `total` are done, how long the rest will take, and what `status` says."""
+def track(items: Iterable[T], description: str, total: int, status: Callable[[], str] = lambda: "", *, traced: bool = True) -> Iterator[T]:
+    """Yield the items, reporting how many of `total` are done, how long the rest will take, and what `status` says.
+
+    traced: with profile=true, by torch's profiler, which slows them down.
+    """
     if dist.is_available() and dist.is_initialized() and dist.get_rank() > 0:  # of several processes one reports
         yield from items
         return
-    items = profiles.steps(items, description, total)
+    items = profiles.steps(items, description, total) if traced else items
     if console.is_terminal:
         columns = (
             TextColumn("{task.description}"),

@@ -10,6 +10,7 @@ def test_every_stage_is_traced(tmp_path):
     done = command(tmp_path, "profile=true", "method=svd_llm")
     assert done.returncode == 0, done.stderr
     (folder,) = (tmp_path / "outputs" / "profiles").iterdir()
+    assert "a run that torch's profiler watched" in done.stdout, "the record says so"
     tables = sorted(folder.glob("*.txt"))
     names = [path.stem[3:] for path in tables]
     assert [name.split("_")[0] for name in names] == ["pydocs", "calibrate", "compress", "pydocs"], "dense first, then the compressed one"
@@ -17,6 +18,7 @@ def test_every_stage_is_traced(tmp_path):
         assert "Self CPU" in table.read_text()
         lines = table.with_suffix(".stacks").read_text().splitlines()
         assert all(line.rpartition(" ")[2].isdigit() for line in lines)
+        assert len({line.rpartition(" ")[0] for line in lines}) == len(lines), "every stack once"
         with gzip.open(table.with_suffix(".json.gz"), "rt") as file:
             assert json.load(file)["traceEvents"]
     assert "aten::mm" in (folder / f"{tables[1].stem}.txt").read_text() or "aten::matmul" in tables[1].read_text()

@@ -43,7 +43,7 @@ def measure_efficiency(
             if on_gpu:
                 torch.cuda.reset_peak_memory_stats(model.device)
             try:
-                runs = track(range(1 + repeats), f"efficiency, batch size {batch_size}", 1 + repeats)
+                runs = track(range(1 + repeats), f"efficiency, batch size {batch_size}", 1 + repeats, traced=False)
                 seconds = [_prefill_and_decode(model, prompt, new_tokens) for _ in runs][1:]
             except torch.OutOfMemoryError as error:
                 raise UserError(
