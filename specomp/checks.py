@@ -23,7 +23,7 @@ from specomp.errors import UserError
 from specomp.evaluation.suite import Suite
 from specomp.methods.base import Method, Quantizer
 from specomp.methods.block_refine import BlockRefine
-from specomp.methods.spectrum import SpectrumTraining
+from specomp.methods.distillation import Distillation
 from specomp.methods.svd import Factors
 from specomp.models.family import LinearSpec
 from specomp.models.files import first_line, one_line
@@ -83,11 +83,12 @@ def check_machine(source: Source, trainer: Callable[..., L.Trainer]) -> int:
 def check_training(method: Method, num_samples: int, processes: int) -> None:
     """A method that trains: its other slots, data and processes. Raises UserError."""
     training = method.training
-    if not isinstance(training, SpectrumTraining):
-        raise UserError(f"method.training is a {type(training).__name__}; specomp trains specomp.methods.spectrum.SpectrumTraining.")
-    if method.compensation.needs or isinstance(method.compensation, BlockRefine):
+    if not isinstance(training, Distillation):
+        raise UserError(f"method.training is a {type(training).__name__}; specomp trains specomp.methods.distillation.Distillation.")
+    if training.trains == "spectrum" and (method.compensation.needs or isinstance(method.compensation, BlockRefine)):
         raise UserError(
-            f"A training starts from components, which {type(method.compensation).__name__} does not keep: use method/compensation=none."
+            f"A training of the spectrum starts from components, which {type(method.compensation).__name__} does not keep: use "
+            "method/compensation=none, or method/training=lora, which trains what is stored."
         )
     training.check(num_samples, processes)
 
@@ -97,7 +98,7 @@ def check_streamed(source: Source, method: Method, needs: Iterable[Statistic], o
     if not source.stream:
         return
     reason = source.unstreamable()
-    if reason is None and method.training.phases:
+    if reason is None and method.training.trains != "nothing":
         reason = f"method={method.name} trains, which needs the whole model in memory: set model.stream=false"
     if reason is None and (gradients := [x.name for x in needs if x.scope in GRADIENT_SCOPES]):
         reason = f"{gradients[0]} is a statistic of gradients, which need the whole model in memory: set model.stream=false"
@@ -116,9 +117,11 @@ def check_quantizer(method: Method, quantizer: Quantizer, options: Options) -> N
         return
     if method.is_dense:
         log.warning("method=dense has no factors: quantizer is not used.")
-    elif isinstance(method.compensation, BlockRefine):
+    elif isinstance(method.compensation, BlockRefine) or method.training.trains == "stored":
+        slot = "training" if method.training.trains == "stored" else "compensation"
         raise UserError(
-            "A block refinement moves numbers off the grid they were rounded to: use another method/compensation, or quantizer=none."
+            f"{type(getattr(method, slot)).__name__} moves numbers off the grid they were rounded to: use another method/{slot}, "
+            "or quantizer=none."
         )
     elif not isinstance(method.packing, Factors):
         raise UserError("A quantizer rounds U and Vt, which only method/packing=factors stores: choose that packing, or quantizer=none.")

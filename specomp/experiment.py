@@ -102,7 +102,7 @@ def build(cfg: DictConfig) -> Experiment:
     request.suite.validate(context)
     tokenizer = request.source.tokenizer(request.cache)
     samples = request.calibration.build(tokenizer, max_length=context)
-    if request.method.training.phases:
+    if request.method.training.trains != "nothing":
         check_training(request.method, samples.num_samples, request.processes)
     return Experiment(**vars(request), samples=samples, tokenizer=tokenizer)
 

@@ -20,6 +20,7 @@ from specomp.evaluation.suite import Benchmark
 from specomp.experiment import Experiment, ask, build
 from specomp.ledger import Ledger, ledger, measure
 from specomp.methods.base import describe
+from specomp.methods.lora import LoRA
 from specomp.methods.svd import Weight
 from specomp.models.export import exporting, remove_unfinished, save_compressed
 from specomp.models.export import load as load_folder
@@ -38,8 +39,10 @@ from specomp.stages.compress import LinearReport, compress, dense_needs
 from specomp.stages.decompose import DenseSpectra
 from specomp.stages.probe import make_probe
 from specomp.stages.prune import pack
+from specomp.stages.recover import recover
 from specomp.stages.setup import Setup
 from specomp.stages.spectrum import train
+from specomp.stages.teacher import TeacherStates
 
 log = logging.getLogger(__name__)
 UNCOMPRESSED = Ratio(compression=0)
@@ -191,7 +194,7 @@ def produce(experiment: Experiment, record: Record) -> tuple[Any, Any, list[dict
         record.note(
             f"measured retention {balance.measured_retention:.4f}, target {target.retention:.4f} ({balance.deviation:+.2%}): "
             f"whole ranks, as {describe(experiment.method.allocation)} gives them"
-            if not experiment.method.training.phases
+            if experiment.method.training.trains != "spectrum"
             else f"whole components, chosen with {describe(experiment.method.training)['pruning']}"
         )
     linears = [report.as_dict() for report in reports]
@@ -224,7 +227,7 @@ def factorize(experiment: Experiment, setup: Setup, record: Record, finished: Ca
         dense = dense_statistics(setup, dense_needs(method, upstream, experiment.quantizer))
     # An allocation may ask for dense spectra although the whitening will see compressed inputs: made when asked for.
     spectra_statistics = dense if upstream == "dense" else DenseStatistics(setup, method.whitening.needs)
-    trains = bool(method.training.phases)
+    trains = method.training.trains == "spectrum"
     # Another packing than two factors may store components beyond their break-even rank.
     complete = trains or any(is_low_rank(x.m, x.n, math.ceil(break_even_rank(x.m, x.n)), method.packing.stored) for x in setup.linears)
     # In the dense model a linear's outputs are those of its weight, whatever the target makes of compressed inputs.
@@ -236,10 +239,16 @@ def factorize(experiment: Experiment, setup: Setup, record: Record, finished: Ca
         )
         ranks = {x.name: min(ranks[x.name], full_rank(x)) for x in setup.linears}
     if trains:
-        return refine(experiment, setup, record, ranks, spectra, dense)
+        return train_spectrum(experiment, setup, record, ranks, spectra, dense)
+    teacher = None
+    if isinstance(method.training, LoRA):
+        with record.stage("train"):
+            teacher = TeacherStates(setup)  # while the model is dense
     with record.stage("compress"):
         reports = compress(setup, method, experiment.quantizer, ranks, spectra, dense, finished)
     note_factors(record, reports, method, experiment.quantizer, setup.model.dtype)
+    if teacher is not None:
+        train_stored(experiment, setup, record, teacher)
     return reports
 
 
@@ -296,10 +305,10 @@ def _dense_metrics(experiment: Experiment) -> dict[str, dict[str, float]]:
     return {} if record is None else record.metrics
 
 
-def refine(
+def train_spectrum(
     experiment: Experiment, setup: Setup, record: Record, ranks: dict[str, int], spectra: DenseSpectra, dense: DenseStatistics
 ) -> list[LinearReport]:
-    """Train the spectrum, prune and pack it: the methods that take gradient steps."""
+    """Train the spectrum, prune and pack it."""
     method, ratio = experiment.method, experiment.ratio
     with record.stage("train"):
         trained = train(
@@ -319,6 +328,21 @@ def refine(
     training_figure(figure, setup.linears, trained.gates, chosen, record.training | {"curve": trained.report["curve"]})
     log.info("Figure of the training: %s", figure)
     return reports
+
+
+def train_stored(experiment: Experiment, setup: Setup, record: Record, teacher: TeacherStates) -> None:
+    """Train what the compressed model stores, in place."""
+    training = experiment.method.training
+    assert isinstance(training, LoRA)
+    with record.stage("train"):
+        report = recover(
+            *(setup, training, teacher, record.key),
+            seed=experiment.options.seed,
+            curve_file=experiment.records.companion(record.key, "training.csv"),
+            logger=lambda: experiment.tracking.training_logger(record),
+        )
+    record.training = {name: value for name, value in report.items() if name != "curve"}
+    record.note("errors of single linears, and growth of pivots, are those before the recovery")
 
 
 def model_folder(experiment: Experiment, record: Record) -> Path | None:

@@ -18,6 +18,8 @@ from specomp.settings import configurable
 from specomp.statistics import Statistic, Stats
 
 Upstream = Literal["dense", "compressed"]
+Trains = Literal["nothing", "spectrum", "stored"]
+"""What a training's gradient steps move: gates of singular components, before packing; or the numbers that are stored, after it."""
 Probe = Callable[[str, int], float]
 """Mean token loss on the calibration set when one linear (name) is cut to a rank; dense when the name is ''."""
 
@@ -94,11 +96,9 @@ class Compensation(Protocol):
 
 @runtime_checkable
 class Training(Protocol):
-    """Gradient-based refinement; phases = () means calibration only."""
+    """Gradient steps end to end. Trainings proper are specomp.methods.distillation.Distillation."""
 
-    @property
-    def phases(self) -> Sequence[Any]:
-        """The stages of the schedule, in order; none: calibration only."""
+    trains: Trains
 
 
 @runtime_checkable

@@ -1,19 +1,15 @@
 """Settings of a training of singular spectra: which phases, how a score becomes a gate, how it is optimized, what is kept of it."""
 
 from dataclasses import replace
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
-from specomp.errors import UserError
 from specomp.gates import MAPPINGS, Mapping, MappingName
+from specomp.methods.base import Trains
+from specomp.methods.distillation import Distillation, Positive
 from specomp.phases import Phase
 from specomp.settings import configurable
-
-Weight = Annotated[float, Field(ge=0)]
-Share = Annotated[float, Field(ge=0, le=1)]
-Positive = Annotated[float, Field(gt=0)]
-Count = Annotated[int, Field(ge=1)]
 
 
 @configurable
@@ -27,8 +23,10 @@ class Pruning:
 
 
 @configurable
-class SpectrumTraining:
+class SpectrumTraining(Distillation):
     """The settings of a run; see conf/method/training/soco.yaml, where each is explained."""
+
+    trains: ClassVar[Trains] = "spectrum"
 
     stages: dict[str, Phase]
     phases: Annotated[list[str], Field(min_length=1)]
@@ -38,21 +36,7 @@ class SpectrumTraining:
     threshold: Positive
     temperature_start: Positive
     temperature_end: Positive
-    label_weight: Weight
-    learning_rate: Positive
     learning_rate_deviation: Positive
-    learning_rate_final: Share
-    warmup: Annotated[float, Field(ge=0, lt=1)]
-    betas: tuple[Share, Share]
-    gradient_clip: Positive | None
-    batch_size: Count
-    micro_batch_size: Count
-    precision: Literal["float32", "bfloat16"]
-    token_chunk: Count
-    activation_checkpointing: bool
-    held_out: Count
-    checkpoint_every: Count
-    divergence: Positive
     pruning: Pruning
 
     @model_validator(mode="after")
@@ -60,8 +44,6 @@ class SpectrumTraining:
         unknown = [name for name in self.phases if name not in self.stages]
         if unknown:
             raise ValueError(f"phases {unknown} are none of the stages {sorted(self.stages)}")
-        if self.batch_size % self.micro_batch_size:
-            raise ValueError(f"batch_size {self.batch_size} is not a multiple of micro_batch_size {self.micro_batch_size}")
         return self
 
     @property
@@ -71,19 +53,6 @@ class SpectrumTraining:
         phases = [self.stages[name] for name in self.phases]
         steps = [max(1, round(phase.steps * self.steps_factor)) for phase in phases]
         return {name: replace(phase, steps=count) for name, phase, count in zip(names, phases, steps, strict=True)}
-
-    def check(self, num_samples: int, processes: int) -> None:
-        """Whether a calibration set and a trainer fit. Raises UserError."""
-        if num_samples <= self.held_out:
-            raise UserError(
-                f"method.training.held_out={self.held_out} samples are kept aside, but the calibration set has {num_samples}: "
-                "raise calibration.num_samples."
-            )
-        if self.batch_size % (processes * self.micro_batch_size):
-            raise UserError(
-                f"method.training.batch_size={self.batch_size} is not a multiple of trainer.devices={processes} processes times "
-                f"micro_batch_size={self.micro_batch_size}."
-            )
 
     @property
     def gate(self) -> Mapping:

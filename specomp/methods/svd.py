@@ -1,14 +1,14 @@
 """The plain slots: truncated SVD at a uniform ratio, stored as two factors, nothing repaired and nothing trained."""
 
 from collections.abc import Sequence
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from torch import Tensor, nn
 
 from specomp.budget import fill_ranks, floor_ranks, full_rank
 from specomp.factors import GramNorm, LowRankFactors, Norm, QuantizedFactors
 from specomp.linalg import SolveDtype
-from specomp.methods.base import Probe, Spectra, StatsOf, Upstream
+from specomp.methods.base import Probe, Spectra, StatsOf, Trains, Upstream
 from specomp.models.family import LinearSpec
 from specomp.modules import GridLinear, LowRankLinear
 from specomp.ratio import Cost, Ratio, pair_cost
@@ -85,7 +85,7 @@ class NoCompensation:
 class NoTraining:
     """Calibration only: no gradient step on any parameter."""
 
-    phases: ClassVar[tuple[Any, ...]] = ()
+    trains: ClassVar[Trains] = "nothing"
 
 
 @configurable

@@ -102,7 +102,7 @@ def ranks_of(method: Method, ratio: Ratio, linears: Sequence[LinearSpec]) -> Ran
     if method.is_dense:
         return Ranks(by_name={x.name: full_rank(x) for x in linears}, asked=None)
     cost, wanted = method.packing.stored, "a training"
-    if not method.training.phases:
+    if method.training.trains != "spectrum":
         try:
             found = method.allocation(linears, ratio, refuse("statistics"), refuse("spectra"), cost, refuse("trials"))
             return Ranks(by_name=bounded(found), asked=None)

@@ -13,6 +13,7 @@ from specomp.data.token_ids import read_token_ids
 from specomp.experiment import Request
 from specomp.ledger import Size
 from specomp.methods.block_refine import BlockRefine
+from specomp.methods.distillation import Distillation
 from specomp.methods.pivoted import Pivoted
 from specomp.planning.outlook import Outlook, Stage
 from specomp.planning.sizes import (
@@ -46,7 +47,6 @@ from specomp.planning.work import (
 )
 from specomp.ratio import break_even_rank, is_low_rank
 from specomp.stages.compress import dense_needs, quantizer_reads, seen_by_the_norm
-from specomp.stages.spectrum import settings_of
 from specomp.statistics import GRADIENT_SCOPES, Precision, Statistic
 
 # Tensors of the residual stream and of the MLP's width that are alive at once in a decoder layer's forward pass, and those that it keeps
@@ -61,7 +61,7 @@ def outlook(request: Request) -> Outlook:
     check_context(shape, length)
     if not request.method.is_dense:
         check_budget(shape.linears, request.ratio.retention, request.method.packing.stored)
-    if request.method.training.phases:
+    if request.method.training.trains != "nothing":
         check_training(request.method, samples, request.processes)
     ranks = ranks_of(request.method, request.ratio, shape.linears)
     return _Counting(request, shape, ranks, samples, length).outlook()
@@ -84,7 +84,8 @@ class _Counting:
         method, spec = request.method, request.calibration
         self.tokens, self.batch = samples * length, min(spec.batch_size, samples)
         self.batches = math.ceil(samples / self.batch)
-        self.trains = bool(method.training.phases)
+        self.trains = method.training.trains != "nothing"
+        self.gated = method.training.trains == "spectrum"
         half = spec.precision == "bfloat16" and shape.dtype == torch.float32
         self.dtype = torch.bfloat16 if half else shape.dtype
         wide = spec.accumulate == "float64"
@@ -94,7 +95,7 @@ class _Counting:
         self.needs = frozenset() if method.is_dense else dense_needs(method, spec.upstream, request.quantizer)
         quantize_from = quantizer_reads(method, spec.upstream, request.quantizer)
         seen = frozenset(x for x in seen_by_the_norm(method) if x.scope not in GRADIENT_SCOPES)
-        self.whiten_streamed = spec.upstream == "compressed" and bool(seen) and not self.trains
+        self.whiten_streamed = spec.upstream == "compressed" and bool(seen) and not self.gated
         self.refinement = method.compensation if isinstance(method.compensation, BlockRefine) else None
         self.streamed: frozenset[Statistic] = frozenset()
         if self.whiten_streamed:
@@ -107,7 +108,7 @@ class _Counting:
         self.repair_values = values_of_layer(method.compensation.needs, shape, self.precision)
         cost = method.packing.stored
         self.low = [x for x in shape.linears if is_low_rank(x.m, x.n, ranks.by_name[x.name], cost)]
-        self.complete = self.trains or any(is_low_rank(x.m, x.n, math.ceil(break_even_rank(x.m, x.n)), cost) for x in shape.linears)
+        self.complete = self.gated or any(is_low_rank(x.m, x.n, math.ceil(break_even_rank(x.m, x.n)), cost) for x in shape.linears)
 
     # --- the whole
 
@@ -122,8 +123,9 @@ class _Counting:
             stages.append(self.evaluate(read, "evaluate dense", shape.size))
         if not dense:
             stages += [self.calibrate(), self.allocate()]
-            stages += [self.train()] if self.trains else []
+            stages += [self.train()] if self.gated else []
             stages.append(self.compress())
+            stages += [self.train()] if self.trains and not self.gated else []
         if request.options.save and not dense:
             size = self.compressed.model_bytes
             stages.append(Stage(name="save", detail="a folder", work=disk(size), held=size))
@@ -149,7 +151,7 @@ class _Counting:
     @property
     def decomposed(self) -> Sequence[Any]:
         """Linears whose spectra go through the cache."""
-        if self.trains or self.ranks.asked in ("spectra", "trials"):
+        if self.gated or self.ranks.asked in ("spectra", "trials"):
             return self.shape.linears
         return [] if self.whiten_streamed else self.low
 
@@ -243,7 +245,7 @@ class _Counting:
 
     def compress(self) -> Stage:
         method, shape, request = self.request.method, self.shape, self.request
-        early = self.trains or self.ranks.asked in ("spectra", "trials")
+        early = self.gated or self.ranks.asked in ("spectra", "trials")
         work = NOTHING if early else self.spectra()
         for linear in self.low:
             rank, norm = self.ranks.by_name[linear.name], norm_of(method.whitening, linear, self.whitening_values)
@@ -259,7 +261,7 @@ class _Counting:
             work += packed_errors(linear, norm, rank)
         detail = f"{len(self.low)} linears"
         held = self.workspace() + num_bytes(values_of_layer(self.needs, shape, self.precision).values())
-        if (self.streamed or self.refinement) and not self.trains:
+        if (self.streamed or self.refinement) and not self.gated:
             work += self.stream()
             tokens = self.stream_samples * self.length
             held += tokens * shape.hidden * shape.dtype.itemsize + self.activations(self.batch, self.length)
@@ -296,12 +298,14 @@ class _Counting:
         return max(wide * FLOAT * (3 * x.params + min(x.m, x.n) ** 2 * 3 + x.n**2) for x in self.shape.layer)
 
     def train(self) -> Stage:
-        """The teacher once, then every step forward and backward through the components that exist in its phase."""
-        shape, training = self.shape, settings_of(self.request.method)
+        """The teacher once; every step forward and backward, through the components that exist in its phase or through what is stored."""
+        shape, training = self.shape, self.request.method.training
+        assert isinstance(training, Distillation)
         dtype = torch.bfloat16 if training.precision == "bfloat16" else torch.float32
-        everything = sum(min(x.m, x.n) * (x.m + x.n) for x in shape.linears)
+        everything = sum(min(x.m, x.n) * (x.m + x.n) for x in shape.linears) if self.gated else self.compressed.linear_params
         exist, steps = float(everything), 0
-        work = self.spectra() + forward(shape, self.tokens, self.length, self.dtype, linears=shape.size.linear_params, head=False)
+        work = self.spectra() if self.gated else NOTHING
+        work += forward(shape, self.tokens, self.length, self.dtype, linears=shape.size.linear_params, head=False)
         work += disk(self.tokens * shape.hidden * shape.dtype.itemsize)
         for phase in training.schedule.values():
             tokens = phase.steps * training.batch_size * self.length
@@ -318,11 +322,14 @@ class _Counting:
         sequences = training.micro_batch_size
         layers = 1 if training.activation_checkpointing else shape.num_layers
         narrow = dtype.itemsize / shape.dtype.itemsize
-        held: float = everything * dtype.itemsize - shape.size.linear_params * shape.dtype.itemsize
+        held = float(self.compressed.held_bytes - shape.size.held_bytes)
+        if self.gated:
+            held = everything * dtype.itemsize - shape.size.linear_params * shape.dtype.itemsize
         held += self.kept(self.length) * sequences * layers * (1 + narrow) / 2
         held += 6 * training.token_chunk * shape.vocabulary * FLOAT + shape.head * dtype.itemsize
         total = steps * training.batch_size * self.length
-        detail = f"{len(shape.linears)} eigenproblems; {self.tokens:,} tokens of the teacher; {steps} steps, {total:,} tokens"
+        detail = f"{len(shape.linears)} eigenproblems; " if self.gated else ""
+        detail += f"{self.tokens:,} tokens of the teacher; {steps} steps, {total:,} tokens"
         return Stage(name="train", detail=detail, work=work, held=held)
 
     def evaluate(self, read: Sequence[Reading], name: str, size: Size) -> Stage:

@@ -181,11 +181,13 @@ def stage_times(found: Mapping[str, Record]) -> str:
 
 
 def training_curve(rows: Sequence[Mapping[str, str]]) -> str:
-    """KL and retention of a spectrum training, step by step."""
+    """KL of a training, step by step; of a spectrum training the retention too."""
     figure, axes = _new()
     step = [int(x["step"]) for x in rows]
     axes.plot(step, [float(x["kl"]) for x in rows], color="0.4", linewidth=0.8, label="KL per token")
     axes.set(xlabel="optimizer step", ylabel="KL per token", yscale="log")
+    if "soft" not in rows[0]:
+        return svg(figure)
     right = axes.twinx()
     for name, style in (("soft", "--"), ("hard", "-")):
         right.plot(step, [float(x[name]) for x in rows], style, color="tab:blue", linewidth=1, label=f"{name} retention")

@@ -191,7 +191,7 @@ def _log_record(run: Any, record: Record, linears: Sequence[Mapping[str, Any]]) 
 
     run.log(summary(record))
     for phase in record.training.get("phases", ()):
-        for kind, counts in phase["histograms"].items():
+        for kind, counts in phase.get("histograms", {}).items():
             edges = [record.training["histogram_top"] * i / len(counts) for i in range(len(counts) + 1)]
             run.log({f"gates/{phase['phase']}/{kind}": wandb.Histogram(np_histogram=(counts, edges))})
     if linears:

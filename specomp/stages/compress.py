@@ -198,7 +198,7 @@ class CompressionModule(L.LightningModule):
 def quantizer_reads(method: Method, upstream: Upstream, quantizer: Quantizer) -> Literal["whitening", "repair", "dense"]:
     """Whose inputs the quantizer looks at: those that passed through compressed decoder layers where the method has such (GPTQ's scripts
     run on the compressed model), on as many samples as the method reads there; else the dense model's."""
-    if not quantizer.needs or method.training.phases:
+    if not quantizer.needs or method.training.trains == "spectrum":
         return "dense"
     if upstream == "compressed":
         return "whitening"

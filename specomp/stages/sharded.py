@@ -35,7 +35,7 @@ sharded_trainer.__signature__ = inspect.signature(L.Trainer)  # type: ignore[att
 class ShardedStrategy(DDPStrategy):
     """DDP over what trains, with the frozen matrices of the decoder layers sharded.
 
-    The module to train names its `decoder` and the decoder's `layers`.
+    The module to train names its `decoder` and the decoder's `layers`. One that only predicts, a calibration, has the whole model everywhere.
     """
 
     shards: "Shards | None" = None  # made inside each process
@@ -43,6 +43,8 @@ class ShardedStrategy(DDPStrategy):
     def model_to_device(self) -> None:
         """Shard first, layer by layer: the whole model is never on one device."""
         module: Any = self.lightning_module
+        if module.trainer.predicting:
+            return super().model_to_device()
         mesh = init_device_mesh(self.root_device.type, (self.world_size,))
         self.shards = Shards(module.decoder, module.layers, mesh)
         frozen = [name for name, parameter in module.named_parameters() if not parameter.requires_grad]

@@ -1,0 +1,204 @@
+"""LoRA recovery on tiny models: what it merges, that it helps, what it is cached by, resuming to the last bit, and what it is refused with."""
+
+import csv
+from pathlib import Path
+
+import pytest
+import torch
+from command import command
+from hydra.utils import instantiate
+from omegaconf import OmegaConf
+from running import CONF, compose_config, compose_run, make_setup, store
+from test_stages import method, ranks_of, run_method
+from torch import nn
+from transformers import AutoModelForCausalLM
+
+import specomp.pipeline
+from specomp.cache import Cache
+from specomp.errors import UserError
+from specomp.methods.lora import LoRA
+from specomp.methods.pivoted import Pivoted
+from specomp.methods.svd import Factors
+from specomp.modules import LowRankLinear, PivotedLinear
+from specomp.pipeline import run
+from specomp.stages.recover import AdapterModule, recover, stored_matrices
+from specomp.stages.teacher import TeacherStates
+
+PINNED = {"steps": 40, "rank": 4, "alpha": 8, "learning_rate": 0.01, "warmup": 0.0, "precision": "float32", "checkpoint_every": 1000}
+OVERRIDES = ["ratio=cr40", "method/training=lora", "method.training.steps=6", "benchmark=none", "save=false", "method.training.checkpoint_every=2"]
+
+
+def settings(**changes) -> LoRA:
+    """Those of conf/method/training/lora.yaml with PINNED and other changes."""
+    return instantiate(OmegaConf.merge(OmegaConf.load(CONF / "method" / "training" / "lora.yaml"), PINNED, changes))
+
+
+def compressed(folder: Path, family_name: str = "llama", packing=None):
+    """A setup whose model is compressed, and the teacher made before that."""
+    setup = make_setup(family_name, Cache(folder), num_samples=12, length=32, batch_size=4)
+    teacher = TeacherStates(setup)
+    run_method(setup, method(packing=packing or Factors()), ranks=ranks_of(setup, 6))
+    return setup, teacher
+
+
+def recovered(folder: Path, training: LoRA, *args, seed: int = 0, key: str = "some"):
+    """(setup, report) after a recovery."""
+    setup, teacher = compressed(folder, *args)
+    return setup, recover(setup, training, teacher, key, seed=seed, curve_file=folder / "curve.csv", logger=lambda: None)
+
+
+def weights(setup) -> dict[str, torch.Tensor]:
+    return {name: setup.model.get_submodule(name).weight.detach().clone() for name in stored_matrices(setup)}
+
+
+@pytest.mark.parametrize("family_name", ["llama_gqa", "opt", "qwen2"])
+@pytest.mark.parametrize("packing", [Factors(), Pivoted(max_growth=2.0)], ids=["factors", "pivoted"])
+def test_the_model_comes_closer_to_the_dense_one(tmp_path, family_name, packing):
+    setup, report = recovered(tmp_path, settings(), family_name, packing)
+    kl = [row["kl"] for row in report["curve"]]
+    assert sum(kl[-10:]) < 0.8 * sum(kl[:10]), "over the ten samples it is trained on, once each"
+    with (tmp_path / "curve.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == report["steps"] == 40 and report["tokens"] == 40 * 32
+    kind = LowRankLinear if isinstance(packing, Factors) else PivotedLinear
+    assert all(type(setup.model.get_submodule(x.name)) is kind for x in setup.linears)
+    assert not any(p.requires_grad for p in setup.model.parameters())
+    assert not any("lora" in name for name, _ in setup.model.named_modules()) and not hasattr(setup.model, "peft_config")
+    assert not any(module.training for module in setup.model.modules())
+
+
+def test_what_is_merged_is_the_scaled_product(tmp_path):
+    start = weights(compressed(tmp_path / "start")[0])
+    setup, _ = recovered(tmp_path / "end", settings(alpha=6))
+    adapters = setup.cache.load("trained", "some", "adapters")
+    assert {name.rpartition(".lora_")[0] for name in adapters} == set(start)
+    for name, after in weights(setup).items():
+        A, B = (adapters[f"{name}.lora_{x}.default.weight"] for x in "AB")
+        assert A.shape[0] == B.shape[1] == 4
+        assert float(B.abs().max()) > 0, "it was trained"
+        torch.testing.assert_close(after, start[name] + 6 / 4 * B @ A)
+
+
+def test_linears_that_stay_dense_are_trained_too(tmp_path):
+    setup = make_setup("llama", Cache(tmp_path), num_samples=12, length=32, batch_size=4)
+    teacher, dense = TeacherStates(setup), setup.linears[0]
+    run_method(setup, method(), ranks=ranks_of(setup, 6) | {dense.name: min(dense.m, dense.n)})
+    assert isinstance(setup.model.get_submodule(dense.name), nn.Linear)
+    before = setup.model.get_submodule(dense.name).weight.clone()
+    recover(setup, settings(steps=2), teacher, "some", seed=0, curve_file=tmp_path / "curve.csv", logger=lambda: None)
+    assert not torch.equal(before, setup.model.get_submodule(dense.name).weight)
+
+
+def test_the_cache_has_the_result(tmp_path):
+    first, _ = recovered(tmp_path, settings(steps=3))
+    again, report = recovered(tmp_path, settings(steps=3))
+    assert again.cache.hits["trained"] == 1
+    assert report["steps"] == 3
+    for name, value in weights(first).items():
+        torch.testing.assert_close(weights(again)[name], value, rtol=0, atol=0)
+    other, _ = recovered(tmp_path, settings(steps=3), seed=1, key="another")
+    assert any(not torch.equal(value, weights(other)[name]) for name, value in weights(first).items()), "the seed starts and orders it"
+
+
+@pytest.mark.parametrize("step", [1, 4, 5])
+def test_a_killed_recovery_goes_on_to_the_same_bits(tmp_path, monkeypatch, step):
+    training = settings(steps=6, checkpoint_every=2)
+    expected = weights(recovered(tmp_path / "whole", training)[0])
+    original = AdapterModule.training_step
+
+    def dies(self, batch, batch_idx):
+        if self.trainer.global_step == step:
+            raise RuntimeError("killed")
+        return original(self, batch, batch_idx)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(AdapterModule, "training_step", dies)
+        with pytest.raises(RuntimeError, match="killed"):
+            recovered(tmp_path / "killed", training)
+    torch.manual_seed(99)  # nothing depends on what was drawn before
+    setup, report = recovered(tmp_path / "killed", training)
+    assert report["steps"] == 6 and [x["phase"] for x in report["phases"]] == ["start", "recover"]
+    for name, value in weights(setup).items():
+        assert torch.equal(value, expected[name]), name
+
+
+def test_a_half_precision_model_stays_one(tmp_path):
+    record = compose_run(tmp_path, "method=svd_llm", "model.dtype=bfloat16", *OVERRIDES)
+    assert record.status == "ok"
+    assert record.training["steps"] == 6
+    plain = compose_run(tmp_path, "method=svd_llm", "model.dtype=bfloat16", "ratio=cr40", "benchmark=none", "save=false")
+    assert record.ledger["compressed"] == plain.ledger["compressed"], "nothing more is stored"
+    assert record.key != plain.key
+
+
+def test_after_a_block_refinement_and_saved(tmp_path, monkeypatch):
+    kept = {}
+
+    def keep(model, *args, **options):
+        kept["model"] = model
+        return original(model, *args, **options)
+
+    original = specomp.pipeline.save_compressed
+    monkeypatch.setattr(specomp.pipeline, "save_compressed", keep)
+    record = compose_run(
+        tmp_path, "method=specomp", "method/compensation=block_refine", "method.compensation.steps=3", *OVERRIDES[:4], "benchmark=tiny"
+    )
+    assert record.status == "ok"
+    assert any("before the recovery" in note for note in record.notes)
+    assert {"train", "compress"} <= record.seconds.keys()
+    loaded = AutoModelForCausalLM.from_pretrained(record.model_folder)
+    ids = torch.arange(20)[None]
+    with torch.no_grad():
+        torch.testing.assert_close(loaded(input_ids=ids).logits, kept["model"](input_ids=ids).logits, rtol=0, atol=0)
+
+
+def test_the_record_of_a_finished_recovery_is_complete(tmp_path, caplog):
+    cfg = compose_config(tmp_path, "method=svd_llm", *OVERRIDES)
+    run(cfg)
+    (record,) = store(tmp_path).all()
+    assert [x["phase"] for x in record.training["phases"]] == ["start", "recover"]
+    assert record.training["trainable"] > 0 and "curve" not in record.training
+    assert store(tmp_path).companion(record.key, "training.csv").exists()
+
+
+def test_two_processes_train_as_one(tmp_path):
+    """Equal global batch, averaged gradients."""
+    common = ["method=svd_llm", *OVERRIDES, "method.training.batch_size=2", "method.training.precision=float32"]
+    found = {}
+    for trainer in ("default", "ddp_cpu", "fsdp_cpu"):
+        folder = tmp_path / trainer
+        folder.mkdir()
+        done = command(folder, *common, f"trainer={trainer}")
+        assert done.returncode == 0, done.stderr
+        (record,) = store(folder).all()
+        cache = Cache(folder / "cache")
+        found[trainer] = cache.load("trained", record.key, "adapters")
+    for trainer in ("ddp_cpu", "fsdp_cpu"):
+        for name, value in found["default"].items():
+            torch.testing.assert_close(found[trainer][name], value, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "said"),
+    [
+        (["quantizer=rtn_int4", "method/packing=factors"], "LoRA moves numbers off the grid"),
+        (["method.training.held_out=99"], "held_out=99"),
+        (["method.training.rank=0"], "rank"),
+        (["method.training.batch_size=3", "method.training.micro_batch_size=2"], "not a multiple of micro_batch_size 2"),
+    ],
+)
+def test_what_it_cannot_do_is_said_before_the_model_is_loaded(tmp_path, monkeypatch, overrides, said):
+    monkeypatch.setattr(specomp.pipeline, "load_dense", lambda *_: pytest.fail("loaded"))
+    with pytest.raises(UserError, match=said):
+        run(compose_config(tmp_path, "method=svd_llm", *OVERRIDES, *overrides))
+
+
+def test_a_plan_trains_after_compressing(tmp_path):
+    from specomp.experiment import ask
+    from specomp.planning.stages import outlook
+
+    cfg = compose_config(tmp_path, "method=svd_llm", *OVERRIDES)
+    names = [x.name for x in outlook(ask(cfg)).stages]
+    assert names.index("train") == names.index("compress") + 1
+    plain = outlook(ask(compose_config(tmp_path, "method=svd_llm", "ratio=cr40", "benchmark=none")))
+    assert outlook(ask(cfg)).compressed == plain.compressed
