@@ -1,6 +1,5 @@
-"""LoRA recovery on tiny models: what it merges, that it helps, what it is cached by, resuming to the last bit, and what it is refused with."""
+"""LoRA recovery on tiny models: what it merges, that it helps, its cache, resuming to the last bit, and what it is refused with."""
 
-import csv
 from pathlib import Path
 
 import pytest
@@ -21,11 +20,15 @@ from specomp.methods.pivoted import Pivoted
 from specomp.methods.svd import Factors
 from specomp.modules import LowRankLinear, PivotedLinear
 from specomp.pipeline import run
+from specomp.results.charts import read_csv, training_curve
 from specomp.stages.recover import AdapterModule, recover, stored_matrices
 from specomp.stages.teacher import TeacherStates
 
 PINNED = {"steps": 40, "rank": 4, "alpha": 8, "learning_rate": 0.01, "warmup": 0.0, "precision": "float32", "checkpoint_every": 1000}
-OVERRIDES = ["ratio=cr40", "method/training=lora", "method.training.steps=6", "benchmark=none", "save=false", "method.training.checkpoint_every=2"]
+OVERRIDES = [
+    *("ratio=cr40", "method/training=lora", "method.training.steps=6", "method.training.checkpoint_every=2"),
+    *("benchmark=none", "save=false"),
+]
 
 
 def settings(**changes) -> LoRA:
@@ -57,8 +60,7 @@ def test_the_model_comes_closer_to_the_dense_one(tmp_path, family_name, packing)
     setup, report = recovered(tmp_path, settings(), family_name, packing)
     kl = [row["kl"] for row in report["curve"]]
     assert sum(kl[-10:]) < 0.8 * sum(kl[:10]), "over the ten samples it is trained on, once each"
-    with (tmp_path / "curve.csv").open() as file:
-        rows = list(csv.DictReader(file))
+    rows = read_csv([tmp_path / "curve.csv"])
     assert len(rows) == report["steps"] == 40 and report["tokens"] == 40 * 32
     kind = LowRankLinear if isinstance(packing, Factors) else PivotedLinear
     assert all(type(setup.model.get_submodule(x.name)) is kind for x in setup.linears)
@@ -152,13 +154,14 @@ def test_after_a_block_refinement_and_saved(tmp_path, monkeypatch):
         torch.testing.assert_close(loaded(input_ids=ids).logits, kept["model"](input_ids=ids).logits, rtol=0, atol=0)
 
 
-def test_the_record_of_a_finished_recovery_is_complete(tmp_path, caplog):
+def test_the_record_of_a_finished_recovery_is_complete(tmp_path):
     cfg = compose_config(tmp_path, "method=svd_llm", *OVERRIDES)
     run(cfg)
     (record,) = store(tmp_path).all()
     assert [x["phase"] for x in record.training["phases"]] == ["start", "recover"]
     assert record.training["trainable"] > 0 and "curve" not in record.training
-    assert store(tmp_path).companion(record.key, "training.csv").exists()
+    rows = read_csv([store(tmp_path).companion(record.key, "training.csv")])
+    assert len(rows) == 6 and "retention" not in training_curve(rows), "a report draws its KL alone"
 
 
 def test_two_processes_train_as_one(tmp_path):

@@ -35,7 +35,7 @@ sharded_trainer.__signature__ = inspect.signature(L.Trainer)  # type: ignore[att
 class ShardedStrategy(DDPStrategy):
     """DDP over what trains, with the frozen matrices of the decoder layers sharded.
 
-    The module to train names its `decoder` and the decoder's `layers`. One that only predicts, a calibration, has the whole model everywhere.
+    The module to train names its `decoder` and the decoder's `layers`. One that only predicts has the whole model in every process.
     """
 
     shards: "Shards | None" = None  # made inside each process

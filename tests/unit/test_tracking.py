@@ -183,6 +183,13 @@ def test_a_training_and_its_record_are_one_run(fake):
     assert len(fake.inits) == 2, "the run of another record is not this one's"
 
 
+def test_a_training_without_gates_has_no_histograms(fake):
+    training = {"steps": 2, "phases": [{"phase": "start", "step": 0, "kl": 0.5}, {"phase": "recover", "step": 2, "kl": 0.4}]}
+    WandbTracking(**SETTINGS | {"mode": "online"}).publish(replace(RECORD, training=training), LINEARS)
+    (run,) = fake.runs
+    assert run.finished and not any(name.startswith("gates/") for values in run.logged for name in values)
+
+
 def test_a_whole_sweep_is_one_more_run_of_its_group(fake):
     assert WandbTracking(**SETTINGS | {"mode": "online"}).publish_sweep(SWEEP) == "someone"
     (options,), (run,) = fake.inits, fake.runs
