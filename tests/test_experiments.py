@@ -20,7 +20,7 @@ from specomp.checks import make
 from specomp.errors import UserError
 from specomp.pipeline import run
 from specomp.results.paper import grid, paper_table, write
-from specomp.results.record import COMMITTED, RecordStore, point_of, publish, stored
+from specomp.results.record import COMMITTED, RecordStore, companions, point_of, publish, stored
 from specomp.results.render import Bold, render
 from specomp.results.report import main as report
 from specomp.results.report import write as report_files
@@ -172,6 +172,12 @@ def test_published_records_give_the_same_table(folder, tmp_path):
     for form in ("markdown", "csv", "latex"):
         assert paper_table(again, form) == paper_table(sweep, form)
     assert {p.name for p in write(again, tmp_path / "table")} == {"table.md", "table.csv", "table.tex"}
+
+
+def test_a_file_that_a_run_in_progress_wrote_is_no_part_of_a_record(folder, tmp_path):
+    key, other = swept(folder).records[0].key, RecordStore(tmp_path)
+    other.companion(key, "linears.csv").write_text("unfinished")
+    assert companions([other, store(folder)], key, "linears.csv") == [store(folder).companion(key, "linears.csv")]
 
 
 def test_command_line(folder, tmp_path, capsys):

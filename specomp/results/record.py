@@ -189,6 +189,11 @@ def stored(folders: Sequence[Path] | None) -> list[Record]:
     return list(found.values())
 
 
+def companions(stores: Sequence[RecordStore], key: str, suffix: str) -> list[Path]:
+    """Files beside a record, those of the first store that has the record itself: a run in progress writes some before there is one."""
+    return [path for store in stores if store.path(key).exists() and (path := store.companion(key, suffix)).exists()]
+
+
 def publish(records: Sequence[Record], sources: Sequence[RecordStore], folder: Path) -> list[Path]:
     """Copy records, and the csv files beside them, into a folder to commit; absolute paths are cut to their last part."""
 
@@ -205,9 +210,9 @@ def publish(records: Sequence[Record], sources: Sequence[RecordStore], folder: P
         target.save(replace(record, config=portable(record.config), model_folder=None, calibration=portable(record.calibration)))
         for suffix in COMPANIONS:
             copy = target.companion(record.key, suffix)
-            found = next((p for store in sources if (p := store.companion(record.key, suffix)).exists()), copy)
-            if found != copy:
-                shutil.copyfile(found, copy)
+            found = companions(sources, record.key, suffix)
+            if found and found[0] != copy:
+                shutil.copyfile(found[0], copy)
     return [target.path(record.key) for record in records]
 
 

@@ -15,7 +15,7 @@ from pathlib import Path
 from specomp.errors import UserError
 from specomp.results import charts
 from specomp.results.paper import facts, grid
-from specomp.results.record import Record, RecordStore, stored, stores
+from specomp.results.record import Record, RecordStore, companions, stored, stores
 from specomp.results.render import Bold, Cell
 from specomp.results.sweep import ROOT, Point, Sweep, load_sweep
 
@@ -44,7 +44,7 @@ def report(sweep: Sweep, folders: Sequence[RecordStore]) -> str:
         drawn = "".join(_figure(drawing, caption) for caption, drawing in drawings.items())
         parts += ["<h2>Quality</h2>", f'<div class="figures">{drawn}</div>']
     named = labels(sweep)
-    linears = {name: rows for name, r in named.items() if (rows := charts.read_csv(_companions(folders, r, "linears.csv")))}
+    linears = {name: rows for name, r in named.items() if (rows := charts.read_csv(companions(folders, r.key, "linears.csv")))}
     if linears:
         profiles = _figure(charts.layer_profile(linears), "Stored share of each decoder layer")
         profiles += _figure(charts.error_profile(linears), "What the factors lose, in the norm each method minimizes")
@@ -52,7 +52,7 @@ def report(sweep: Sweep, folders: Sequence[RecordStore]) -> str:
         parts += ["<h2>Where the parameters are</h2>", f'<div class="figures">{profiles}{_importance(sweep)}</div>']
         parts.append(f'<details><summary>All {len(linears)} maps</summary><div class="figures">{maps}</div></details>')
     parts += _spectra(sweep, linears)
-    trained = {name: rows for name, r in named.items() if (rows := charts.read_csv(_companions(folders, r, "training.csv")))}
+    trained = {name: rows for name, r in named.items() if (rows := charts.read_csv(companions(folders, r.key, "training.csv")))}
     if trained:
         parts += ["<h2>Training</h2>", f'<div class="figures">{"".join(_training(x, named[x], rows) for x, rows in trained.items())}</div>']
     if named:
@@ -129,10 +129,6 @@ def labels(sweep: Sweep) -> dict[str, Record]:
 def label(point: Point) -> str:
     """What a point is called in figures and tables."""
     return " ".join(point.keys.values()) or point.models
-
-
-def _companions(folders: Sequence[RecordStore], record: Record, suffix: str) -> list[Path]:
-    return [store.companion(record.key, suffix) for store in folders]
 
 
 def _list(lines: Sequence[str]) -> str:
