@@ -64,6 +64,21 @@ class Phase(ABC):
         return 0.0
 
 
+@configurable
+class Recovery(Phase):
+    """Performance loss alone: with the losers cut, a polish; on a truncated spectrum, the equal-budget control of SoCo."""
+
+    cut_losers: bool
+
+    def loss(self, terms: LossTerms, progress: float) -> Tensor:
+        """Performance loss."""
+        return terms.performance
+
+    def cut(self, progress: float) -> float:
+        """All or nothing."""
+        return float(self.cut_losers)
+
+
 class Phased(Protocol):
     """What a module must offer to be trained in phases."""
 

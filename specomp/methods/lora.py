@@ -13,8 +13,7 @@ from typing import ClassVar
 
 from specomp.methods.base import Trains
 from specomp.methods.distillation import Count, Distillation, Positive
-from specomp.methods.soco import Recovery
-from specomp.phases import Phase
+from specomp.phases import Phase, Recovery
 from specomp.settings import configurable
 
 

@@ -73,21 +73,6 @@ class Sparsification(Phase):
         return min(1.0, progress / self.fade) if self.fade > 0 else 0.0
 
 
-@configurable
-class Recovery(Phase):
-    """Performance loss alone: with the losers cut, a polish; on a truncated spectrum, the equal-budget control of SoCo."""
-
-    cut_losers: bool
-
-    def loss(self, terms: LossTerms, progress: float) -> Tensor:
-        """Performance loss."""
-        return terms.performance
-
-    def cut(self, progress: float) -> float:
-        """All or nothing."""
-        return float(self.cut_losers)
-
-
 def excess(terms: LossTerms, wanted: float) -> Tensor:
     """How far the soft retention is above a wanted one, as a share of what the target removes."""
     return (terms.soft_retention - wanted) / max(1 - terms.target, 1e-6)

@@ -7,8 +7,7 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
-from specomp.methods.soco import Recovery
-from specomp.phases import Convergence, Cosine, Phase, PhaseSchedule
+from specomp.phases import Convergence, Cosine, Phase, PhaseSchedule, Recovery
 
 RATES = {"scores": 0.05, "deviation": 0.002}
 
