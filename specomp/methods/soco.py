@@ -18,6 +18,7 @@ from pydantic import Field
 from torch import Tensor
 
 from specomp.phases import LossTerms, Phase
+from specomp.phases import Recovery as Recovery  # the phase `polish`, by the name that its yaml and the records of past runs have
 from specomp.settings import configurable
 
 Weight = Annotated[float, Field(ge=0)]
