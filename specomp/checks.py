@@ -23,7 +23,8 @@ from specomp.errors import UserError
 from specomp.evaluation.suite import Suite
 from specomp.methods.base import Method, Quantizer
 from specomp.methods.block_refine import BlockRefine
-from specomp.methods.distillation import Distillation
+from specomp.methods.lora import LoRA
+from specomp.methods.spectrum import SpectrumTraining
 from specomp.methods.svd import Factors
 from specomp.models.family import LinearSpec
 from specomp.models.files import first_line, one_line
@@ -83,8 +84,8 @@ def check_machine(source: Source, trainer: Callable[..., L.Trainer]) -> int:
 def check_training(method: Method, num_samples: int, processes: int) -> None:
     """A method that trains: its other slots, data and processes. Raises UserError."""
     training = method.training
-    if not isinstance(training, Distillation):
-        raise UserError(f"method.training is a {type(training).__name__}; specomp trains specomp.methods.distillation.Distillation.")
+    if not isinstance(training, (SpectrumTraining, LoRA)):
+        raise UserError(f"method.training is a {type(training).__name__}; specomp trains a SpectrumTraining or a LoRA (specomp/methods).")
     if training.trains == "spectrum" and (method.compensation.needs or isinstance(method.compensation, BlockRefine)):
         raise UserError(
             f"A training of the spectrum starts from components, which {type(method.compensation).__name__} does not keep: use "

@@ -11,7 +11,7 @@ from specomp.stages.compress import LinearReport
 
 
 def note_factors(record: Record, reports: Sequence[LinearReport], method: Method, quantizer: Quantizer, dtype: torch.dtype) -> None:
-    """Of a compression without training; dtype: the model's."""
+    """Of a compression whose components were not trained; dtype: the model's."""
     damped = [x for x in reports if x.damping > 0]
     if damped:
         record.note(
@@ -20,6 +20,8 @@ def note_factors(record: Record, reports: Sequence[LinearReport], method: Method
         )
     if isinstance(method.compensation, BlockRefine):
         record.note("errors of single linears are those before the block refinement; compensation_gain is of a decoder layer's outputs")
+    if method.training.trains == "stored":
+        record.note("errors of single linears, and growth of pivots, are those before the recovery")
     pivoted = [x.growth for x in reports if x.growth is not None]
     if pivoted:
         record.note(f"{len(pivoted)} of {len(reports)} linears are pivoted, with coefficients up to {max(pivoted):.2f}")

@@ -1,21 +1,26 @@
-"""Training as an ordered list of phases: what a step knows, how a phase weighs it, and the one callback that runs them in order."""
+"""Training as an ordered list of phases: what a step knows, how a phase weighs it, the one callback that runs them, their settings."""
 
 import logging
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Annotated, Any, Protocol
+from typing import Annotated, Any, ClassVar, Literal, Protocol
 
 import lightning as L
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor
 
+from specomp.errors import UserError
 from specomp.settings import configurable
 
 log = logging.getLogger(__name__)
+Weight = Annotated[float, Field(ge=0)]
+Share = Annotated[float, Field(ge=0, le=1)]
 Positive = Annotated[float, Field(gt=0)]
-Steps = Annotated[int, Field(ge=1)]
+Count = Annotated[int, Field(ge=1)]
+Trains = Literal["nothing", "spectrum", "stored"]
+"""What a training's gradient steps move: gates of singular components, before packing; or the numbers that are stored, after it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,36 +52,21 @@ class Convergence:
 
 
 @configurable
-class Phase(ABC):
-    """One stage of a training schedule."""
+class Phase:
+    """One stage of a training schedule; by itself, one that only lowers the performance loss."""
 
-    steps: Steps  # optimizer steps, at most
+    steps: Count  # optimizer steps, at most
     until: Convergence | None  # null: exactly `steps`
     # Physical pruning at the end of the phase: keep the best components worth this multiple of the wanted retention; null: keep all.
     prune_margin: Annotated[float, Field(ge=1)] | None
 
-    @abstractmethod
     def loss(self, terms: LossTerms, progress: float) -> Tensor:
         """The scalar to minimize; progress in [0, 1) within the phase."""
+        return terms.performance
 
     def cut(self, progress: float) -> float:
         """How far the components below the threshold are faded out, in [0, 1]."""
         return 0.0
-
-
-@configurable
-class Recovery(Phase):
-    """Performance loss alone: with the losers cut, a polish; on a truncated spectrum, the equal-budget control of SoCo."""
-
-    cut_losers: bool
-
-    def loss(self, terms: LossTerms, progress: float) -> Tensor:
-        """Performance loss."""
-        return terms.performance
-
-    def cut(self, progress: float) -> float:
-        """All or nothing."""
-        return float(self.cut_losers)
 
 
 class Phased(Protocol):
@@ -151,6 +141,52 @@ class PhaseSchedule(L.Callback):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """From the checkpoint."""
         self.index, self.start, self.history = state_dict["index"], state_dict["start"], list(state_dict["history"])
+
+
+@configurable
+class Distillation(ABC):
+    """The settings that trainings share; see conf/method/training/soco.yaml, where each is explained."""
+
+    trains: ClassVar[Trains]
+
+    label_weight: Weight
+    learning_rate: Positive
+    learning_rate_final: Share
+    warmup: Annotated[float, Field(ge=0, lt=1)]
+    betas: tuple[Share, Share]
+    gradient_clip: Positive | None
+    batch_size: Count
+    micro_batch_size: Count
+    precision: Literal["float32", "bfloat16"]
+    token_chunk: Count
+    activation_checkpointing: bool
+    held_out: Count
+    checkpoint_every: Count
+    divergence: Positive
+
+    @property
+    @abstractmethod
+    def schedule(self) -> Mapping[str, Phase]:
+        """The phases to run, in order, by name."""
+
+    @model_validator(mode="after")
+    def _batches_divide(self) -> "Distillation":
+        if self.batch_size % self.micro_batch_size:
+            raise ValueError(f"batch_size {self.batch_size} is not a multiple of micro_batch_size {self.micro_batch_size}")
+        return self
+
+    def check(self, num_samples: int, processes: int) -> None:
+        """Whether a calibration set and a trainer fit. Raises UserError."""
+        if num_samples <= self.held_out:
+            raise UserError(
+                f"method.training.held_out={self.held_out} samples are kept aside, but the calibration set has {num_samples}: "
+                "raise calibration.num_samples."
+            )
+        if self.batch_size % (processes * self.micro_batch_size):
+            raise UserError(
+                f"method.training.batch_size={self.batch_size} is not a multiple of trainer.devices={processes} processes times "
+                f"micro_batch_size={self.micro_batch_size}."
+            )
 
 
 @dataclass(frozen=True)

@@ -342,7 +342,6 @@ def train_stored(experiment: Experiment, setup: Setup, record: Record, teacher: 
             logger=lambda: experiment.tracking.training_logger(record),
         )
     record.training = {name: value for name, value in report.items() if name != "curve"}
-    record.note("errors of single linears, and growth of pivots, are those before the recovery")
 
 
 def model_folder(experiment: Experiment, record: Record) -> Path | None:

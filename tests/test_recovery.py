@@ -8,6 +8,7 @@ from command import command
 from hydra.utils import instantiate
 from omegaconf import OmegaConf
 from running import CONF, compose_config, compose_run, make_setup, store
+from test_soco_runs import at_step, dies
 from test_stages import method, ranks_of, run_method
 from torch import nn
 from transformers import AutoModelForCausalLM
@@ -106,17 +107,8 @@ def test_the_cache_has_the_result(tmp_path):
 def test_a_killed_recovery_goes_on_to_the_same_bits(tmp_path, monkeypatch, step):
     training = settings(steps=6, checkpoint_every=2)
     expected = weights(recovered(tmp_path / "whole", training)[0])
-    original = AdapterModule.training_step
-
-    def dies(self, batch, batch_idx):
-        if self.trainer.global_step == step:
-            raise RuntimeError("killed")
-        return original(self, batch, batch_idx)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(AdapterModule, "training_step", dies)
-        with pytest.raises(RuntimeError, match="killed"):
-            recovered(tmp_path / "killed", training)
+    with dies(monkeypatch, "training_step", at_step(step), AdapterModule):
+        recovered(tmp_path / "killed", training)
     torch.manual_seed(99)  # nothing depends on what was drawn before
     setup, report = recovered(tmp_path / "killed", training)
     assert report["steps"] == 6 and [x["phase"] for x in report["phases"]] == ["start", "recover"]

@@ -25,11 +25,11 @@ from specomp.budget import floor_ranks, full_rank
 from specomp.cache import Cache
 from specomp.errors import UserError
 from specomp.methods.base import Method
-from specomp.methods.soco import AlternatingOptimization, CoarseCompression, Sparsification
+from specomp.methods.soco import AlternatingOptimization, CoarseCompression, Recovery, Sparsification
 from specomp.methods.svd import Factors, FullRank, NoCompensation, NoWhitening, Weight
 from specomp.methods.svd_llm import GramWhitening
 from specomp.modules import GatedLinear
-from specomp.phases import PhaseSchedule, Recovery
+from specomp.phases import PhaseSchedule
 from specomp.pipeline import run
 from specomp.quantization.none import NoQuantizer
 from specomp.ratio import Ratio

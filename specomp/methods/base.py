@@ -13,13 +13,12 @@ from torch import Tensor, nn
 
 from specomp.factors import LowRankFactors, Norm, Spectrum
 from specomp.models.family import LinearSpec
+from specomp.phases import Trains
 from specomp.ratio import Cost, Ratio
 from specomp.settings import configurable
 from specomp.statistics import Statistic, Stats
 
 Upstream = Literal["dense", "compressed"]
-Trains = Literal["nothing", "spectrum", "stored"]
-"""What a training's gradient steps move: gates of singular components, before packing; or the numbers that are stored, after it."""
 Probe = Callable[[str, int], float]
 """Mean token loss on the calibration set when one linear (name) is cut to a rank; dense when the name is ''."""
 
@@ -96,7 +95,7 @@ class Compensation(Protocol):
 
 @runtime_checkable
 class Training(Protocol):
-    """Gradient steps end to end. Trainings proper are specomp.methods.distillation.Distillation."""
+    """Gradient steps end to end: specomp.methods.spectrum.SpectrumTraining, specomp.methods.lora.LoRA, or none."""
 
     trains: Trains
 

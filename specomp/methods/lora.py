@@ -1,4 +1,4 @@
-"""LoRA recovery of a compressed model (Hu et al., arXiv:2106.09685): the stage that SVD-LLM (arXiv:2403.07378, Sec. 3.3) adds to whitening.
+"""LoRA recovery of a compressed model (Hu et al., arXiv:2106.09685): the stage that SVD-LLM (arXiv:2403.07378) adds to whitening.
 
 LoRA   W <- W + (alpha / rank) B A   for every matrix that is stored: both factors, pivot rows and coefficients, linears left dense
 
@@ -11,9 +11,7 @@ CHOICES.
 from collections.abc import Mapping
 from typing import ClassVar
 
-from specomp.methods.base import Trains
-from specomp.methods.distillation import Count, Distillation, Positive
-from specomp.phases import Phase, Recovery
+from specomp.phases import Count, Distillation, Phase, Positive, Trains
 from specomp.settings import configurable
 
 
@@ -30,4 +28,4 @@ class LoRA(Distillation):
     @property
     def schedule(self) -> Mapping[str, Phase]:
         """One phase."""
-        return {"recover": Recovery(steps=self.steps, until=None, prune_margin=None, cut_losers=False)}
+        return {"recover": Phase(steps=self.steps, until=None, prune_margin=None)}

@@ -18,7 +18,6 @@ from pydantic import Field
 from torch import Tensor
 
 from specomp.phases import LossTerms, Phase
-from specomp.phases import Recovery as Recovery  # the phase `polish`, by the name that its yaml and the records of past runs have
 from specomp.settings import configurable
 
 Weight = Annotated[float, Field(ge=0)]
@@ -72,6 +71,17 @@ class Sparsification(Phase):
     def cut(self, progress: float) -> float:
         """Linear up to 1 over the share `fade`; what is left of the stage trains the model as it will be stored."""
         return min(1.0, progress / self.fade) if self.fade > 0 else 0.0
+
+
+@configurable
+class Recovery(Phase):
+    """Performance loss alone: with the losers cut, a polish; on a truncated spectrum, the equal-budget control of SoCo."""
+
+    cut_losers: bool
+
+    def cut(self, progress: float) -> float:
+        """All or nothing."""
+        return float(self.cut_losers)
 
 
 def excess(terms: LossTerms, wanted: float) -> Tensor:

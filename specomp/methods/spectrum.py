@@ -6,9 +6,7 @@ from typing import Annotated, ClassVar, Literal
 from pydantic import Field, model_validator
 
 from specomp.gates import MAPPINGS, Mapping, MappingName
-from specomp.methods.base import Trains
-from specomp.methods.distillation import Distillation, Positive
-from specomp.phases import Phase
+from specomp.phases import Distillation, Phase, Positive, Trains
 from specomp.settings import configurable
 
 

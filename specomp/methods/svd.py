@@ -8,9 +8,10 @@ from torch import Tensor, nn
 from specomp.budget import fill_ranks, floor_ranks, full_rank
 from specomp.factors import GramNorm, LowRankFactors, Norm, QuantizedFactors
 from specomp.linalg import SolveDtype
-from specomp.methods.base import Probe, Spectra, StatsOf, Trains, Upstream
+from specomp.methods.base import Probe, Spectra, StatsOf, Upstream
 from specomp.models.family import LinearSpec
 from specomp.modules import GridLinear, LowRankLinear
+from specomp.phases import Trains
 from specomp.ratio import Cost, Ratio, pair_cost
 from specomp.settings import configurable
 from specomp.statistics import Statistic, Stats

@@ -13,8 +13,8 @@ from specomp.data.token_ids import read_token_ids
 from specomp.experiment import Request
 from specomp.ledger import Size
 from specomp.methods.block_refine import BlockRefine
-from specomp.methods.distillation import Distillation
 from specomp.methods.pivoted import Pivoted
+from specomp.phases import Distillation
 from specomp.planning.outlook import Outlook, Stage
 from specomp.planning.sizes import (
     FLOAT,

@@ -18,8 +18,7 @@ from torch import Tensor, nn
 
 from specomp.cache import atomic_path
 from specomp.errors import UserError
-from specomp.methods.distillation import Distillation
-from specomp.phases import Cosine, Phase, PhaseSchedule
+from specomp.phases import Cosine, Distillation, Phase, PhaseSchedule
 from specomp.progress import track
 from specomp.stages.setup import Setup
 from specomp.stages.teacher import TeacherStates, distillation, head_of
@@ -30,13 +29,14 @@ class DistillationModule(L.LightningModule):
 
     strict_loading = False  # checkpoints leave out everything that is frozen
     stored: tuple[str, ...]  # parts of the names of what a checkpoint keeps
+    settings: Distillation
 
     def __init__(self, setup: Setup, settings: Distillation, teacher: TeacherStates, *, seed: int, curve_file: Path | None = None) -> None:
         super().__init__()
         self.student = setup.model
         # Lightning must not see what is not the student's.
         self._context = (setup, teacher)
-        self.distillation, self.seed, self.curve_file = settings, seed, curve_file
+        self.settings, self.seed, self.curve_file = settings, seed, curve_file
         self.schedule = PhaseSchedule(dict(settings.schedule), Cosine(settings.warmup, settings.learning_rate_final))
         self.phase: Phase = next(iter(settings.schedule.values()))
         self.progress = self.position = 0.0
@@ -60,7 +60,7 @@ class DistillationModule(L.LightningModule):
 
     def samples_of(self, batch_idx: int) -> list[int]:
         """Indices of the samples of one forward pass: a function of its number, the process and the seed alone."""
-        size, held_out = self.distillation.micro_batch_size, self.distillation.held_out
+        size, held_out = self.settings.micro_batch_size, self.settings.held_out
         count = self._context[0].samples.num_samples - held_out
         first = (batch_idx * self.trainer.world_size + self.trainer.global_rank) * size
         return [self._order(position // count, count)[position % count] for position in range(first, first + size)]
@@ -72,14 +72,14 @@ class DistillationModule(L.LightningModule):
     def performance_of(self, indices: list[int]) -> Tensor:
         """The distillation loss on samples."""
         setup, teacher = self._context
-        settings, device = self.distillation, next(self.student.parameters()).device
+        settings, device = self.settings, next(self.student.parameters()).device
         ids = setup.samples.tokens[indices].to(device)
         hidden = self.decoder(input_ids=ids, use_cache=False).last_hidden_state
         return distillation(hidden, teacher(indices).to(device), head_of(self.student), settings.token_chunk, ids, settings.label_weight)
 
     def step_performance(self, batch_idx: int) -> Tensor:
         """The distillation loss of one forward pass, entered into the step's account. Raises UserError when it diverges."""
-        settings, indices = self.distillation, self.samples_of(batch_idx)
+        settings, indices = self.settings, self.samples_of(batch_idx)
         performance = self.performance_of(indices)
         if not math.isfinite(float(performance)) or float(performance) > settings.divergence:
             raise UserError(
@@ -139,12 +139,12 @@ class DistillationModule(L.LightningModule):
     def held_out(self) -> float:
         """KL on the samples kept aside."""
         count = self._context[0].samples.num_samples
-        indices = list(range(count - self.distillation.held_out, count))
+        indices = list(range(count - self.settings.held_out, count))
         with self._autocast():
             return sum(float(self.performance_of([i])) for i in indices) / len(indices)
 
     def _autocast(self) -> Any:
-        if self.distillation.precision == "bfloat16":
+        if self.settings.precision == "bfloat16":
             return torch.autocast(self.device.type, torch.bfloat16)
         return nullcontext()
 

@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint as recompute
 
 from specomp.cache import Cache, atomic_path, make_folder, waiting
-from specomp.methods.distillation import Distillation
+from specomp.phases import Distillation
 from specomp.stages.calibrate import lightning_loop
 from specomp.stages.distill import Batches, DistillationModule, write_curve
 from specomp.stages.setup import Setup
@@ -60,7 +60,7 @@ def fit(setup: Setup, module: DistillationModule, folder: Path, logger: Any, wha
     folder: of the checkpoints; whoever stores the result removes it. logger: one of Lightning's, or None. what: trains, for the log.
     The model in `setup` may be the trained one afterwards or not: where several processes trained, this one only watched.
     """
-    settings, samples, device = module.distillation, setup.samples, setup.model.device
+    settings, samples, device = module.settings, setup.samples, setup.model.device
     make_folder(folder)
     checkpoint = _latest(folder)
     log.info(

@@ -28,7 +28,7 @@ class AdapterModule(DistillationModule):
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         """AdamW without decay, as for gates; `base_lr` is what the schedule multiplies."""
-        settings = self.distillation
+        settings = self.settings
         parameters = [p for p in self.student.parameters() if p.requires_grad]
         group = {"params": parameters, "lr": settings.learning_rate, "base_lr": settings.learning_rate}
         return torch.optim.AdamW([group], betas=settings.betas, weight_decay=0.0)
@@ -94,6 +94,5 @@ def merge(model: nn.Module) -> None:
     for name, module in [(n, m) for n, m in model.named_modules() if isinstance(m, LoraLayer)]:
         module.merge()  # type: ignore[operator]
         replace_linear(model, name, module.get_base_layer())
-    for parameter in model.parameters():
-        parameter.requires_grad_(False)
+    model.requires_grad_(False)
     vars(model).pop("peft_config")  # it has no adapters any more

@@ -30,6 +30,7 @@ class SpectrumModule(DistillationModule):
     """The student: the model with its linears replaced by GatedLinear."""
 
     stored = ("scores", "deviation", "alive")
+    settings: SpectrumTraining
 
     def __init__(
         self,
@@ -44,7 +45,7 @@ class SpectrumModule(DistillationModule):
         curve_file: Path | None = None,
     ) -> None:
         super().__init__(setup, training, teacher, seed=seed, curve_file=curve_file)
-        self.settings, self.target = training, ratio.retention
+        self.target = ratio.retention
         self.gated, self.cost = dict(gated), cost
         self.linears = [x for x in setup.linears if x.name in self.gated]
         self.budget = self._budget()

@@ -7,7 +7,8 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
-from specomp.phases import Convergence, Cosine, Phase, PhaseSchedule, Recovery
+from specomp.methods.soco import Recovery
+from specomp.phases import Convergence, Cosine, Phase, PhaseSchedule
 
 RATES = {"scores": 0.05, "deviation": 0.002}
 

@@ -10,10 +10,10 @@ from torch import Tensor, nn
 
 from specomp.factors import GramNorm
 from specomp.gates import MAPPINGS
-from specomp.methods.soco import AlternatingOptimization, CoarseCompression, Sparsification, excess, polarization
+from specomp.methods.soco import AlternatingOptimization, CoarseCompression, Recovery, Sparsification, excess, polarization
 from specomp.methods.spectrum import SpectrumTraining
 from specomp.modules import GatedLinear
-from specomp.phases import LossTerms, Recovery
+from specomp.phases import LossTerms
 
 PLAIN = {"steps": 10, "until": None, "prune_margin": None}
 PERFORMANCE, TARGET, INITIAL = 0.7, 0.6, 1.5
