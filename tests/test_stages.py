@@ -224,6 +224,16 @@ def test_bfloat16_products_agree_with_float32_to_a_percent(tmp_path):
     assert all(value.dtype == torch.float32 for value in values["bfloat16"].values())
 
 
+def test_products_of_gradients_are_never_rounded_to_half_precision(tmp_path):
+    """A bfloat16 forward pass leaves autocast on in its hooks. What it must not round: a Gram of T < m gradients has rank T, to float32."""
+    setup = make_setup("llama", Cache(tmp_path), precision="bfloat16", num_samples=2, length=8)
+    dense_statistics(setup, {OutputGradGram(), TokenWeightedGram("in")})
+    for name, value in all_values(setup, {OutputGradGram(), TokenWeightedGram("in")}).items():
+        values = torch.linalg.eigvalsh(value.double())
+        assert len(values) > 16, name
+        assert float(values[:-16].abs().max()) <= 1e-5 * float(values[-1]), name
+
+
 def test_float64_sums_are_float64(cache):
     setup = make_setup("llama", cache, accumulate="float64")
     dense_statistics(setup, {Gram()})

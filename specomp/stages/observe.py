@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
@@ -140,8 +141,10 @@ def hidden_output(output: Any) -> Tensor:
 
 def _update(feed: list[Accumulator], *observation: Tensor) -> None:
     detached = [tensor.detach() for tensor in observation]
-    for accumulator in feed:
-        accumulator.update(*detached)
+    # A statistic says in what precision it multiplies; the autocast of the forward pass, still on here, would overrule it.
+    with torch.autocast(detached[0].device.type, enabled=False):
+        for accumulator in feed:
+            accumulator.update(*detached)
 
 
 def _follow(feed: list[Accumulator], x: Tensor, output: Tensor) -> None:
