@@ -201,10 +201,14 @@ class TwoSidedNorm:
 
     def loss(self, error: Tensor) -> float:
         """sqrt(trace(E G E^T H)) with the damped H, in the dtype of error."""
-        weighted = error @ self.gram.to(error.dtype) if self.gram is not None else error
-        unit = float(self.output_gram.diagonal().double().mean())
-        square = 2 * float((half_weigh(error.T, self.output_gram).T * weighted).sum(1).double().sum())
-        return math.sqrt(max(0.0, square + self.damping * unit * float((error * weighted).sum(1).double().sum())))
+        output_gram = self.output_gram.to(error.dtype, copy=True)
+        output_gram.diagonal().add_(self.damping * self.output_gram.diagonal().double().mean())
+        # Half of the larger side is enough (linalg.half_weigh).
+        if error.shape[0] > error.shape[1]:
+            half, whole = half_weigh(error.T, output_gram).T, error if self.gram is None else error @ self.gram.to(error.dtype)
+        else:
+            half, whole = half_weigh(error, self.gram), output_gram @ error
+        return math.sqrt(max(0.0, 2 * float((half * whole).sum(1).double().sum())))
 
 
 def refit_left(target: Tensor, Vt: Tensor, gram: Tensor) -> Tensor:

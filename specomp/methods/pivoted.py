@@ -6,6 +6,7 @@ Differs from the paper: pivots come from LU with partial pivoting of U, then row
 exceeds `max_growth` (maxvol, Goreinov et al. 2010; CHOICE), so that storing both parts in low precision stays safe.
 """
 
+import math
 from typing import Annotated
 
 import torch
@@ -18,7 +19,7 @@ from specomp.modules import PivotedLinear
 from specomp.ratio import pivoted_cost
 from specomp.settings import configurable
 
-# Share of a column's length that is not in the span of those before it, above which an LU needs no orthonormal basis.
+# Pivot of a unit column, times sqrt(m), above which an LU needs no orthonormal basis.
 INDEPENDENT = 1e-4
 
 
@@ -34,10 +35,9 @@ class Pivoted:
 
     def __call__(self, linear: nn.Linear, factors: LowRankFactors) -> nn.Module:
         """A PivotedLinear in the linear's dtype, on its device. Needs r < m."""
-        U = factors.U.to(SOLVE_DTYPE)
-        pivots, others, coefficients = pivot_rows(U, self.max_growth)
+        pivots, others, coefficients = pivot_rows(factors.U.to(SOLVE_DTYPE), self.max_growth)
         place = torch.cat([pivots, others]).argsort()
-        rows = U[pivots] @ factors.Vt.to(SOLVE_DTYPE)
+        rows = factors.U[pivots] @ factors.Vt
         weight = linear.weight
         return PivotedLinear.from_pivots(rows, coefficients, place, linear.bias, dtype=weight.dtype, device=weight.device)
 
@@ -47,10 +47,10 @@ def pivot_rows(U: Tensor, max_growth: float) -> tuple[Tensor, Tensor, Tensor]:
 
     Independent of the basis: U R gives the same for every invertible R. Columns of U may depend on each other.
     """
-    basis = independent(U)
+    U = U / U.norm(dim=0).clamp_min(torch.finfo(U.dtype).tiny)
+    basis, LU, swaps = decomposed(U)
     m, rank = basis.shape
     order = torch.arange(m, device=U.device)
-    LU, swaps = torch.linalg.lu_factor(basis)
     for row, other in enumerate(swaps.tolist()):
         order[[row, other - 1]] = order[[other - 1, row]]
     lower = LU[:rank].tril(-1)
@@ -68,17 +68,16 @@ def pivot_rows(U: Tensor, max_growth: float) -> tuple[Tensor, Tensor, Tensor]:
     return pivots, others, C
 
 
-def independent(U: Tensor) -> Tensor:
-    """A basis (m, r) of the columns of U (m, r), well enough conditioned for an LU in float64: U itself, or an orthonormal one.
+def decomposed(U: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """A basis (m, r) of the unit columns of U (m, r), and its LU with partial pivoting: U itself, or orthonormal columns.
 
-    The latter costs more than everything else here, and is needed only where columns depend on each other. The triangle of a
-    Cholesky factor of the columns' cosines shows that: its smallest diagonal entry is how far a column is out of the others' span.
+    The latter cost more than everything else here, and are needed only where columns depend on each other, which a vanishing pivot shows.
     """
-    unit = U / U.norm(dim=0).clamp_min(torch.finfo(U.dtype).tiny)
-    factor, failed = torch.linalg.cholesky_ex(unit.T @ unit)
-    if not bool(failed) and float(factor.diagonal().min()) > INDEPENDENT:
-        return unit
-    return torch.linalg.qr(U).Q
+    LU, swaps = torch.linalg.lu_factor_ex(U)[:2]
+    if float(LU.diagonal().abs().min()) * math.sqrt(len(U)) > INDEPENDENT:  # entries of a unit column are about 1 / sqrt(m)
+        return U, LU, swaps
+    basis = torch.linalg.qr(U).Q
+    return basis, *torch.linalg.lu_factor(basis)
 
 
 def exchange(C: Tensor, row: int, column: int) -> None:
