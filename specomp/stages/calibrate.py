@@ -155,15 +155,16 @@ def statistic_key(setup: Setup, statistic: Statistic) -> str:
 def dense_statistics(setup: Setup, statistics: Iterable[Statistic]) -> DenseStatistics:
     """Make sure that all these statistics of the dense model are in the cache, in one pass for those that are not."""
     wanted = DenseStatistics(setup, statistics)
-    if wanted.statistics:
-        # One lock per model and calibration set: a second job waits and then finds everything.
+    missing = [x for x in wanted.statistics if not _complete(setup, x)]
+    if missing:
+        # One lock per model and calibration set: a second job waits and then finds everything. Who misses nothing does not wait.
         lock = setup.cache.lock("statistics", digest([setup.model_key, setup.samples.hash]))
         with waiting(lock, "calibrates this model"):
-            missing = [x for x in wanted.statistics if not _complete(setup, x)]
-            for statistic in wanted.statistics:
-                setup.cache.count(f"statistics/{statistic.name}", hit=statistic not in missing)
+            missing = [x for x in missing if not _complete(setup, x)]
             if missing:
                 collect(setup, missing)
+    for statistic in wanted.statistics:
+        setup.cache.count(f"statistics/{statistic.name}", hit=statistic not in missing)
     return wanted
 
 
