@@ -81,8 +81,13 @@ def check_machine(source: Source, trainer: Callable[..., L.Trainer]) -> int:
         raise UserError(f"trainer: {one_line(error)}") from error
 
 
+def samples_to_train_on(method: Method) -> int | None:
+    """How many samples of the calibration's text a training asks for; None: it takes the calibration set."""
+    return method.training.num_samples if isinstance(method.training, LoRA) else None
+
+
 def check_training(method: Method, num_samples: int, processes: int) -> None:
-    """A method that trains: its other slots, data and processes. Raises UserError."""
+    """A method that trains: its other slots, processes, and the samples it trains on. Raises UserError."""
     training = method.training
     if not isinstance(training, (SpectrumTraining, LoRA)):
         raise UserError(f"method.training is a {type(training).__name__}; specomp trains a SpectrumTraining or a LoRA (specomp/methods).")

@@ -1,7 +1,7 @@
 """What a run works with: every choice of the command line as an object, checked before any model is loaded."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,7 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf, open_dict
 
 from specomp.cache import Cache
-from specomp.checks import check_machine, check_quantizer, check_streamed, check_training, make
+from specomp.checks import check_machine, check_quantizer, check_streamed, check_training, make, samples_to_train_on
 from specomp.data.calibration import CalibrationSet, CalibrationSpec
 from specomp.evaluation.suite import Suite
 from specomp.methods.base import Method, Quantizer, describe
@@ -50,6 +50,7 @@ class Experiment(Request):
     """Everything a run needs, checked, with no model loaded yet."""
 
     samples: CalibrationSet
+    training_samples: CalibrationSet  # the same, unless the training asks for more of the text
     tokenizer: Any
 
     def identity(self, *, dense: bool = False) -> dict[str, Any]:
@@ -57,7 +58,8 @@ class Experiment(Request):
         model = self.source.fingerprint(self.cache)
         if dense or self.method.is_dense:
             return {"model": model, "method": "dense"}
-        return {
+        more = {} if self.training_samples is self.samples else {"training_samples": self.training_samples.hash}
+        return more | {
             "model": model,
             "method": describe(self.method) | {"name": None},
             "compression": self.ratio.compression,
@@ -101,10 +103,12 @@ def build(cfg: DictConfig) -> Experiment:
     context = request.source.max_length(request.cache)
     request.suite.validate(context)
     tokenizer = request.source.tokenizer(request.cache)
-    samples = request.calibration.build(tokenizer, max_length=context)
+    samples = training_samples = request.calibration.build(tokenizer, max_length=context)
+    if more := samples_to_train_on(request.method):
+        training_samples = replace(request.calibration, num_samples=more).build(tokenizer, max_length=context)
     if request.method.training.trains != "nothing":
-        check_training(request.method, samples.num_samples, request.processes)
-    return Experiment(**vars(request), samples=samples, tokenizer=tokenizer)
+        check_training(request.method, training_samples.num_samples, request.processes)
+    return Experiment(**vars(request), samples=samples, training_samples=training_samples, tokenizer=tokenizer)
 
 
 def composed(*overrides: str) -> DictConfig:

@@ -176,11 +176,11 @@ class Distillation(ABC):
         return self
 
     def check(self, num_samples: int, processes: int) -> None:
-        """Whether a calibration set and a trainer fit. Raises UserError."""
+        """Whether the samples to train on and a trainer fit. Raises UserError."""
         if num_samples <= self.held_out:
             raise UserError(
-                f"method.training.held_out={self.held_out} samples are kept aside, but the calibration set has {num_samples}: "
-                "raise calibration.num_samples."
+                f"method.training.held_out={self.held_out} samples are kept aside, but there are {num_samples} to train on: "
+                "raise calibration.num_samples, or method.training.num_samples where there is one."
             )
         if self.batch_size % (processes * self.micro_batch_size):
             raise UserError(

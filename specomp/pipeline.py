@@ -6,6 +6,7 @@ Build and check everything that is cheap; stop if the record says it is done; th
 import logging
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -240,15 +241,15 @@ def factorize(experiment: Experiment, setup: Setup, record: Record, finished: Ca
         ranks = {x.name: min(ranks[x.name], full_rank(x)) for x in setup.linears}
     if trains:
         return train_spectrum(experiment, setup, record, ranks, spectra, dense)
-    teacher = None
+    teacher, school = None, replace(setup, samples=experiment.training_samples)
     if isinstance(method.training, LoRA):
         with record.stage("train"):
-            teacher = TeacherStates(setup)  # while the model is dense
+            teacher = TeacherStates(school)  # while the model is dense
     with record.stage("compress"):
         reports = compress(setup, method, experiment.quantizer, ranks, spectra, dense, finished)
     note_factors(record, reports, method, experiment.quantizer, setup.model.dtype)
     if teacher is not None:
-        train_stored(experiment, setup, record, teacher)
+        train_stored(experiment, school, record, teacher)
     return reports
 
 
@@ -342,6 +343,7 @@ def train_stored(experiment: Experiment, setup: Setup, record: Record, teacher: 
             logger=lambda: experiment.tracking.training_logger(record),
         )
     record.training = {name: value for name, value in report.items() if name != "curve"}
+    record.training |= {"samples": setup.samples.num_samples, "samples_hash": setup.samples.hash}
 
 
 def model_folder(experiment: Experiment, record: Record) -> Path | None:

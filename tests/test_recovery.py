@@ -156,6 +156,30 @@ def test_the_record_of_a_finished_recovery_is_complete(tmp_path):
     assert len(rows) == 6 and "retention" not in training_curve(rows), "a report draws its KL alone"
 
 
+def test_it_may_train_on_more_of_the_text_than_the_method_calibrates_on(tmp_path, monkeypatch):
+    """The statistics, and so the compressed model it starts from, are those of the calibration set; the teacher sees all of it."""
+    seen: list[int] = []
+    ids: dict[int, torch.Tensor] = {}
+
+    def watched(module, indices):
+        seen.extend(indices)
+        ids.update({i: module._context[0].samples.tokens[i] for i in indices})
+        return original(module, indices)
+
+    original = AdapterModule.performance_of
+    monkeypatch.setattr(AdapterModule, "performance_of", watched)
+    common = ["method=svd_llm", *OVERRIDES, "calibration.num_samples=8"]
+    plain = compose_run(tmp_path, *common)
+    assert max(seen) < 8 and plain.training["samples"] == 8 and plain.training["samples_hash"] == plain.calibration["hash"]
+    first = dict(ids)
+    more = compose_run(tmp_path, *common, "method.training.num_samples=40")
+    assert max(seen) == 39 and more.training["samples"] == 40 and more.key != plain.key
+    assert more.identity["training_samples"] == more.training["samples_hash"] != more.calibration["hash"] == plain.calibration["hash"]
+    assert all(torch.equal(value, first[i]) for i, value in ids.items() if i in first), "the calibration set comes first"
+    assert more.cache["hits"]["statistics/gram"] == 1 and more.ledger["norm_error"] == plain.ledger["norm_error"]
+    assert more.training["phases"][0]["phase"] == "start" and more.training["phases"][0]["kl"] != plain.training["phases"][0]["kl"]
+
+
 def test_two_processes_train_as_one(tmp_path):
     """Equal global batch, averaged gradients."""
     common = ["method=svd_llm", *OVERRIDES, "method.training.batch_size=2", "method.training.precision=float32"]
@@ -178,6 +202,8 @@ def test_two_processes_train_as_one(tmp_path):
     [
         (["quantizer=rtn_int4", "method/packing=factors"], "LoRA moves numbers off the grid"),
         (["method.training.held_out=99"], "held_out=99"),
+        (["method.training.num_samples=2"], "held_out=2 samples are kept aside, but there are 2 to train on"),
+        (["method.training.num_samples=0"], "num_samples"),
         (["method.training.rank=0"], "rank"),
         (["method.training.batch_size=3", "method.training.micro_batch_size=2"], "not a multiple of micro_batch_size 2"),
     ],
@@ -197,3 +223,6 @@ def test_a_plan_trains_after_compressing(tmp_path):
     assert names.index("train") == names.index("compress") + 1
     plain = outlook(ask(compose_config(tmp_path, "method=svd_llm", "ratio=cr40", "benchmark=none")))
     assert outlook(ask(cfg)).compressed == plain.compressed
+    cfg.method.training.num_samples = 3 * cfg.calibration.num_samples
+    more = outlook(ask(cfg))
+    assert f"{3 * more.samples * more.length:,} tokens of the teacher" in next(x.detail for x in more.stages if x.name == "train")

@@ -559,7 +559,7 @@ def test_a_loss_that_is_no_number_stops_the_training(cache, monkeypatch, value):
 
 
 def test_too_few_samples_are_refused(cache):
-    with pytest.raises(UserError, match=r"held_out=5 .*the calibration set has 5"):
+    with pytest.raises(UserError, match=r"held_out=5 .*there are 5 to train on"):
         fit(make_setup("llama_gqa", cache), soco(held_out=5))
 
 

@@ -4,8 +4,8 @@ LoRA   W <- W + (alpha / rank) B A   for every matrix that is stored: both facto
 
 A and B are trained against the dense model's distribution (SVD-LLM: on the labels of an instruction set, U and V one after the other;
 here both at once, so that a trained row of another kind has the same teacher, text and steps beside it), and then added to W: nothing more
-is stored than without. Comes after packing and compensation, so every row can have it. The numbers of conf/method/training/lora.yaml are
-CHOICES.
+is stored than without. The text may go on beyond the calibration set (`num_samples`), as SVD-LLM's does. Comes after packing and
+compensation, so every row can have it. The numbers of conf/method/training/lora.yaml are CHOICES.
 """
 
 from collections.abc import Mapping
@@ -22,6 +22,7 @@ class LoRA(Distillation):
     trains: ClassVar[Trains] = "stored"
 
     steps: Count
+    num_samples: Count | None
     rank: Count
     alpha: Positive
 

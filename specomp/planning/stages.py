@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from specomp.budget import full_rank
-from specomp.checks import check_budget, check_training
+from specomp.checks import check_budget, check_training, samples_to_train_on
 from specomp.data.token_ids import read_token_ids
 from specomp.experiment import Request
 from specomp.ledger import Size
@@ -62,7 +62,7 @@ def outlook(request: Request) -> Outlook:
     if not request.method.is_dense:
         check_budget(shape.linears, request.ratio.retention, request.method.packing.stored)
     if request.method.training.trains != "nothing":
-        check_training(request.method, samples, request.processes)
+        check_training(request.method, samples_to_train_on(request.method) or samples, request.processes)
     ranks = ranks_of(request.method, request.ratio, shape.linears)
     return _Counting(request, shape, ranks, samples, length).outlook()
 
@@ -84,6 +84,7 @@ class _Counting:
         method, spec = request.method, request.calibration
         self.tokens, self.batch = samples * length, min(spec.batch_size, samples)
         self.batches = math.ceil(samples / self.batch)
+        self.taught = (samples_to_train_on(method) or samples) * length
         self.trains = method.training.trains != "nothing"
         self.gated = method.training.trains == "spectrum"
         half = spec.precision == "bfloat16" and shape.dtype == torch.float32
@@ -143,7 +144,7 @@ class _Counting:
             statistics_cached=layer * shape.num_layers,
             spectra_cached=0 if dense else sum(spectrum_bytes(x, complete=self.complete) for x in self.decomposed),
             hidden_carried=hidden,
-            teacher_cached=self.tokens * shape.hidden * shape.dtype.itemsize if self.trains else 0,
+            teacher_cached=self.taught * shape.hidden * shape.dtype.itemsize if self.trains else 0,
             stages=stages,
             notes=list(self.notes()),
         )
@@ -305,8 +306,8 @@ class _Counting:
         everything = sum(min(x.m, x.n) * (x.m + x.n) for x in shape.linears) if self.gated else self.compressed.linear_params
         exist, steps = float(everything), 0
         work = self.spectra() if self.gated else NOTHING
-        work += forward(shape, self.tokens, self.length, self.dtype, linears=shape.size.linear_params, head=False)
-        work += disk(self.tokens * shape.hidden * shape.dtype.itemsize)
+        work += forward(shape, self.taught, self.length, self.dtype, linears=shape.size.linear_params, head=False)
+        work += disk(self.taught * shape.hidden * shape.dtype.itemsize)
         for phase in training.schedule.values():
             tokens = phase.steps * training.batch_size * self.length
             each = forward(shape, tokens, self.length, dtype, linears=exist, head=True)
@@ -329,7 +330,7 @@ class _Counting:
         held += 6 * training.token_chunk * shape.vocabulary * FLOAT + shape.head * dtype.itemsize
         total = steps * training.batch_size * self.length
         detail = f"{len(shape.linears)} eigenproblems; " if self.gated else ""
-        detail += f"{self.tokens:,} tokens of the teacher; {steps} steps, {total:,} tokens"
+        detail += f"{self.taught:,} tokens of the teacher; {steps} steps, {total:,} tokens"
         return Stage(name="train", detail=detail, work=work, held=held)
 
     def evaluate(self, read: Sequence[Reading], name: str, size: Size) -> Stage:
