@@ -81,13 +81,8 @@ def check_machine(source: Source, trainer: Callable[..., L.Trainer]) -> int:
         raise UserError(f"trainer: {one_line(error)}") from error
 
 
-def samples_to_train_on(method: Method) -> int | None:
-    """How many samples of the calibration's text a training asks for; None: it takes the calibration set."""
-    return method.training.num_samples if isinstance(method.training, LoRA) else None
-
-
 def check_training(method: Method, num_samples: int, processes: int) -> None:
-    """A method that trains: its other slots, processes, and the samples it trains on. Raises UserError."""
+    """A method that trains: its other slots, data and processes. Raises UserError."""
     training = method.training
     if not isinstance(training, (SpectrumTraining, LoRA)):
         raise UserError(f"method.training is a {type(training).__name__}; specomp trains a SpectrumTraining or a LoRA (specomp/methods).")
@@ -96,7 +91,7 @@ def check_training(method: Method, num_samples: int, processes: int) -> None:
             f"A training of the spectrum starts from components, which {type(method.compensation).__name__} does not keep: use "
             "method/compensation=none, or method/training=lora, which trains what is stored."
         )
-    training.check(num_samples, processes)
+    training.check(training.samples_of(num_samples), processes)
 
 
 def check_streamed(source: Source, method: Method, needs: Iterable[Statistic], options: Options, suite: Suite) -> None:

@@ -12,12 +12,13 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf, open_dict
 
 from specomp.cache import Cache
-from specomp.checks import check_machine, check_quantizer, check_streamed, check_training, make, samples_to_train_on
+from specomp.checks import check_machine, check_quantizer, check_streamed, check_training, make
 from specomp.data.calibration import CalibrationSet, CalibrationSpec
 from specomp.evaluation.suite import Suite
 from specomp.methods.base import Method, Quantizer, describe
 from specomp.models.sources import Source
 from specomp.options import Options
+from specomp.phases import Distillation
 from specomp.ratio import Ratio
 from specomp.results.record import RecordStore
 from specomp.results.tracking import Tracking
@@ -104,10 +105,13 @@ def build(cfg: DictConfig) -> Experiment:
     request.suite.validate(context)
     tokenizer = request.source.tokenizer(request.cache)
     samples = training_samples = request.calibration.build(tokenizer, max_length=context)
-    if more := samples_to_train_on(request.method):
-        training_samples = replace(request.calibration, num_samples=more).build(tokenizer, max_length=context)
-    if request.method.training.trains != "nothing":
-        check_training(request.method, training_samples.num_samples, request.processes)
+    training = request.method.training
+    if training.trains != "nothing":
+        check_training(request.method, samples.num_samples, request.processes)
+        assert isinstance(training, Distillation)
+        wanted = training.samples_of(samples.num_samples)
+        if wanted != samples.num_samples:
+            training_samples = replace(request.calibration, num_samples=wanted).build(tokenizer, max_length=context)
     return Experiment(**vars(request), samples=samples, training_samples=training_samples, tokenizer=tokenizer)
 
 

@@ -169,6 +169,10 @@ class Distillation(ABC):
     def schedule(self) -> Mapping[str, Phase]:
         """The phases to run, in order, by name."""
 
+    def samples_of(self, calibration: int) -> int:
+        """How many samples it trains on, for how many there are in the calibration set."""
+        return calibration
+
     @model_validator(mode="after")
     def _batches_divide(self) -> "Distillation":
         if self.batch_size % self.micro_batch_size:

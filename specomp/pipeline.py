@@ -241,15 +241,15 @@ def factorize(experiment: Experiment, setup: Setup, record: Record, finished: Ca
         ranks = {x.name: min(ranks[x.name], full_rank(x)) for x in setup.linears}
     if trains:
         return train_spectrum(experiment, setup, record, ranks, spectra, dense)
-    teacher, school = None, replace(setup, samples=experiment.training_samples)
+    teacher, to_train = None, replace(setup, samples=experiment.training_samples)
     if isinstance(method.training, LoRA):
         with record.stage("train"):
-            teacher = TeacherStates(school)  # while the model is dense
+            teacher = TeacherStates(to_train)  # while the model is dense
     with record.stage("compress"):
         reports = compress(setup, method, experiment.quantizer, ranks, spectra, dense, finished)
     note_factors(record, reports, method, experiment.quantizer, setup.model.dtype)
     if teacher is not None:
-        train_stored(experiment, school, record, teacher)
+        train_stored(experiment, to_train, record, teacher)
     return reports
 
 

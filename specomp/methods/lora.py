@@ -30,3 +30,7 @@ class LoRA(Distillation):
     def schedule(self) -> Mapping[str, Phase]:
         """One phase."""
         return {"recover": Phase(steps=self.steps, until=None, prune_margin=None)}
+
+    def samples_of(self, calibration: int) -> int:
+        """What was asked for, or those of the calibration set."""
+        return self.num_samples or calibration

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from specomp.budget import full_rank
-from specomp.checks import check_budget, check_training, samples_to_train_on
+from specomp.checks import check_budget, check_training
 from specomp.data.token_ids import read_token_ids
 from specomp.experiment import Request
 from specomp.ledger import Size
@@ -62,7 +62,7 @@ def outlook(request: Request) -> Outlook:
     if not request.method.is_dense:
         check_budget(shape.linears, request.ratio.retention, request.method.packing.stored)
     if request.method.training.trains != "nothing":
-        check_training(request.method, samples_to_train_on(request.method) or samples, request.processes)
+        check_training(request.method, samples, request.processes)
     ranks = ranks_of(request.method, request.ratio, shape.linears)
     return _Counting(request, shape, ranks, samples, length).outlook()
 
@@ -84,7 +84,7 @@ class _Counting:
         method, spec = request.method, request.calibration
         self.tokens, self.batch = samples * length, min(spec.batch_size, samples)
         self.batches = math.ceil(samples / self.batch)
-        self.taught = (samples_to_train_on(method) or samples) * length
+        self.taught = length * (method.training.samples_of(samples) if isinstance(method.training, Distillation) else 0)
         self.trains = method.training.trains != "nothing"
         self.gated = method.training.trains == "spectrum"
         half = spec.precision == "bfloat16" and shape.dtype == torch.float32
@@ -144,7 +144,7 @@ class _Counting:
             statistics_cached=layer * shape.num_layers,
             spectra_cached=0 if dense else sum(spectrum_bytes(x, complete=self.complete) for x in self.decomposed),
             hidden_carried=hidden,
-            teacher_cached=self.taught * shape.hidden * shape.dtype.itemsize if self.trains else 0,
+            teacher_cached=self.taught * shape.hidden * shape.dtype.itemsize,
             stages=stages,
             notes=list(self.notes()),
         )
