@@ -16,12 +16,12 @@ import shutil
 import tempfile
 import threading
 import time
-import zlib
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
+import xxhash
 from filelock import AcquireReturnProxy, FileLock, Timeout
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
@@ -44,12 +44,11 @@ def digest(description: Any) -> str:
 
 
 def _checksum(tensors: Mapping[str, Tensor]) -> str:
-    crc = 0
+    state = xxhash.xxh3_64()
     for name in sorted(tensors):
-        crc = zlib.crc32(name.encode(), crc)
-        flat = tensors[name].contiguous().view(-1)
-        crc = zlib.crc32(flat.view(torch.uint8).numpy(), crc)  # type: ignore[arg-type]
-    return f"{crc:08x}"
+        state.update(name.encode())
+        state.update(tensors[name].contiguous().view(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]
+    return state.hexdigest()
 
 
 class Cache:

@@ -14,7 +14,7 @@ from specomp.methods.pivoted import Pivoted
 from specomp.methods.svd import Factors
 from specomp.pipeline import run
 
-REFINE = BlockRefine(steps=30, learning_rate=3e-3, learning_rate_final=0.1)
+REFINE = BlockRefine(steps=30, learning_rate=0.01, warmup=0.1, learning_rate_final=0.1)
 
 
 def final_error(folder, family_name: str = "llama", **slots) -> float:

@@ -25,6 +25,7 @@ class BlockRefine:
 
     steps: PositiveInt
     learning_rate: PositiveFloat
+    warmup: Annotated[float, Field(ge=0, lt=1)]
     learning_rate_final: Annotated[float, Field(ge=0, le=1)]
     upstream: ClassVar[Upstream] = "compressed"
     num_samples: ClassVar[int | None] = None

@@ -48,36 +48,33 @@ def pivot_rows(U: Tensor, max_growth: float) -> tuple[Tensor, Tensor, Tensor]:
     Independent of the basis: U R gives the same for every invertible R. Columns of U may depend on each other.
     """
     U = U / U.norm(dim=0).clamp_min(torch.finfo(U.dtype).tiny)
-    basis, LU, swaps = decomposed(U)
-    m, rank = basis.shape
-    order = torch.arange(m, device=U.device)
+    LU, swaps = decomposed(U)
+    m, rank = LU.shape
+    rows = list(range(m))
     for row, other in enumerate(swaps.tolist()):
-        order[[row, other - 1]] = order[[other - 1, row]]
+        rows[row], rows[other - 1] = rows[other - 1], rows[row]
     lower = LU[:rank].tril(-1)
     C = torch.linalg.solve_triangular(lower, LU[rank:], upper=False, left=False, unitriangular=True)
-    exchanged = False
     # Each exchange multiplies the volume of the pivots by its coefficient, so this ends.
-    while float(C.abs().max()) > max_growth:
+    while True:
         row, column = divmod(int(C.abs().argmax()), rank)
-        order[[column, rank + row]] = order[[rank + row, column]]
+        if abs(float(C[row, column])) <= max_growth:
+            break
+        rows[column], rows[rank + row] = rows[rank + row], rows[column]
         exchange(C, row, column)
-        exchanged = True
-    pivots, others = order[:rank], order[rank:]
-    if exchanged:  # free of what that rounded
-        C = torch.linalg.solve(basis[pivots], basis[others], left=False)
-    return pivots, others, C
+    order = torch.tensor(rows, device=U.device)
+    return order[:rank], order[rank:], C
 
 
-def decomposed(U: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """A basis (m, r) of the unit columns of U (m, r), and its LU with partial pivoting: U itself, or orthonormal columns.
+def decomposed(U: Tensor) -> tuple[Tensor, Tensor]:
+    """LU (m, r) with partial pivoting of the unit columns of U (m, r), and its swaps; of an orthonormal basis of them where that is needed.
 
-    The latter cost more than everything else here, and are needed only where columns depend on each other, which a vanishing pivot shows.
+    The latter costs more than everything else here, and is needed only where columns depend on each other, which a vanishing pivot shows.
     """
     LU, swaps = torch.linalg.lu_factor_ex(U)[:2]
     if float(LU.diagonal().abs().min()) * math.sqrt(len(U)) > INDEPENDENT:  # entries of a unit column are about 1 / sqrt(m)
-        return U, LU, swaps
-    basis = torch.linalg.qr(U).Q
-    return basis, *torch.linalg.lu_factor(basis)
+        return LU, swaps
+    return tuple(torch.linalg.lu_factor(torch.linalg.qr(U).Q))  # type: ignore[return-value]
 
 
 def exchange(C: Tensor, row: int, column: int) -> None:
