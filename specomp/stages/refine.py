@@ -39,8 +39,8 @@ def refine(setup: Setup, settings: BlockRefine, index: int, stream: HiddenStream
     # A half-precision model's other parameters stay as they are: its products too.
     half = torch.autocast(trained[0].device.type, dtype) if dtype != torch.float32 else nullcontext()
     before = _loss(index, stream, dense)
-    # Adam moves every number by about its rate, whatever the loss: a decoder layer that is nearly right would be made worse by one that helps
-    # another. Best rates of SmolLM2's layers, at losses from 4e-4 to 0.1, lie around the same multiple of the error.
+    # Adam moves every number by about its rate, whatever the loss: one that helps most decoder layers makes a nearly right one worse.
+    # Best rates of SmolLM2's layers, at losses from 4e-4 to 0.1, lie around the same multiple of the error.
     base = settings.learning_rate * math.sqrt(before)
     start = [p.detach().clone() for p in trained]
     for parameter in trained:
