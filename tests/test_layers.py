@@ -22,7 +22,7 @@ LEVELS = {
     "checks": 7,
     "notes": 8,
     "experiment": 8,
-    "planning": 9,
+    **dict.fromkeys(("factorize", "planning"), 9),
     "pipeline": 10,
     "run": 11,
 }
@@ -57,6 +57,7 @@ THIRD_PARTY = {
         "specomp/checks.py",
     },
     "safetensors": {"specomp/cache.py", "specomp/models/", "specomp/data/"},
+    "xxhash": {"specomp/cache.py"},
     "filelock": {"specomp/cache.py", "specomp/results/record.py"},
     "rich": {"specomp/progress.py", "specomp/results/summary.py", "specomp/planning/"},
     "numpy": {"specomp/data/"},

@@ -259,7 +259,7 @@ def test_no_reference_when_not_asked_for(tmp_path, evaluations):
 
 def test_a_failed_run_says_why_and_is_tried_again(tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
-        patch.setattr("specomp.pipeline.compress", fail)
+        patch.setattr("specomp.factorize.compress", fail)
         with pytest.raises(RuntimeError, match="no luck"):
             compose_run(tmp_path, *SVD)
     cfg = compose_config(tmp_path, *SVD)

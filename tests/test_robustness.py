@@ -15,7 +15,7 @@ from command import finish, start
 from running import compose_config, key_of, store, trainer_factory
 from safetensors import safe_open
 
-import specomp.pipeline
+import specomp.factorize
 from specomp.pipeline import run
 from specomp.results.paper import paper_table
 from specomp.results.sweep import load_sweep
@@ -137,7 +137,7 @@ def test_interrupted_is_not_failed(tmp_path, monkeypatch):
 
     cfg = compose_config(tmp_path, "options.save=false", "options.retry=false")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(specomp.pipeline, "compress", interrupt)
+        patch.setattr(specomp.factorize, "compress", interrupt)
         with pytest.raises(KeyboardInterrupt):
             run(cfg)
     record = store(tmp_path).load(key_of(cfg))

@@ -20,7 +20,7 @@ from running import CONF, compose_config, compose_run, make_setup, random_tokens
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-import specomp.pipeline
+import specomp.factorize
 from specomp.budget import floor_ranks, full_rank
 from specomp.cache import Cache
 from specomp.errors import UserError
@@ -570,7 +570,7 @@ def test_too_few_samples_are_refused(cache):
 def produced(monkeypatch) -> dict[str, Any]:
     """The model that the last run packed, and its training."""
     seen: dict[str, Any] = {}
-    training, packing = specomp.pipeline.train, specomp.pipeline.pack
+    training, packing = specomp.factorize.train, specomp.factorize.pack
 
     def keep_training(*args, **options):
         seen["trained"] = training(*args, **options)
@@ -580,8 +580,8 @@ def produced(monkeypatch) -> dict[str, Any]:
         seen["model"] = setup.model
         return packing(setup, *args, **options)
 
-    monkeypatch.setattr(specomp.pipeline, "train", keep_training)
-    monkeypatch.setattr(specomp.pipeline, "pack", keep_model)
+    monkeypatch.setattr(specomp.factorize, "train", keep_training)
+    monkeypatch.setattr(specomp.factorize, "pack", keep_model)
     return seen
 
 

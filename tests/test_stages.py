@@ -58,7 +58,7 @@ ADACR = AdaCR(min_retention_gap=0.1, importance="block_influence", budget="water
 
 
 def run_method(setup, chosen: Method, compression: float = 0.4, ranks: dict[str, int] | None = None):
-    """What pipeline.factorize does, without a record."""
+    """What factorize.py does, without a record."""
     dense = dense_statistics(setup, dense_needs(chosen, setup.calibration.upstream, NoQuantizer()))
     spectra = DenseSpectra(setup, chosen.target, chosen.whitening, dense)
     if ranks is None:

@@ -1,0 +1,98 @@
+"""factorize(experiment, setup, record): the method itself, on a loaded model. Calibrate, allocate, compress, and train where it trains."""
+
+import logging
+import math
+from collections.abc import Callable
+from dataclasses import replace
+
+from specomp.budget import full_rank
+from specomp.experiment import Experiment
+from specomp.methods.lora import LoRA
+from specomp.methods.svd import Weight
+from specomp.notes import note_factors
+from specomp.ratio import break_even_rank, is_low_rank
+from specomp.results.figures import gate_profiles, training_figure
+from specomp.results.record import Record
+from specomp.stages.calibrate import DenseStatistics, dense_statistics
+from specomp.stages.compress import LinearReport, compress, dense_needs
+from specomp.stages.decompose import DenseSpectra
+from specomp.stages.probe import make_probe
+from specomp.stages.prune import pack
+from specomp.stages.recover import recover
+from specomp.stages.setup import Setup
+from specomp.stages.spectrum import train
+from specomp.stages.teacher import TeacherStates
+
+log = logging.getLogger(__name__)
+
+
+def factorize(experiment: Experiment, setup: Setup, record: Record, finished: Callable[[int], None] | None = None) -> list[LinearReport]:
+    """Calibrate, allocate, compress: the method itself."""
+    method, upstream = experiment.method, experiment.calibration.upstream
+    with record.stage("calibrate"):
+        dense = dense_statistics(setup, dense_needs(method, upstream, experiment.quantizer))
+    # An allocation may ask for dense spectra although the whitening will see compressed inputs: made when asked for.
+    spectra_statistics = dense if upstream == "dense" else DenseStatistics(setup, method.whitening.needs)
+    trains = method.training.trains == "spectrum"
+    # Another packing than two factors may store components beyond their break-even rank.
+    complete = trains or any(is_low_rank(x.m, x.n, math.ceil(break_even_rank(x.m, x.n)), method.packing.stored) for x in setup.linears)
+    # In the dense model a linear's outputs are those of its weight, whatever the target makes of compressed inputs.
+    target = method.target if upstream == "dense" else Weight()
+    spectra = DenseSpectra(setup, target, method.whitening, spectra_statistics, complete=complete)
+    with record.stage("allocate"):
+        ranks = method.allocation(
+            *(setup.linears, experiment.ratio, dense, spectra, method.packing.stored), make_probe(setup, spectra, method.packing)
+        )
+        ranks = {x.name: min(ranks[x.name], full_rank(x)) for x in setup.linears}
+    if trains:
+        return train_spectrum(experiment, setup, record, ranks, spectra, dense)
+    teacher, to_train = None, replace(setup, samples=experiment.training_samples)
+    if isinstance(method.training, LoRA):
+        with record.stage("train"):
+            teacher = TeacherStates(to_train)  # while the model is dense
+    with record.stage("compress"):
+        reports = compress(setup, method, experiment.quantizer, ranks, spectra, dense, finished)
+    note_factors(record, reports, method, experiment.quantizer, setup.model.dtype)
+    if teacher is not None:
+        train_stored(experiment, to_train, record, teacher)
+    return reports
+
+
+def train_spectrum(
+    experiment: Experiment, setup: Setup, record: Record, ranks: dict[str, int], spectra: DenseSpectra, dense: DenseStatistics
+) -> list[LinearReport]:
+    """Train the spectrum, prune and pack it."""
+    method, ratio = experiment.method, experiment.ratio
+    with record.stage("train"):
+        trained = train(
+            *(setup, method, ratio, ranks, spectra),
+            seed=experiment.options.seed,
+            curve_file=experiment.records.companion(record.key, "training.csv"),
+            logger=lambda: experiment.tracking.training_logger(record),
+        )
+    with record.stage("compress"):
+        reports, chosen, account = pack(setup, method, experiment.quantizer, ratio, trained, spectra, dense)
+    profiles = gate_profiles(setup.linears, trained.gates, trained.alive, chosen)
+    record.training = {name: value for name, value in trained.report.items() if name != "curve"} | {
+        "pruning": account,
+        "profiles": profiles,
+    }
+    figure = experiment.records.companion(record.key, "training.png")
+    training_figure(figure, setup.linears, trained.gates, chosen, record.training | {"curve": trained.report["curve"]})
+    log.info("Figure of the training: %s", figure)
+    return reports
+
+
+def train_stored(experiment: Experiment, setup: Setup, record: Record, teacher: TeacherStates) -> None:
+    """Train what the compressed model stores, in place."""
+    training = experiment.method.training
+    assert isinstance(training, LoRA)
+    with record.stage("train"):
+        report = recover(
+            *(setup, training, teacher, record.key),
+            seed=experiment.options.seed,
+            curve_file=experiment.records.companion(record.key, "training.csv"),
+            logger=lambda: experiment.tracking.training_logger(record),
+        )
+    record.training = {name: value for name, value in report.items() if name != "curve"}
+    record.training |= {"samples": setup.samples.num_samples, "samples_hash": setup.samples.hash}
