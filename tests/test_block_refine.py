@@ -43,6 +43,15 @@ def test_each_decoder_layer_says_what_it_gained_and_nothing_is_trainable(tmp_pat
     assert not any(p.requires_grad or p.grad is not None for p in setup.model.parameters())
 
 
+@pytest.mark.parametrize("rank", [2, 8, 14])
+def test_one_rate_serves_decoder_layers_that_are_nearly_right_and_far_off(tmp_path, rank, caplog):
+    """The rate is a multiple of the error: everywhere the fit helps."""
+    setup = make_setup("llama", Cache(tmp_path), num_samples=12, length=32, batch_size=4)
+    reports = run_method(setup, method(compensation=REFINE, packing=Pivoted(max_growth=2.0)), ranks=ranks_of(setup, rank))
+    assert max(x.compensation_gain for x in reports if not x.dense) < 0.97
+    assert "was put back" not in caplog.text
+
+
 def test_a_fit_that_makes_it_worse_is_put_back(tmp_path, caplog):
     wild = dataclasses.replace(REFINE, learning_rate=10.0, learning_rate_final=1.0)
     plain, after = (final_error(tmp_path / name, compensation=x) for name, x in (("plain", method().compensation), ("wild", wild)))
