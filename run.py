@@ -1,7 +1,9 @@
 """python run.py [group=choice ...] [key=value ...]: one experiment; with -m, a sweep. See README.md."""
 
 import logging
+import re
 import sys
+from pathlib import Path
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
@@ -10,6 +12,8 @@ from hydra.types import RunMode
 from omegaconf import DictConfig
 
 log = logging.getLogger("specomp")
+CONF = Path(__file__).parent / "conf"
+NO_NAME = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)(e[+-]?\d+)?|null|true|false", re.IGNORECASE)
 
 
 @hydra.main(version_base="1.3", config_path="conf", config_name="config")
@@ -30,7 +34,19 @@ def main(cfg: DictConfig) -> float | None:
         raise CompactHydraException(line) from error
 
 
+def check_choices(arguments: list[str]) -> None:
+    """A number or null where a choice belongs, which Hydra answers with a traceback. Raises SystemExit."""
+    for argument in arguments:
+        group, _, value = argument.partition("=")
+        if not any(NO_NAME.fullmatch(x.strip()) for x in value.split(",")) or not (CONF / group).is_dir():
+            continue
+        choices = ", ".join(sorted(x.stem for x in (CONF / group).glob("*.yaml")))
+        number = f" A number is written ratio.compression={value}." if group == "ratio" else ""
+        raise SystemExit(f"specomp: {argument}: {group} is chosen by name: {choices}.{number}")
+
+
 if __name__ == "__main__":
+    check_choices(sys.argv[1:])
     try:
         main()
     except KeyboardInterrupt:

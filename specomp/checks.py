@@ -21,7 +21,7 @@ from pydantic import ValidationError
 
 from specomp.errors import UserError
 from specomp.evaluation.suite import Suite
-from specomp.methods.base import Method, Quantizer
+from specomp.methods.base import Method, Quantizer, Upstream
 from specomp.methods.block_refine import BlockRefine
 from specomp.methods.lora import LoRA
 from specomp.methods.spectrum import SpectrumTraining
@@ -81,7 +81,7 @@ def check_machine(source: Source, trainer: Callable[..., L.Trainer]) -> int:
         raise UserError(f"trainer: {one_line(error)}") from error
 
 
-def check_training(method: Method, num_samples: int, processes: int) -> None:
+def check_training(method: Method, upstream: Upstream, num_samples: int, processes: int) -> None:
     """A method that trains: its other slots, data and processes. Raises UserError."""
     training = method.training
     if not isinstance(training, (SpectrumTraining, LoRA)):
@@ -90,6 +90,11 @@ def check_training(method: Method, num_samples: int, processes: int) -> None:
         raise UserError(
             f"A training of the spectrum starts from components, which {type(method.compensation).__name__} does not keep: use "
             "method/compensation=none, or method/training=lora, which trains what is stored."
+        )
+    if training.trains == "spectrum" and upstream == "compressed":
+        raise UserError(
+            "A training of the spectrum starts from components of the dense model, before anything is compressed: "
+            "use calibration.upstream=dense."
         )
     training.check(training.samples_of(num_samples), processes)
 

@@ -107,7 +107,7 @@ def build(cfg: DictConfig) -> Experiment:
     samples = training_samples = request.calibration.build(tokenizer, max_length=context)
     training = request.method.training
     if training.trains != "nothing":
-        check_training(request.method, samples.num_samples, request.processes)
+        check_training(request.method, request.calibration.upstream, samples.num_samples, request.processes)
         assert isinstance(training, Distillation)
         wanted = training.samples_of(samples.num_samples)
         if wanted != samples.num_samples:

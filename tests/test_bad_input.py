@@ -379,6 +379,22 @@ def test_command_with_unknown_names(tmp_path, typed, fragments):
         assert fragment in done.stderr
 
 
+@pytest.mark.parametrize(
+    ("typed", "said"),
+    [
+        ("ratio=0.4", "A number is written ratio.compression=0.4."),
+        ("ratio=cr20,1.5", "ratio is chosen by name: cr10, cr20"),
+        ("method=null", "method is chosen by name: adasvd"),
+        ("method/training=1", "method/training is chosen by name: lora"),
+    ],
+)
+def test_a_number_where_a_name_belongs(tmp_path, typed, said):
+    """Hydra itself ends in 25 lines of traceback."""
+    done = command(tmp_path, typed)
+    assert done.returncode == 1 and len(done.stderr.splitlines()) == 1
+    assert said in done.stderr
+
+
 def test_command_ends_in_one_line(tmp_path):
     done = command(tmp_path, "ratio.compression=abc")
     assert done.returncode == 1

@@ -4,6 +4,9 @@ Slots are frozen settings with a `__call__`; they see names, shapes and statisti
 Shapes: W (m, n), r rank.
 """
 
+import hashlib
+import inspect
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields, is_dataclass
 from typing import Any, Literal, Protocol, runtime_checkable
@@ -18,6 +21,13 @@ from specomp.ratio import Cost, Ratio
 from specomp.settings import configurable
 from specomp.statistics import Statistic, Stats
 
+# Files of specomp/methods and specomp/quantization whose formulas are pinned by tests; one beside them is somebody's own.
+# fmt: off
+OURS = frozenset({
+    "adasvd", "anchored", "asvd", "base", "block_refine", "fwsvd", "global_loss", "kronecker", "lora", "pivoted", "soco", "spectrum", "svd",
+    "svd_llm", "factors", "gptq", "none", "rtn",
+})
+# fmt: on
 Upstream = Literal["dense", "compressed"]
 Probe = Callable[[str, int], float]
 """Mean token loss on the calibration set when one linear (name) is cut to a rank; dense when the name is ''."""
@@ -144,9 +154,21 @@ class Method:
 
 
 def describe(slot: Any) -> dict[str, Any]:
-    """A slot's class and settings, JSON-able: what a cache key or a record says of it."""
+    """A slot's class and settings, JSON-able: what a cache key or a record says of it; of a class that is not specomp's also its source."""
     settings = {x.name: getattr(slot, x.name) for x in fields(slot)}
-    return {"class": type(slot).__name__} | {k: _plain(v) for k, v in settings.items()}
+    return {"class": type(slot).__name__} | _origin(type(slot)) | {k: _plain(v) for k, v in settings.items()}
+
+
+def _origin(kind: type) -> dict[str, str]:
+    """Module and source of somebody's own class: a name that specomp has too, or an edited formula, must not find what another one left."""
+    package, *rest = kind.__module__.split(".")
+    if package == "specomp" and (rest[0] not in ("methods", "quantization") or rest[-1] in OURS):
+        return {}
+    try:
+        source = inspect.getsource(sys.modules[kind.__module__])
+    except (OSError, TypeError, KeyError):  # typed into an interpreter
+        source = ""
+    return {"module": kind.__module__, "source": hashlib.sha256(source.encode()).hexdigest()[:16]}
 
 
 def _plain(value: Any) -> Any:

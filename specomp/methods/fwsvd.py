@@ -7,6 +7,7 @@ Differs from the paper: eps regularizes features whose gradient vanishes (CHOICE
 
 from typing import Annotated, Literal
 
+import torch
 from pydantic import Field
 
 from specomp.factors import GramNorm, Norm
@@ -34,4 +35,6 @@ class FisherWhitening:
         importance = importance + self.eps * importance.mean()
         if self.side == "in":
             return GramNorm(importance, solve=self.solve)
+        if not bool(importance.any()):  # no loss depends on these outputs: all alike
+            importance = torch.ones_like(importance)
         return GramNorm(None, left=importance.sqrt(), solve=self.solve)

@@ -58,7 +58,7 @@ def pivot_rows(U: Tensor, max_growth: float) -> tuple[Tensor, Tensor, Tensor]:
     # Each exchange multiplies the volume of the pivots by its coefficient, so this ends.
     while True:
         row, column = divmod(int(C.abs().argmax()), rank)
-        if abs(float(C[row, column])) <= max_growth:
+        if not abs(float(C[row, column])) > max_growth:  # nor where it is no number
             break
         rows[column], rows[rank + row] = rows[rank + row], rows[column]
         exchange(C, row, column)

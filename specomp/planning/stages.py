@@ -62,7 +62,7 @@ def outlook(request: Request) -> Outlook:
     if not request.method.is_dense:
         check_budget(shape.linears, request.ratio.retention, request.method.packing.stored)
     if request.method.training.trains != "nothing":
-        check_training(request.method, samples, request.processes)
+        check_training(request.method, request.calibration.upstream, samples, request.processes)
     ranks = ranks_of(request.method, request.ratio, shape.linears)
     return _Counting(request, shape, ranks, samples, length).outlook()
 

@@ -214,6 +214,13 @@ def _collect_streamed(setup: Setup, statistics: list[Statistic]) -> None:
 def _keep(setup: Setup, statistics: Iterable[Statistic], decoder_layer: int, values: Mapping[str, Tensor]) -> None:
     for statistic in statistics:
         part = {name: value for name, value in values.items() if name.endswith(f":{statistic.name}")}
+        wrong = [name for name, value in part.items() if not bool(value.isfinite().all())]
+        if wrong:
+            raise UserError(
+                f"Decoder layer {decoder_layer}: {wrong[0]} is not finite on the calibration set: a weight is not, or activations overflow "
+                f"{str(setup.model.dtype).removeprefix('torch.')}; see whether the dense model's perplexity is finite, "
+                "or use model.dtype=float32."
+            )
         setup.cache.save("statistics", statistic_key(setup, statistic), part_name(decoder_layer), part)
 
 

@@ -3,6 +3,7 @@
 import logging
 import math
 
+import torch
 from torch import Tensor, nn
 
 from specomp.cache import digest, if_free, meanwhile
@@ -10,6 +11,7 @@ from specomp.errors import UserError
 from specomp.factors import Norm, Spectrum
 from specomp.linalg import SOLVE_DTYPE
 from specomp.methods.base import Target, Whitening, describe
+from specomp.models.files import first_line
 from specomp.ratio import break_even_rank
 from specomp.stages.calibrate import DenseStatistics, linear_module, statistic_key
 from specomp.stages.setup import Setup
@@ -111,6 +113,11 @@ def decompose(norm: Norm, target: Tensor, name: str, keep: int | None = None) ->
     """norm.decompose, with what is numerically impossible said of the linear it concerns. Raises UserError."""
     try:
         return norm.decompose(target, keep=keep)
+    except torch.linalg.LinAlgError as error:  # type: ignore[attr-defined]
+        raise UserError(
+            f"{name}: its decomposition failed ({first_line(error)}): its weight or its statistics are not finite; see whether the dense "
+            "model's perplexity is finite, or use model.dtype=float32."
+        ) from error
     except ValueError as error:
         raise UserError(
             f"{name}: {error}: calibrate on more tokens or with calibration.precision=float32, raise the damping of method.whitening, "
