@@ -35,6 +35,6 @@ class FisherWhitening:
         importance = importance + self.eps * importance.mean()
         if self.side == "in":
             return GramNorm(importance, solve=self.solve)
-        if not bool(importance.any()):  # no loss depends on these outputs: all alike
-            importance = torch.ones_like(importance)
+        # Where no loss depends on these outputs they are all alike. Without a branch on values: plans count with tensors that have none.
+        importance = torch.where(importance.any(), importance, torch.ones_like(importance))
         return GramNorm(None, left=importance.sqrt(), solve=self.solve)
