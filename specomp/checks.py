@@ -31,6 +31,7 @@ from specomp.models.files import first_line, one_line
 from specomp.models.load import torch_device
 from specomp.models.sources import Source
 from specomp.options import Options
+from specomp.phases import Distillation
 from specomp.ratio import Cost, pair_cost, retained
 from specomp.statistics import GRADIENT_SCOPES, Statistic
 
@@ -97,6 +98,15 @@ def check_training(method: Method, upstream: Upstream, num_samples: int, process
             "use calibration.upstream=dense."
         )
     training.check(training.samples_of(num_samples), processes)
+
+
+def check_precision(method: Method, dtype: torch.dtype) -> None:
+    """Raises UserError where autocast could not train a model of this dtype: it mixes bfloat16 with float32 only."""
+    if isinstance(method.training, Distillation) and method.training.precision == "bfloat16" and dtype == torch.float16:
+        raise UserError(
+            f"{type(method.training).__name__} in bfloat16 cannot train a float16 model: "
+            "set model.dtype=bfloat16, or method.training.precision=float32."
+        )
 
 
 def check_streamed(source: Source, method: Method, needs: Iterable[Statistic], options: Options, suite: Suite) -> None:

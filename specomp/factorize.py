@@ -5,16 +5,12 @@ import math
 from collections.abc import Callable
 from dataclasses import replace
 
-import torch
-
 from specomp.budget import full_rank
-from specomp.errors import UserError
+from specomp.checks import check_precision
 from specomp.experiment import Experiment
-from specomp.methods.base import Method
 from specomp.methods.lora import LoRA
 from specomp.methods.svd import Weight
 from specomp.notes import note_factors
-from specomp.phases import Distillation
 from specomp.ratio import break_even_rank, is_low_rank
 from specomp.results.figures import gate_profiles, training_figure
 from specomp.results.record import Record
@@ -34,7 +30,7 @@ log = logging.getLogger(__name__)
 def factorize(experiment: Experiment, setup: Setup, record: Record, finished: Callable[[int], None] | None = None) -> list[LinearReport]:
     """Calibrate, allocate, compress: the method itself."""
     method, upstream = experiment.method, experiment.calibration.upstream
-    check_precision(method, setup)
+    check_precision(method, setup.model.dtype)
     with record.stage("calibrate"):
         dense = dense_statistics(setup, dense_needs(method, upstream, experiment.quantizer))
     # An allocation may ask for dense spectra although the whitening will see compressed inputs: made when asked for.
@@ -62,15 +58,6 @@ def factorize(experiment: Experiment, setup: Setup, record: Record, finished: Ca
     if teacher is not None:
         train_stored(experiment, to_train, record, teacher)
     return reports
-
-
-def check_precision(method: Method, setup: Setup) -> None:
-    """Raises UserError where autocast could not train the model: it mixes bfloat16 with float32 only."""
-    if isinstance(method.training, Distillation) and method.training.precision == "bfloat16" and setup.model.dtype == torch.float16:
-        raise UserError(
-            f"{type(method.training).__name__} in bfloat16 cannot train a float16 model: "
-            "set model.dtype=bfloat16, or method.training.precision=float32."
-        )
 
 
 def train_spectrum(

@@ -4,7 +4,6 @@ Slots are frozen settings with a `__call__`; they see names, shapes and statisti
 Shapes: W (m, n), r rank.
 """
 
-import hashlib
 import inspect
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -14,6 +13,7 @@ from typing import Any, Literal, Protocol, runtime_checkable
 import torch
 from torch import Tensor, nn
 
+from specomp.cache import digest
 from specomp.factors import LowRankFactors, Norm, Spectrum
 from specomp.models.family import LinearSpec
 from specomp.phases import Trains
@@ -168,7 +168,7 @@ def _origin(kind: type) -> dict[str, str]:
         source = inspect.getsource(sys.modules[kind.__module__])
     except (OSError, TypeError, KeyError):  # typed into an interpreter
         source = ""
-    return {"module": kind.__module__, "source": hashlib.sha256(source.encode()).hexdigest()[:16]}
+    return {"module": kind.__module__, "source": digest(source)[:16]}
 
 
 def _plain(value: Any) -> Any:

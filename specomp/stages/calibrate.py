@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from specomp.cache import digest, waiting
-from specomp.errors import UserError
+from specomp.errors import UserError, not_finite
 from specomp.models.family import LinearSpec
 from specomp.progress import track
 from specomp.stages.observe import LayerObserver, stats_of
@@ -216,11 +216,7 @@ def _keep(setup: Setup, statistics: Iterable[Statistic], decoder_layer: int, val
         part = {name: value for name, value in values.items() if name.endswith(f":{statistic.name}")}
         wrong = [name for name, value in part.items() if not bool(value.isfinite().all())]
         if wrong:
-            raise UserError(
-                f"Decoder layer {decoder_layer}: {wrong[0]} is not finite on the calibration set: a weight is not, or activations overflow "
-                f"{str(setup.model.dtype).removeprefix('torch.')}; see whether the dense model's perplexity is finite, "
-                "or use model.dtype=float32."
-            )
+            raise not_finite(f"Decoder layer {decoder_layer}: {wrong[0]} is not finite on the calibration set")
         setup.cache.save("statistics", statistic_key(setup, statistic), part_name(decoder_layer), part)
 
 

@@ -173,11 +173,6 @@ class CompressionModule(L.LightningModule):
         target, norm = target_of(method.target, W, whitening_stats, linear.name), method.whitening(whitening_stats)
         spectrum = decompose(norm, target, linear.name, keep=rank) if self.whiten_streamed else self.spectra(linear.name)
         factors = truncate(spectrum, rank)
-        if not bool(factors.U.isfinite().all() and factors.Vt.isfinite().all()):
-            raise UserError(
-                f"{linear.name}: its factors are not finite (rank {rank}): its weight, its statistics or its norm are not; "
-                "see whether the dense model's perplexity is finite, or use model.dtype=float32."
-            )
         repair_stats = stats_of(linear, repair_values, self.repair_needs) if self.repair_streamed else self.dense(linear.name)
         if method.compensation.needs:
             repaired = method.compensation(target.float(), factors, repair_stats)

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from specomp.cache import digest, if_free, meanwhile
-from specomp.errors import UserError
+from specomp.errors import UserError, not_finite
 from specomp.factors import Norm, Spectrum
 from specomp.linalg import SOLVE_DTYPE
 from specomp.methods.base import Target, Whitening, describe
@@ -112,14 +112,14 @@ def target_of(target: Target, W: Tensor, stats: Stats, name: str) -> Tensor:
 def decompose(norm: Norm, target: Tensor, name: str, keep: int | None = None) -> Spectrum:
     """norm.decompose, with what is numerically impossible said of the linear it concerns. Raises UserError."""
     try:
-        return norm.decompose(target, keep=keep)
+        spectrum = norm.decompose(target, keep=keep)
     except torch.linalg.LinAlgError as error:  # type: ignore[attr-defined]
-        raise UserError(
-            f"{name}: its decomposition failed ({first_line(error)}): its weight or its statistics are not finite; see whether the dense "
-            "model's perplexity is finite, or use model.dtype=float32."
-        ) from error
+        raise not_finite(f"{name}: its decomposition failed ({first_line(error)})") from error
     except ValueError as error:
         raise UserError(
             f"{name}: {error}: calibrate on more tokens or with calibration.precision=float32, raise the damping of method.whitening, "
             "or use method/whitening=gram, which needs no damping."
         ) from error
+    if not all(bool(x.isfinite().all()) for x in (spectrum.U, spectrum.s, spectrum.rows)):
+        raise not_finite(f"{name}: its factors are not finite")
+    return spectrum
