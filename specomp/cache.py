@@ -43,7 +43,8 @@ def digest(description: Any) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def _checksum(tensors: Mapping[str, Tensor]) -> str:
+def checksum(tensors: Mapping[str, Tensor]) -> str:
+    """xxh3 (hex) of tensors on the CPU: names and bytes."""
     state = xxhash.xxh3_64()
     for name in sorted(tensors):
         state.update(name.encode())
@@ -86,7 +87,7 @@ class Cache:
         make_folder(path.parent)
         payload = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
         with atomic_path(path) as temporary:
-            save_file(payload, temporary, metadata={"key": key, "checksum": _checksum(payload)})
+            save_file(payload, temporary, metadata={"key": key, "checksum": checksum(payload)})
 
     def has(self, kind: str, key: str, part: str) -> bool:
         """Whether a part is there and whole, by its header alone: finds truncation, not flipped bits, which `load` does."""
@@ -109,7 +110,7 @@ class Cache:
             with safe_open(path, framework="pt") as file:  # type: ignore[no-untyped-call]
                 metadata = file.metadata() or {}
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
-            if metadata.get("key") != key or metadata.get("checksum") != _checksum(tensors):
+            if metadata.get("key") != key or metadata.get("checksum") != checksum(tensors):
                 raise ValueError("checksum mismatch")
         except (SafetensorError, OSError, ValueError) as error:
             log.warning("Cache entry %s is damaged (%s): dropped, computing it again.", path, error)

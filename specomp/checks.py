@@ -25,7 +25,7 @@ from specomp.methods.base import Method, Quantizer, Upstream
 from specomp.methods.block_refine import BlockRefine
 from specomp.methods.lora import LoRA
 from specomp.methods.spectrum import SpectrumTraining
-from specomp.methods.svd import Factors
+from specomp.methods.svd import Factors, FullRank
 from specomp.models.family import LinearSpec
 from specomp.models.files import first_line, one_line
 from specomp.models.load import torch_device
@@ -87,10 +87,10 @@ def check_training(method: Method, upstream: Upstream, num_samples: int, process
     training = method.training
     if not isinstance(training, (SpectrumTraining, LoRA)):
         raise UserError(f"method.training is a {type(training).__name__}; specomp trains a SpectrumTraining or a LoRA (specomp/methods).")
-    if training.trains == "spectrum" and (method.compensation.needs or isinstance(method.compensation, BlockRefine)):
+    if training.trains == "spectrum" and method.repairs and isinstance(method.allocation, FullRank):
         raise UserError(
-            f"A training of the spectrum starts from components, which {type(method.compensation).__name__} does not keep: use "
-            "method/compensation=none, or method/training=lora, which trains what is stored."
+            f"method.allocation keeps every component until the training drops some, so {type(method.compensation).__name__} has nothing to "
+            "repair: use method/compensation=none, or an allocation that truncates, such as method/allocation=global_loss."
         )
     if training.trains == "spectrum" and upstream == "compressed":
         raise UserError(

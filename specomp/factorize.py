@@ -8,15 +8,17 @@ from dataclasses import replace
 from specomp.budget import full_rank
 from specomp.checks import check_precision
 from specomp.experiment import Experiment
+from specomp.methods.base import Quantizer
 from specomp.methods.lora import LoRA
 from specomp.methods.svd import Weight
 from specomp.notes import note_factors
+from specomp.quantization.none import NoQuantizer
 from specomp.ratio import break_even_rank, is_low_rank
 from specomp.results.figures import gate_profiles, training_figure
 from specomp.results.record import Record
 from specomp.stages.calibrate import DenseStatistics, dense_statistics
 from specomp.stages.compress import LinearReport, compress, dense_needs
-from specomp.stages.decompose import DenseSpectra
+from specomp.stages.decompose import DenseSpectra, StoredSpectra
 from specomp.stages.probe import make_probe
 from specomp.stages.prune import pack
 from specomp.stages.recover import recover
@@ -46,36 +48,58 @@ def factorize(experiment: Experiment, setup: Setup, record: Record, finished: Ca
             *(setup.linears, experiment.ratio, dense, spectra, method.packing.stored), make_probe(setup, spectra, method.packing)
         )
         ranks = {x.name: min(ranks[x.name], full_rank(x)) for x in setup.linears}
-    if trains:
-        return train_spectrum(experiment, setup, record, ranks, spectra, dense)
-    teacher, to_train = None, replace(setup, samples=experiment.training_samples)
-    if isinstance(method.training, LoRA):
+    to_train = replace(setup, samples=experiment.training_samples)
+    teacher = None
+    if method.training.trains != "nothing":
         with record.stage("train"):
             teacher = TeacherStates(to_train)  # while the model is dense
+    if trains and not method.repairs:
+        assert teacher is not None
+        return train_spectrum(experiment, to_train, record, teacher, ranks, spectra, dense, spectra)
+    if trains:
+        for linear in setup.linears:  # while the model is dense
+            spectra(linear.name)
+    no_quantizer: Quantizer = NoQuantizer()
+    quantizer = no_quantizer if trains else experiment.quantizer  # what is trained is rounded afterwards
     with record.stage("compress"):
-        reports = compress(setup, method, experiment.quantizer, ranks, spectra, dense, finished)
+        reports = compress(setup, method, quantizer, ranks, spectra, dense, finished)
     note_factors(record, reports, method, experiment.quantizer, setup.model.dtype)
+    if trains:
+        assert teacher is not None
+        repaired = StoredSpectra(setup, method.whitening, dense)
+        gains = {x.name: x.compensation_gain for x in reports}
+        reports = train_spectrum(experiment, to_train, record, teacher, ranks, repaired, dense, spectra)
+        return [replace(x, compensation_gain=gains[x.name]) for x in reports]
     if teacher is not None:
         train_stored(experiment, to_train, record, teacher)
     return reports
 
 
 def train_spectrum(
-    experiment: Experiment, setup: Setup, record: Record, ranks: dict[str, int], spectra: DenseSpectra, dense: DenseStatistics
+    experiment: Experiment,
+    setup: Setup,
+    record: Record,
+    teacher: TeacherStates,
+    ranks: dict[str, int],
+    spectra: DenseSpectra,
+    dense: DenseStatistics,
+    before: DenseSpectra,
 ) -> list[LinearReport]:
     """Train the spectrum, prune and pack it."""
     method, ratio = experiment.method, experiment.ratio
     with record.stage("train"):
         trained = train(
-            *(setup, method, ratio, ranks, spectra),
+            *(setup, method, ratio, ranks, spectra, teacher),
             seed=experiment.options.seed,
             curve_file=experiment.records.companion(record.key, "training.csv"),
             logger=lambda: experiment.tracking.training_logger(record),
         )
     with record.stage("compress"):
-        reports, chosen, account = pack(setup, method, experiment.quantizer, ratio, trained, spectra, dense)
+        reports, chosen, account = pack(setup, method, experiment.quantizer, ratio, trained, spectra, dense, before)
     profiles = gate_profiles(setup.linears, trained.gates, trained.alive, chosen)
     record.training = {name: value for name, value in trained.report.items() if name != "curve"} | {
+        "samples": setup.samples.num_samples,
+        "samples_hash": setup.samples.hash,
         "pruning": account,
         "profiles": profiles,
     }

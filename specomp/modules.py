@@ -51,6 +51,11 @@ class LowRankLinear(nn.Module):
                 setattr(owner, name, nn.Parameter(copy))
         return module
 
+    @property
+    def bias(self) -> Tensor | None:
+        """(m) of the linear, which u_proj has."""
+        return self.u_proj.bias
+
     def forward(self, x: Tensor) -> Tensor:
         """x (... n) -> y (... m)."""
         return self.expand(self.v_proj(x))

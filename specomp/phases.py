@@ -149,6 +149,7 @@ class Distillation(ABC):
 
     trains: ClassVar[Trains]
 
+    num_samples: Count | None
     label_weight: Weight
     learning_rate: Positive
     learning_rate_final: Share
@@ -170,8 +171,8 @@ class Distillation(ABC):
         """The phases to run, in order, by name."""
 
     def samples_of(self, calibration: int) -> int:
-        """How many samples it trains on, for how many there are in the calibration set."""
-        return calibration
+        """How many samples of the calibration's text it trains on: what was asked for, or those of the calibration set."""
+        return self.num_samples or calibration
 
     @model_validator(mode="after")
     def _batches_divide(self) -> "Distillation":
@@ -184,7 +185,7 @@ class Distillation(ABC):
         if num_samples <= self.held_out:
             raise UserError(
                 f"method.training.held_out={self.held_out} samples are kept aside, but there are {num_samples} to train on: "
-                "raise calibration.num_samples, or method.training.num_samples where there is one."
+                "raise method.training.num_samples, or calibration.num_samples."
             )
         if self.batch_size % (processes * self.micro_batch_size):
             raise UserError(

@@ -38,6 +38,7 @@ from specomp.stages.compress import dense_needs
 from specomp.stages.decompose import DenseSpectra
 from specomp.stages.prune import pack
 from specomp.stages.spectrum import Trained, gate, train
+from specomp.stages.teacher import TeacherStates
 from specomp.stages.train import SpectrumModule
 
 PHASES = ["coarse", "alternate", "sparsify", "polish"]
@@ -95,13 +96,14 @@ def fit(setup, chosen: Method, *, compression: float = 0.4, ranks: dict[str, int
     ratio, curve_file = Ratio(compression=compression), setup.cache.root / "training.csv"
     spectra = spectra_of(setup, chosen)
     ranks = all_ranks(setup) if ranks is None else ranks
-    return train(setup, chosen, ratio, ranks, spectra, seed=seed, curve_file=curve_file, logger=lambda: None)
+    return train(setup, chosen, ratio, ranks, spectra, TeacherStates(setup), seed=seed, curve_file=curve_file, logger=lambda: None)
 
 
 def packed(setup, chosen: Method, trained: Trained, *, compression: float = 0.4):
     """The packing stage: reports and account."""
     statistics = dense_statistics(setup, dense_needs(chosen, "dense", NoQuantizer()))
-    found = pack(setup, chosen, NoQuantizer(), Ratio(compression=compression), trained, spectra_of(setup, chosen), statistics)
+    spectra = spectra_of(setup, chosen)
+    found = pack(setup, chosen, NoQuantizer(), Ratio(compression=compression), trained, spectra, statistics, spectra)
     return found[0], found[-1]
 
 

@@ -152,6 +152,11 @@ class Method:
         """Whether nothing is compressed: the reference row."""
         return self.name == "dense"
 
+    @property
+    def repairs(self) -> bool:
+        """Whether a compensation changes what truncation left, before anything is trained."""
+        return bool(self.compensation.needs) or self.compensation.upstream == "compressed"
+
 
 def describe(slot: Any) -> dict[str, Any]:
     """A slot's class and settings, JSON-able: what a cache key or a record says of it; of a class that is not specomp's also its source."""

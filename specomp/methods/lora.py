@@ -22,7 +22,6 @@ class LoRA(Distillation):
     trains: ClassVar[Trains] = "stored"
 
     steps: Count
-    num_samples: Count | None
     rank: Count
     alpha: Positive
 
@@ -30,7 +29,3 @@ class LoRA(Distillation):
     def schedule(self) -> Mapping[str, Phase]:
         """One phase."""
         return {"recover": Phase(steps=self.steps, until=None, prune_margin=None)}
-
-    def samples_of(self, calibration: int) -> int:
-        """What was asked for, or those of the calibration set."""
-        return self.num_samples or calibration

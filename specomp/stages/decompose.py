@@ -1,4 +1,4 @@
-"""Spectra of the dense model's linears: the expensive part of factorization, cached by content and free of any ratio."""
+"""Spectra of the linears: of the dense model the expensive part of factorization, cached by content and free of any ratio."""
 
 import logging
 import math
@@ -6,14 +6,16 @@ import math
 import torch
 from torch import Tensor, nn
 
-from specomp.cache import digest, if_free, meanwhile
+from specomp.cache import checksum, digest, if_free, meanwhile
 from specomp.errors import UserError, not_finite
 from specomp.factors import Norm, Spectrum
 from specomp.linalg import SOLVE_DTYPE
 from specomp.methods.base import Target, Whitening, describe
+from specomp.methods.svd import Weight
 from specomp.models.files import first_line
+from specomp.modules import LowRankLinear, PivotedLinear
 from specomp.ratio import break_even_rank
-from specomp.stages.calibrate import DenseStatistics, linear_module, statistic_key
+from specomp.stages.calibrate import DenseStatistics, statistic_key
 from specomp.stages.setup import Setup
 from specomp.statistics import Stats
 
@@ -83,7 +85,7 @@ class DenseSpectra:
         if setup.store is not None:  # its decoder layers come one at a time
             return False
         for name in reversed(self._by_name):
-            if setup.cache.has("spectra", self.key, name) or not isinstance(setup.model.get_submodule(name), nn.Linear):
+            if setup.cache.has("spectra", self.key, name) or self._weight(name) is None:
                 continue
             with if_free(setup.cache.lock("spectra", self._entry(name))) as free:
                 if free and not setup.cache.has("spectra", self.key, name):
@@ -97,8 +99,31 @@ class DenseSpectra:
         keep = None if self.complete else math.ceil(break_even_rank(linear.m, linear.n))
         stats = statistics(name)
         with self.setup.resident(linear.decoder_layer):
-            W = linear_module(self.setup.model, linear).weight.detach()
+            W = self._weight(name)
+            assert W is not None, f"{name} is a {type(self.setup.model.get_submodule(name)).__name__}"
             return decompose(self.whitening(stats), self.target(W, stats), name, keep=keep)
+
+    def _weight(self, name: str) -> Tensor | None:
+        """(m, n), or None where something else has taken its place."""
+        module = self.setup.model.get_submodule(name)
+        return module.weight.detach() if isinstance(module, nn.Linear) else None
+
+
+class StoredSpectra(DenseSpectra):
+    """Spectra of what the compressed model stores by now, packed or dense, in a norm of the dense model's statistics.
+
+    One that was stored at rank r has r components; those beyond are rounding. Cached by the numbers that are stored.
+    """
+
+    def __init__(self, setup: Setup, whitening: Whitening, statistics: DenseStatistics) -> None:
+        super().__init__(setup, Weight(), whitening, statistics, complete=True)
+        modules = ((x.name, setup.model.get_submodule(x.name)) for x in setup.linears)
+        numbers = {name: checksum({part: x.detach().cpu() for part, x in module.state_dict().items()}) for name, module in modules}
+        self.key = digest({"norm": self.key, "stored": numbers})
+
+    def _weight(self, name: str) -> Tensor | None:
+        module = self.setup.model.get_submodule(name)
+        return module.merged_weight() if isinstance(module, (LowRankLinear, PivotedLinear)) else super()._weight(name)
 
 
 def target_of(target: Target, W: Tensor, stats: Stats, name: str) -> Tensor:

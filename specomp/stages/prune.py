@@ -56,9 +56,19 @@ def choose(
 
 @torch.no_grad()
 def pack(
-    setup: Setup, method: Method, quantizer: Quantizer, ratio: Ratio, trained: Trained, spectra: DenseSpectra, dense: DenseStatistics
+    setup: Setup,
+    method: Method,
+    quantizer: Quantizer,
+    ratio: Ratio,
+    trained: Trained,
+    spectra: DenseSpectra,
+    dense: DenseStatistics,
+    before: DenseSpectra,
 ) -> tuple[list[LinearReport], dict[str, Tensor], dict[str, float]]:
-    """Prune, merge the gates into the factors, and store them as every method does. Returns reports, kept indices per linear, counts."""
+    """Prune, merge the gates into the factors, and store them as every method does. Returns reports, kept indices per linear, counts.
+
+    spectra: what was trained; before: of the dense model, which errors are measured against.
+    """
     training = settings_of(method)
     chosen, account = choose(setup.linears, trained, training, ratio, method.packing.stored)
     reports, out_of_order, kept = [], 0, 0
@@ -80,7 +90,8 @@ def pack(
         replace_linear(setup.model, name, packed.requires_grad_(False))
         out_of_order += int((index >= len(index)).sum())
         kept += len(index)
-        target, norm = spectrum.U @ spectrum.rows, method.whitening(stats)
+        complete, norm = before(name), method.whitening(stats)
+        target = complete.U @ complete.rows
         merged: Tensor = packed.merged_weight() if low else whole.weight.float()  # type: ignore[operator, assignment]
         reports.append(
             LinearReport(
@@ -93,7 +104,7 @@ def pack(
                 damping=spectrum.damping,
                 growth=packed.growth() if isinstance(packed, PivotedLinear) else None,
                 seconds=time.perf_counter() - start,
-                **errors_of(merged, target, norm, spectrum, len(index)),
+                **errors_of(merged, target, norm, complete, len(index)),
                 **quantization_of(factors, rounded, norm),  # type: ignore[arg-type]
             )
         )

@@ -16,7 +16,6 @@ from specomp.methods.base import Method, describe
 from specomp.methods.spectrum import SpectrumTraining
 from specomp.modules import GatedLinear, replace_linear
 from specomp.ratio import Cost, Ratio, is_low_rank, pair_cost
-from specomp.stages.calibrate import linear_module
 from specomp.stages.decompose import DenseSpectra
 from specomp.stages.fit import Result, fit, trained_once
 from specomp.stages.setup import Setup
@@ -43,6 +42,7 @@ def train(
     ratio: Ratio,
     ranks: Mapping[str, int],
     spectra: DenseSpectra,
+    teacher: TeacherStates,
     *,
     seed: int,
     curve_file: Path,
@@ -51,6 +51,7 @@ def train(
     """Trained gates: from the cache, from a checkpoint on, or from the start. Raises UserError when the training diverges.
 
     ranks: components each linear starts with, the largest first; at or above break-even it starts with all of them.
+    teacher: made while the model was dense.
     curve_file: csv with one line per optimizer step; logger: makes a Lightning logger, or None, asked only if there is something to train.
     """
     training, cache = settings_of(method), setup.cache
@@ -72,7 +73,8 @@ def train(
         | ({} if price == pair else {"price": price})
     )
     stored, content = trained_once(
-        *(cache, key, "scores", curve_file), lambda folder: _fit(setup, method, ratio, ranks, spectra, seed, folder, curve_file, logger)
+        *(cache, key, "scores", curve_file),
+        lambda folder: _fit(setup, method, ratio, ranks, spectra, teacher, seed, folder, curve_file, logger),
     )
     names = [x.name for x in setup.linears]
     return Trained(
@@ -95,13 +97,13 @@ def _fit(
     ratio: Ratio,
     ranks: Mapping[str, int],
     spectra: DenseSpectra,
+    teacher: TeacherStates,
     seed: int,
     folder: Path,
     curve_file: Path,
     logger: Callable[[], Any],
 ) -> Result:
     training = settings_of(method)
-    teacher = TeacherStates(setup)
     gated = gate(setup, training, ranks, spectra, method.packing.stored)
     module = SpectrumModule(setup, training, ratio, teacher, gated, cost=method.packing.stored, seed=seed, curve_file=curve_file)
     scores = sum(len(x.scores) for x in gated.values())
@@ -118,11 +120,11 @@ def gate(
     dtype = torch.bfloat16 if training.precision == "bfloat16" else torch.float32
     gated = {}
     for linear in setup.linears:
-        spectrum, dense = spectra(linear.name), linear_module(setup.model, linear)
+        spectrum, bias = spectra(linear.name), setup.model.get_submodule(linear.name).bias
         module = GatedLinear(
             spectrum.U.to(dtype),
             spectrum.rows.to(dtype),
-            dense.bias,
+            bias,  # type: ignore[arg-type]
             to_gate=training.gate.to_gate,
             start=training.gate.start,
             deviation=training.deviation,
