@@ -89,8 +89,8 @@ def check_training(method: Method, upstream: Upstream, num_samples: int, process
         raise UserError(f"method.training is a {type(training).__name__}; specomp trains a SpectrumTraining or a LoRA (specomp/methods).")
     if training.trains == "spectrum" and method.repairs and isinstance(method.allocation, FullRank):
         raise UserError(
-            f"method.allocation keeps every component until the training drops some, so {type(method.compensation).__name__} has nothing to "
-            "repair: use method/compensation=none, or an allocation that truncates, such as method/allocation=global_loss."
+            f"Every component is kept until the training drops some, so {type(method.compensation).__name__} has nothing to repair: "
+            "use method/compensation=none, or an allocation that truncates, such as method/allocation=global_loss."
         )
     if training.trains == "spectrum" and upstream == "compressed":
         raise UserError(
@@ -133,7 +133,7 @@ def check_quantizer(method: Method, quantizer: Quantizer, options: Options) -> N
         return
     if method.is_dense:
         log.warning("method=dense has no factors: quantizer is not used.")
-    elif isinstance(method.compensation, BlockRefine) or method.training.trains == "stored":
+    elif method.training.trains == "stored" or (isinstance(method.compensation, BlockRefine) and method.training.trains == "nothing"):
         slot = "training" if method.training.trains == "stored" else "compensation"
         raise UserError(
             f"{type(getattr(method, slot)).__name__} moves numbers off the grid they were rounded to: use another method/{slot}, "

@@ -4,6 +4,7 @@ import logging
 import math
 from collections.abc import Callable
 from dataclasses import replace
+from typing import cast
 
 from specomp.budget import full_rank
 from specomp.checks import check_precision
@@ -48,30 +49,31 @@ def factorize(experiment: Experiment, setup: Setup, record: Record, finished: Ca
             *(setup.linears, experiment.ratio, dense, spectra, method.packing.stored), make_probe(setup, spectra, method.packing)
         )
         ranks = {x.name: min(ranks[x.name], full_rank(x)) for x in setup.linears}
-    to_train = replace(setup, samples=experiment.training_samples)
-    teacher = None
+    to_train, teacher = replace(setup, samples=experiment.training_samples), None
     if method.training.trains != "nothing":
         with record.stage("train"):
             teacher = TeacherStates(to_train)  # while the model is dense
-    if trains and not method.repairs:
+
+    def compressed(quantizer: Quantizer) -> list[LinearReport]:
+        with record.stage("compress"):
+            return compress(setup, method, quantizer, ranks, spectra, dense, finished)
+
+    if not trains:
+        reports = compressed(experiment.quantizer)
+        if teacher is not None:
+            train_stored(experiment, to_train, record, teacher)
+    else:
         assert teacher is not None
-        return train_spectrum(experiment, to_train, record, teacher, ranks, spectra, dense, spectra)
-    if trains:
-        for linear in setup.linears:  # while the model is dense
-            spectra(linear.name)
-    no_quantizer: Quantizer = NoQuantizer()
-    quantizer = no_quantizer if trains else experiment.quantizer  # what is trained is rounded afterwards
-    with record.stage("compress"):
-        reports = compress(setup, method, quantizer, ranks, spectra, dense, finished)
+        components, gains = spectra, {}
+        if method.repairs:
+            for linear in setup.linears:
+                spectra(linear.name)  # while the model is dense
+            # What is trained is rounded afterwards.
+            gains = {x.name: x.compensation_gain for x in compressed(cast(Quantizer, NoQuantizer()))}
+            components = StoredSpectra(setup, method.whitening, dense)
+        reports = train_spectrum(experiment, to_train, record, teacher, ranks, components, dense, spectra)
+        reports = [replace(x, compensation_gain=gains.get(x.name)) for x in reports]
     note_factors(record, reports, method, experiment.quantizer, setup.model.dtype)
-    if trains:
-        assert teacher is not None
-        repaired = StoredSpectra(setup, method.whitening, dense)
-        gains = {x.name: x.compensation_gain for x in reports}
-        reports = train_spectrum(experiment, to_train, record, teacher, ranks, repaired, dense, spectra)
-        return [replace(x, compensation_gain=gains[x.name]) for x in reports]
-    if teacher is not None:
-        train_stored(experiment, to_train, record, teacher)
     return reports
 
 
@@ -85,7 +87,7 @@ def train_spectrum(
     dense: DenseStatistics,
     before: DenseSpectra,
 ) -> list[LinearReport]:
-    """Train the spectrum, prune and pack it."""
+    """Train the spectrum, prune and pack it. spectra: what is trained; before: of the dense model, which errors are measured against."""
     method, ratio = experiment.method, experiment.ratio
     with record.stage("train"):
         trained = train(

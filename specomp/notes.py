@@ -11,14 +11,15 @@ from specomp.stages.compress import LinearReport
 
 
 def note_factors(record: Record, reports: Sequence[LinearReport], method: Method, quantizer: Quantizer, dtype: torch.dtype) -> None:
-    """Of a compression whose components were not trained; dtype: the model's."""
+    """dtype: the model's."""
+    gated = method.training.trains == "spectrum"  # reports are of what is stored at the end, not of what closed forms left
     damped = [x for x in reports if x.damping > 0]
     if damped:
         record.note(
             f"{len(damped)} of {len(reports)} linears have a damped Gram matrix, "
             f"at most {max(x.damping for x in damped):.1e} of their mean diagonal"
         )
-    if isinstance(method.compensation, BlockRefine):
+    if isinstance(method.compensation, BlockRefine) and not gated:
         record.note("errors of single linears are those before the block refinement; compensation_gain is of a decoder layer's outputs")
     if method.training.trains == "stored":
         record.note("errors of single linears, and growth of pivots, are those before the recovery")
@@ -26,7 +27,8 @@ def note_factors(record: Record, reports: Sequence[LinearReport], method: Method
     if pivoted:
         record.note(f"{len(pivoted)} of {len(reports)} linears are pivoted, with coefficients up to {max(pivoted):.2f}")
     worst = max(reports, key=lambda x: x.loss_over_bound)
-    if not method.compensation.needs and quantizer.bits >= 16 and dtype == torch.float32 and worst.loss_over_bound > 1.01:
+    exact = not gated and not method.compensation.needs
+    if exact and quantizer.bits >= 16 and dtype == torch.float32 and worst.loss_over_bound > 1.01:
         record.note(f"{worst.name} loses {worst.loss_over_bound:.3f} times its Eckart-Young bound: try method.whitening.solve=float64")
 
 

@@ -119,14 +119,13 @@ class _Counting:
         window = min(request.calibration.window or shape.num_layers, shape.num_layers)
         stages = [self.load()]
         read = [r for label, part in request.suite.parts.items() for r in readings(part, label)]
-        dense = request.method.is_dense
+        method, dense = request.method, request.method.is_dense
         if read and request.options.reference and not dense:
             stages.append(self.evaluate(read, "evaluate dense", shape.size))
         if not dense:
             stages += [self.calibrate(), self.allocate()]
-            stages += [self.train()] if self.gated else []
-            stages.append(self.compress())
-            stages += [self.train()] if self.trains and not self.gated else []
+            rest = [self.compress()] + ([self.train()] if self.trains else [])
+            stages += rest[::-1] if self.gated and not method.repairs else rest
         if request.options.save and not dense:
             size = self.compressed.model_bytes
             stages.append(Stage(name="save", detail="a folder", work=disk(size), held=size))
@@ -246,7 +245,9 @@ class _Counting:
 
     def compress(self) -> Stage:
         method, shape, request = self.request.method, self.shape, self.request
-        early = self.gated or self.ranks.asked in ("spectra", "trials")
+        # What was repaired is decomposed and packed once more after its training.
+        again = self.gated and method.repairs
+        early = (self.gated and not again) or self.ranks.asked in ("spectra", "trials")
         work = NOTHING if early else self.spectra()
         for linear in self.low:
             rank, norm = self.ranks.by_name[linear.name], norm_of(method.whitening, linear, self.whitening_values)
@@ -256,13 +257,13 @@ class _Counting:
                 value = self.repair_values[f"site{linear.site}:{next(iter(method.compensation.needs)).name}"]
                 work += repair(linear, method.compensation, rank, value)
             if isinstance(method.packing, Pivoted):
-                work += pivoting(linear, rank)
+                work += pivoting(linear, rank) * (1 + again)
             if request.quantizer.bits < 16:
                 work += rounding(linear, request.quantizer, rank)
-            work += packed_errors(linear, norm, rank)
+            work += packed_errors(linear, norm, rank) * (1 + again)
         detail = f"{len(self.low)} linears"
         held = self.workspace() + num_bytes(values_of_layer(self.needs, shape, self.precision).values())
-        if (self.streamed or self.refinement) and not self.gated:
+        if self.streamed or self.refinement:
             work += self.stream()
             tokens = self.stream_samples * self.length
             held += tokens * shape.hidden * shape.dtype.itemsize + self.activations(self.batch, self.length)
