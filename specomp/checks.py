@@ -100,9 +100,9 @@ def check_training(method: Method, upstream: Upstream, num_samples: int, process
     training.check(training.samples_of(num_samples), processes)
 
 
-def check_precision(method: Method, dtype: torch.dtype) -> None:
+def check_precision(source: Source, method: Method) -> None:
     """Raises UserError where autocast could not train a model of this dtype: it mixes bfloat16 with float32 only."""
-    if isinstance(method.training, Distillation) and method.training.precision == "bfloat16" and dtype == torch.float16:
+    if isinstance(method.training, Distillation) and method.training.precision == "bfloat16" and source.dtype == "float16":
         raise UserError(
             f"{type(method.training).__name__} in bfloat16 cannot train a float16 model: "
             "set model.dtype=bfloat16, or method.training.precision=float32."

@@ -12,7 +12,7 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf, open_dict
 
 from specomp.cache import Cache
-from specomp.checks import check_machine, check_quantizer, check_streamed, check_training, make
+from specomp.checks import check_machine, check_precision, check_quantizer, check_streamed, check_training, make
 from specomp.data.calibration import CalibrationSet, CalibrationSpec
 from specomp.evaluation.suite import Suite
 from specomp.methods.base import Method, Quantizer, describe
@@ -83,6 +83,7 @@ def ask(cfg: DictConfig) -> Request:
     needs = dense_needs(parts["method"], parts["calibration"].upstream, parts["quantizer"])
     check_quantizer(parts["method"], parts["quantizer"], options)
     source, suite = make(cfg, "model"), make(cfg, "benchmark")
+    check_precision(source, parts["method"])
     check_streamed(source, parts["method"], needs, options, suite)
     return Request(
         source=source,

@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import cast
 
 from specomp.budget import full_rank
-from specomp.checks import check_precision
+from specomp.cache import digest
 from specomp.experiment import Experiment
 from specomp.methods.base import Quantizer
 from specomp.methods.lora import LoRA
@@ -19,7 +19,7 @@ from specomp.results.figures import gate_profiles, training_figure
 from specomp.results.record import Record
 from specomp.stages.calibrate import DenseStatistics, dense_statistics
 from specomp.stages.compress import LinearReport, compress, dense_needs
-from specomp.stages.decompose import DenseSpectra, StoredSpectra
+from specomp.stages.decompose import DenseSpectra, StoredSpectra, stored_numbers
 from specomp.stages.probe import make_probe
 from specomp.stages.prune import pack
 from specomp.stages.recover import recover
@@ -33,7 +33,6 @@ log = logging.getLogger(__name__)
 def factorize(experiment: Experiment, setup: Setup, record: Record, finished: Callable[[int], None] | None = None) -> list[LinearReport]:
     """Calibrate, allocate, compress: the method itself."""
     method, upstream = experiment.method, experiment.calibration.upstream
-    check_precision(method, setup.model.dtype)
     with record.stage("calibrate"):
         dense = dense_statistics(setup, dense_needs(method, upstream, experiment.quantizer))
     # An allocation may ask for dense spectra although the whitening will see compressed inputs: made when asked for.
@@ -117,7 +116,7 @@ def train_stored(experiment: Experiment, setup: Setup, record: Record, teacher: 
     assert isinstance(training, LoRA)
     with record.stage("train"):
         report = recover(
-            *(setup, training, teacher, record.key),
+            *(setup, training, teacher, digest({"record": record.key, "stored": stored_numbers(setup)})),
             seed=experiment.options.seed,
             curve_file=experiment.records.companion(record.key, "training.csv"),
             logger=lambda: experiment.tracking.training_logger(record),

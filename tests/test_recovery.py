@@ -8,6 +8,7 @@ from command import command
 from hydra.utils import instantiate
 from omegaconf import OmegaConf
 from running import CONF, compose_config, compose_run, make_setup, store
+from safetensors.torch import load_file
 from test_soco_runs import at_step, dies
 from test_stages import method, ranks_of, run_method
 from torch import nn
@@ -189,9 +190,8 @@ def test_two_processes_train_as_one(tmp_path):
         folder.mkdir()
         done = command(folder, *common, f"trainer={trainer}")
         assert done.returncode == 0, done.stderr
-        (record,) = store(folder).all()
-        cache = Cache(folder / "cache")
-        found[trainer] = cache.load("trained", record.key, "adapters")
+        (file,) = (folder / "cache" / "trained").glob("*/adapters.safetensors")
+        found[trainer] = load_file(file)
     for trainer in ("ddp_cpu", "fsdp_cpu"):
         for name, value in found["default"].items():
             torch.testing.assert_close(found[trainer][name], value, rtol=1e-4, atol=1e-6)
@@ -226,3 +226,24 @@ def test_a_plan_trains_after_compressing(tmp_path):
     cfg.method.training.num_samples = 3 * cfg.calibration.num_samples
     more = outlook(ask(cfg))
     assert f"{3 * more.samples * more.length:,} tokens of the teacher" in next(x.detail for x in more.stages if x.name == "train")
+
+
+def test_adapters_belong_to_the_numbers_they_were_trained_on(tmp_path, monkeypatch):
+    """Another machine may round the same record's factors otherwise."""
+    import specomp.factorize
+
+    common = ["method=svd_llm", *OVERRIDES]
+    record = compose_run(tmp_path, *common)
+    store(tmp_path).path(record.key).unlink()
+    assert compose_run(tmp_path, *common).cache["hits"]["trained"] == 1
+    original = specomp.factorize.compress
+
+    def otherwise(setup, *args):
+        reports = original(setup, *args)
+        with torch.no_grad():
+            next(setup.model.get_submodule(setup.linears[-1].name).parameters()).view(-1)[0] += 1e-4
+        return reports
+
+    monkeypatch.setattr(specomp.factorize, "compress", otherwise)
+    store(tmp_path).path(record.key).unlink()
+    assert compose_run(tmp_path, *common).cache["misses"]["trained"] == 1

@@ -15,7 +15,7 @@ import lightning as L
 import torch
 from torch import Tensor
 
-from specomp.errors import UserError
+from specomp.errors import UserError, not_finite
 from specomp.factors import GramNorm, LowRankFactors, QuantizedFactors, Spectrum, truncate
 from specomp.linalg import relative
 from specomp.methods.base import Method, Quantizer, Upstream
@@ -176,6 +176,8 @@ class CompressionModule(L.LightningModule):
         repair_stats = stats_of(linear, repair_values, self.repair_needs) if self.repair_streamed else self.dense(linear.name)
         if method.compensation.needs:
             repaired = method.compensation(target.float(), factors, repair_stats)
+            if not (repaired.U.isfinite().all() and repaired.Vt.isfinite().all()):
+                raise not_finite(f"{linear.name}: its repaired factors are not finite")
             report = replace(report, compensation_gain=_gain(method, repair_stats, target, factors, repaired))
             factors = repaired
         seen = repair_stats if self.quantize_from == "repair" else whitening_stats
@@ -245,7 +247,8 @@ def dense_needs(method: Method, upstream: Upstream, quantizer: Quantizer) -> fro
     if repair.upstream == "dense" and repair.needs:
         if repair.num_samples is not None:
             raise UserError(
-                "A compensation on dense inputs reads every sample: set method.compensation.num_samples=null, or upstream=compressed."
+                f"A compensation on dense inputs reads every sample, this one num_samples={repair.num_samples} of them: set "
+                "method.compensation.upstream=compressed, or num_samples=null (for AdaComp stack_of_batch=gram, which reads all)."
             )
         needs |= repair.needs
     return needs

@@ -117,13 +117,17 @@ class StoredSpectra(DenseSpectra):
 
     def __init__(self, setup: Setup, whitening: Whitening, statistics: DenseStatistics) -> None:
         super().__init__(setup, Weight(), whitening, statistics, complete=True)
-        modules = ((x.name, setup.model.get_submodule(x.name)) for x in setup.linears)
-        numbers = {name: checksum({part: x.detach().cpu() for part, x in module.state_dict().items()}) for name, module in modules}
-        self.key = digest({"norm": self.key, "stored": numbers})
+        self.key = digest({"norm": self.key, "stored": stored_numbers(setup)})
 
     def _weight(self, name: str) -> Tensor | None:
         module = self.setup.model.get_submodule(name)
         return module.merged_weight() if isinstance(module, (LowRankLinear, PivotedLinear)) else super()._weight(name)
+
+
+def stored_numbers(setup: Setup) -> dict[str, str]:
+    """Checksum of what every linear consists of by now, by its name."""
+    modules = ((x.name, setup.model.get_submodule(x.name)) for x in setup.linears)
+    return {name: checksum({part: value.cpu() for part, value in module.state_dict().items()}) for name, module in modules}
 
 
 def target_of(target: Target, W: Tensor, stats: Stats, name: str) -> Tensor:
