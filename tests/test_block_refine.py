@@ -13,6 +13,7 @@ from specomp.methods.block_refine import BlockRefine, output_loss
 from specomp.methods.pivoted import Pivoted
 from specomp.methods.svd import Factors
 from specomp.pipeline import run
+from specomp.stages import refine
 
 REFINE = BlockRefine(steps=30, learning_rate=0.01, warmup=0.1, learning_rate_final=0.1)
 
@@ -57,6 +58,51 @@ def test_a_fit_that_makes_it_worse_is_put_back(tmp_path, caplog):
     plain, after = (final_error(tmp_path / name, compensation=x) for name, x in (("plain", method().compensation), ("wild", wild)))
     assert after == pytest.approx(plain, rel=1e-6)
     assert "was put back" in caplog.text
+
+
+@pytest.mark.parametrize("packing", [Factors(), Pivoted(max_growth=2.0)], ids=["factors", "pivoted"])
+def test_an_interrupted_refinement_goes_on_behind_the_last_finished_decoder_layer(tmp_path, monkeypatch, packing):
+    """And gives the model that it would have given at once."""
+    real, fitted = refine.refine, []
+
+    def interrupted(setup, settings, index, *streams):
+        if index == 1 and not fitted.count(1):
+            fitted.append(1)
+            raise KeyboardInterrupt
+        fitted.append(index)
+        return real(setup, settings, index, *streams)
+
+    def refined_model(folder):
+        setup = make_setup("opt", Cache(folder), num_samples=12, length=32, batch_size=4)
+        reports = run_method(setup, method(compensation=REFINE, packing=packing), ranks=ranks_of(setup, 6))
+        return setup, {x.name: x.compensation_gain for x in reports}, setup.model.state_dict()
+
+    _, gains, at_once = refined_model(tmp_path / "other")
+    monkeypatch.setattr(refine, "refine", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        refined_model(tmp_path / "cache")
+    assert fitted == [0, 1]
+    setup, resumed_gains, resumed = refined_model(tmp_path / "cache")
+    assert fitted == [0, 1, *range(1, len(setup.layers))]
+    assert setup.cache.hits["refined"] == 1 and resumed_gains == gains
+    assert resumed.keys() == at_once.keys() and all(torch.equal(resumed[name], at_once[name]) for name in resumed)
+
+
+def test_what_is_trained_on_top_shares_the_refined_decoder_layers(tmp_path):
+    """Packed as factors too, where a training reads complete spectra that nothing else needs."""
+    common = ("method=two_sided", "method/compensation=block_refine", "method.compensation.steps=2", "ratio=cr40", "benchmark=none")
+    plain, trained, more = (
+        compose_run(tmp_path, *common, *typed, "save=false")
+        for typed in (
+            ["method/training=none"],
+            ["method/training=polish", "method.training.stages.polish.steps=2", "method.training.num_samples=30"],
+            ["method.compensation.steps=3"],
+        )
+    )
+    layers = plain.cache["misses"]["refined"]
+    assert "refined" not in plain.cache["hits"]
+    assert trained.cache["hits"]["refined"] == layers and "refined" not in trained.cache["misses"]
+    assert more.cache["misses"]["refined"] == layers, "other steps, another model"
 
 
 def test_half_precision_models_are_fitted_in_float32_and_stored_as_they_were(tmp_path):

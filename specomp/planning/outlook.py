@@ -34,6 +34,7 @@ class Outlook:
     statistics_cached: int
     spectra_cached: int
     hidden_carried: int
+    refined_cached: int
     teacher_cached: int
     stages: list[Stage]
     notes: list[str]

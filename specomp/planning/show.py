@@ -86,7 +86,8 @@ def size_rows(plan: Plan) -> Iterator[tuple[str, str]]:
         "statistics in memory at once": seen.statistics_held,
         "statistics in the cache": seen.statistics_cached,
         "spectra in the cache": seen.spectra_cached,
-        "hidden states carried through the compressed model": seen.hidden_carried,
+        "hidden states carried from decoder layer to decoder layer": seen.hidden_carried,
+        "refined decoder layers in the cache": seen.refined_cached,
         "the teacher's states in the cache": seen.teacher_cached,
     }
     for name, amount in rows.items():

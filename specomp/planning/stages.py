@@ -131,7 +131,7 @@ class _Counting:
             stages.append(Stage(name="save", detail="a folder", work=disk(size), held=size))
         if read:
             stages.append(self.evaluate(read, "evaluate", self.compressed))
-        hidden = self.stream_samples * self.length * shape.hidden * shape.dtype.itemsize if self.streamed else 0
+        hidden = self.stream_samples * self.length * shape.hidden * shape.dtype.itemsize * self.num_streams
         return Outlook(
             request=request,
             shape=shape,
@@ -143,6 +143,7 @@ class _Counting:
             statistics_cached=layer * shape.num_layers,
             spectra_cached=0 if dense else sum(spectrum_bytes(x, complete=self.complete) for x in self.decomposed),
             hidden_carried=hidden,
+            refined_cached=self.refined_bytes() if self.refinement else 0,
             teacher_cached=self.taught * shape.hidden * shape.dtype.itemsize,
             stages=stages,
             notes=list(self.notes()),
@@ -263,26 +264,35 @@ class _Counting:
             work += packed_errors(linear, norm, rank) * (1 + again)
         detail = f"{len(self.low)} linears"
         held = self.workspace() + num_bytes(values_of_layer(self.needs, shape, self.precision).values())
-        if self.streamed or self.refinement:
+        if self.num_streams:
             work += self.stream()
             tokens = self.stream_samples * self.length
-            held += tokens * shape.hidden * shape.dtype.itemsize + self.activations(self.batch, self.length)
+            held += tokens * shape.hidden * shape.dtype.itemsize * self.num_streams + self.activations(self.batch, self.length)
             held += 2 * num_bytes(values_of_layer(self.streamed, shape, self.precision).values())
-            detail += f"; {tokens:,} tokens carried through every decoder layer {2 + self.two_streams} times"
+            detail += f"; {tokens:,} tokens carried through every decoder layer {1 + self.num_streams} times"
             if self.refinement:
                 detail += f"; {self.refinement.steps} steps each"
         return Stage(name="compress", detail=detail, work=work, held=held)
 
     @property
-    def two_streams(self) -> bool:
-        """Whether the dense model's hidden states are carried beside those of the compressed one."""
-        return bool(self.refinement) or any(x.scope == "pair" for x in self.streamed)
+    def num_streams(self) -> int:
+        """Models whose hidden states are carried along: none, the compressed one, or the dense one beside it."""
+        if self.refinement or any(x.scope == "pair" for x in self.streamed):
+            return 2
+        return 1 if self.streamed else 0
+
+    def refined_bytes(self) -> int:
+        """Fitted linears as they are stored, biases and the order of pivot rows included."""
+        item = self.shape.dtype.itemsize
+        biases = sum(x.m for x in self.shape.linears if x.name in self.shape.biased)
+        order = self.compressed.held_bytes - self.compressed.model_params * item
+        return (self.compressed.linear_params + biases) * item + order
 
     def stream(self) -> Work:
         """Each decoder layer once dense, observed, and once compressed; where both models are compared, once more on dense inputs."""
         shape, tokens = self.shape, self.stream_samples * self.length
         work = NOTHING
-        for linears in (*[shape.size.linear_params] * (1 + self.two_streams), self.compressed.linear_params):
+        for linears in (*[shape.size.linear_params] * self.num_streams, self.compressed.linear_params):
             work += forward(shape, tokens, self.length, self.dtype, linears=linears, head=False)
         if self.refinement:  # the loss before and after; its steps: forward, and gradients of activations and of weights
             seen = 2 * tokens + 3 * self.refinement.steps * self.batch * self.length

@@ -26,7 +26,7 @@ from specomp.ratio import is_low_rank
 from specomp.stages.calibrate import DenseStatistics, linear_module, predict
 from specomp.stages.decompose import DenseSpectra, decompose, target_of
 from specomp.stages.observe import stats_of
-from specomp.stages.refine import refine
+from specomp.stages.refine import refined, refinement_key
 from specomp.stages.setup import Setup
 from specomp.stages.stream import HiddenStream
 from specomp.statistics import GRADIENT_SCOPES, Statistic, Stats
@@ -134,7 +134,8 @@ class CompressionModule(L.LightningModule):
             reports = list(run(lambda linear: self._compress(linear, *streamed), linears))
         if self.refinement and not all(x.dense for x in reports):
             assert self.stream is not None and self.dense_stream is not None
-            gain = refine(setup, self.refinement, index, self.stream, self.dense_stream).gain
+            key = refinement_key(setup, self.method, self.ranks)
+            gain = refined(setup, self.refinement, key, index, self.stream, self.dense_stream)
             reports = [x if x.dense else replace(x, compensation_gain=gain) for x in reports]
         self.reports.extend(reports)
 

@@ -1,12 +1,19 @@
-"""Fits one packed decoder layer to the outputs of the dense one, on hidden states that both streams carry (methods/block_refine.py)."""
+"""Fits one packed decoder layer to the outputs of the dense one, on hidden states that both streams carry (methods/block_refine.py).
+
+A fitted decoder layer is cached by what determines it: an interrupted run goes on behind the last one, and what is trained on top
+(or not) shares them.
+"""
 
 import logging
 import math
+from collections.abc import Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
 
+from specomp.cache import digest, waiting
+from specomp.methods.base import Method, describe
 from specomp.methods.block_refine import BlockRefine, output_loss
 from specomp.phases import Cosine
 from specomp.stages.setup import Setup
@@ -14,6 +21,8 @@ from specomp.stages.stream import HiddenStream
 
 log = logging.getLogger(__name__)
 BETAS = (0.9, 0.95)
+# Bumped whenever the same settings would fit a decoder layer otherwise.
+VERSION = 1
 
 
 @dataclass(frozen=True)
@@ -27,6 +36,39 @@ class Refined:
     def gain(self) -> float:
         """After over before."""
         return self.after / self.before if self.before > 0 else 1.0
+
+
+def refinement_key(setup: Setup, method: Method, ranks: Mapping[str, int]) -> str:
+    """What the decoder layers of a refined model depend on; what is trained afterwards is not part of it."""
+    spec = setup.calibration
+    return digest(
+        {
+            "version": VERSION,
+            "model": setup.model_key,
+            "calibration": [setup.samples.hash, spec.batch_size, spec.precision, spec.accumulate, spec.upstream],
+            "slots": [describe(x) for x in (method.target, method.whitening, method.packing, method.compensation)],
+            "ranks": dict(ranks),
+            "torch": torch.__version__,
+        }
+    )
+
+
+def refined(setup: Setup, settings: BlockRefine, key: str, index: int, stream: HiddenStream, dense: HiddenStream) -> float:
+    """Refine decoder layer `index` in place, or take it from the cache. Returns what is left of its loss, as a share."""
+    cache, entry = setup.cache, f"layer{index}"
+    modules = {x.name: setup.model.get_submodule(x.name) for x in setup.linears if x.decoder_layer == index}
+    with waiting(cache.lock("refined", digest([key, index])), f"refines decoder layer {index}"):
+        stored = cache.load("refined", key, entry)
+        cache.count("refined", hit=stored is not None)
+        if stored is None:
+            gain = refine(setup, settings, index, stream, dense).gain
+            numbers = {f"{name}.{part}": value for name, module in modules.items() for part, value in module.state_dict().items()}
+            cache.save("refined", key, entry, numbers | {"gain": torch.tensor(gain, dtype=torch.float64)})
+            return gain
+    for name, module in modules.items():
+        # Pivot rows too: numbers only fit the ones they were made for.
+        module.load_state_dict({part: stored[f"{name}.{part}"] for part in module.state_dict()})
+    return float(stored["gain"])
 
 
 def refine(setup: Setup, settings: BlockRefine, index: int, stream: HiddenStream, dense: HiddenStream) -> Refined:

@@ -172,6 +172,19 @@ def test_hidden_states_are_those_of_the_stream(tmp_path, cache):
     few = counted(tmp_path, "method=svd_llm_update", "method.compensation.num_samples=2")
     assert few.hidden_carried == carried * 2 // seen.samples
     assert counted(tmp_path, "method=svd_llm").hidden_carried == 0
+    both = counted(tmp_path, "model=tiny_llama", "method=svd_llm", "method/compensation=block_refine")
+    assert both.hidden_carried == 2 * carried, "the dense model's beside the compressed one's"
+
+
+@pytest.mark.parametrize("family", ["llama", "opt"])
+@pytest.mark.parametrize("packing", ["factors", "pivoted"])
+def test_refined_decoder_layers_are_cached_as_they_are_stored(tmp_path, family, packing):
+    typed = (f"model=tiny_{family}", "method=svd_llm", f"method/packing={packing}", "method/compensation=block_refine")
+    typed += ("method.compensation.steps=1", "ratio=cr60", "benchmark=none", "save=false")
+    compose_run(tmp_path, *typed)
+    seen = counted(tmp_path, *typed)
+    gains = 8 * seen.shape.num_layers
+    assert seen.refined_cached + gains == cached_bytes(tmp_path, "refined")
 
 
 def test_ranks_follow_the_formula_where_no_data_is_asked_for(tmp_path):
