@@ -472,3 +472,13 @@ def test_a_user_error_is_one_line_and_exit_1(tmp_path):
     assert done.returncode == 1
     assert "Samples of 300 tokens do not fit the model's context of 256" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("mode", [[], ["-m"]])
+def test_a_place_that_cannot_be_written_is_one_line_and_exit_1(tmp_path, mode):
+    """Hydra's own logs go there too, before any of our code runs."""
+    (tmp_path / "outputs").touch()
+    done = command(tmp_path, *mode, "debug=tiny", "method=svd")
+    assert done.returncode == 1
+    assert "specomp: Cannot write" in done.stderr and "paths.outputs" in done.stderr
+    assert "Traceback" not in done.stderr
