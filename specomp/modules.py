@@ -179,23 +179,27 @@ class GatedLinear(nn.Module):
         super().__init__()
         self.to_gate = to_gate
         self.alive: Tensor
+        self.existing: Tensor
         self.U = nn.Parameter(U, requires_grad=False)
         self.rows = nn.Parameter(rows, requires_grad=False)
         self.bias = None if bias is None else nn.Parameter(bias.detach(), requires_grad=False)
         self.scores = nn.Parameter(torch.full((len(rows),), start, dtype=torch.float32, device=U.device))
         self.deviation = nn.Parameter(torch.zeros(len(U), dtype=torch.float32, device=U.device)) if deviation else None
         self.register_buffer("alive", torch.ones(len(rows), dtype=torch.bool, device=U.device))
+        # Where `alive` is true. Reading by a mask would make a GPU wait for the host, four times per linear and step.
+        self.register_buffer("existing", torch.arange(len(rows), device=U.device), persistent=False)
         self.mask: Tensor | None = None
 
     def gates(self) -> Tensor:
         """g (a,) of the components that exist, without the mask."""
-        return self.to_gate(self.scores[self.alive])
+        return self.to_gate(self.scores.index_select(0, self.existing))
 
     @torch.no_grad()
     def prune(self, keep: Tensor) -> None:
         """Drop components physically; keep (a,) is over those that exist."""
         self.U.data, self.rows.data = self.U.data[:, keep].contiguous(), self.rows.data[keep].contiguous()
-        self.alive[self.alive.clone()] = keep
+        self.existing = self.existing[keep]
+        self.alive.zero_()[self.existing] = True
         self.mask = None
 
     def forward(self, x: Tensor) -> Tensor:

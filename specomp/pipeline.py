@@ -21,7 +21,7 @@ from specomp.methods.base import describe
 from specomp.models.export import exporting, remove_unfinished, save_compressed
 from specomp.models.export import load as load_folder
 from specomp.models.files import checked_folder, first_line
-from specomp.models.load import LoadedModel
+from specomp.models.load import LoadedModel, device_name
 from specomp.notes import note_quantization
 from specomp.planning.plan import plan
 from specomp.planning.show import show as show_plan
@@ -126,6 +126,7 @@ def load_dense(experiment: Experiment, record: Record) -> Setup:
     """The dense model with what the stages need around it."""
     with record.stage("load"):
         loaded = experiment.source.load(experiment.cache)
+    record.provenance["device"] = device_name(loaded.model.device)
     return Setup(
         model=loaded.model,
         tokenizer=loaded.tokenizer,
@@ -223,7 +224,7 @@ def reference(experiment: Experiment, setup: Setup) -> dict[str, dict[str, float
                 choices=choices,
                 config=experiment.config,
                 ledger=counts(ledger(1.0, size, size), UNCOMPRESSED, setup, num_dense=len(setup.linears)),
-                provenance=provenance(),
+                provenance=provenance() | {"device": device_name(setup.model.device)},
             )
         for benchmark in experiment.suite.benchmarks:
             if benchmark.id not in record.metrics or getattr(benchmark, "volatile", False):

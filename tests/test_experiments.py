@@ -114,6 +114,15 @@ def test_a_sweep_becomes_a_table(folder):
     text = paper_table(sweep, "markdown")
     assert "Missing" not in text
     assert "predicted tokens in windows of 32" in text
+    assert "devices" not in text, "all the same"
+
+
+def test_a_table_says_where_its_numbers_come_from_several_devices(folder):
+    sweep = swept(folder)
+    first, *rest = sweep.points
+    record = replace(first.records[0], provenance={"device": "NVIDIA H200"})
+    mixed = replace(sweep, points=[replace(first, records=(record,)), *rest])
+    assert "- devices: NVIDIA H200 (1 runs), cpu (1 runs)" in paper_table(mixed, "markdown")
 
 
 def test_what_is_missing_is_a_command_that_fills_it(folder, tmp_path):

@@ -81,6 +81,7 @@ def test_a_run_leaves_a_complete_record(tmp_path):
     assert dense["ppl"] != values["ppl"]
     assert {"load", "calibrate", "allocate", "compress", "save", "evaluate"} <= set(record.seconds)
     assert record.provenance["packages"]["torch"]
+    assert record.provenance["device"] == "cpu"
     assert any("measured retention" in note for note in record.notes)
     with (store(tmp_path).folder / f"{record.key[:12]}.linears.csv").open() as file:
         rows = list(csv.DictReader(file))

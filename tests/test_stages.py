@@ -5,6 +5,7 @@ import subprocess
 import sys
 import threading
 import time
+import warnings
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -699,6 +700,15 @@ def test_progress_is_logged_with_what_is_computed(cache, caplog):
     with caplog.at_level(logging.INFO, logger="specomp"):
         dense_statistics(setup, {Gram()})
     assert "calibrate gram, decoder layers 0-2: 5 samples of 24 tokens" in caplog.text
+
+
+def test_no_gpu_is_said_to_be_unused(cache, monkeypatch):
+    """The loop that feeds a calibration is on the CPU; the model it feeds is where it is."""
+    monkeypatch.setattr("lightning.pytorch.accelerators.cuda.CUDAAccelerator.is_available", staticmethod(lambda: True))
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        dense_statistics(make_setup("llama", cache), {Gram()})
+    assert not [x for x in said if "GPU" in str(x.message)]
 
 
 def test_jobs_that_meet_at_a_linear_share_out_the_rest(tmp_path):

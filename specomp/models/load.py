@@ -175,6 +175,11 @@ def torch_device(device: str, device_map: str | None) -> torch.device:
     return target
 
 
+def device_name(device: torch.device) -> str:
+    """What a reader knows the device by: the GPU's product name, else "cpu" or "mps"."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+
+
 def cast_weights(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
     """Cast parameters in place. Unlike model.to(dtype), leaves rotary frequencies in float32, as from_pretrained does: no reload
     would reproduce rounded ones."""

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 import torch
 
+from specomp.models.load import device_name
 from specomp.planning.work import Kind, Work, eigen
 
 # Seconds each kind of speed is measured for; bytes copied; width of the product and of the eigenproblem on a CPU and on other devices.
@@ -55,8 +56,7 @@ def speed_for(works: list[Work], device: torch.device) -> Speed:
     start = Clock.now(device.type)
     rates = {key: _rate(key[0], key[1], device.type, torch.get_num_threads()) for key in needed}
     spent = Clock.now(device.type) - start
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
-    return Speed(device=name, threads=torch.get_num_threads(), rates=rates, busy=spent.wall / max(spent.own, 1e-9))
+    return Speed(device=device_name(device), threads=torch.get_num_threads(), rates=rates, busy=spent.wall / max(spent.own, 1e-9))
 
 
 @functools.cache

@@ -1,6 +1,7 @@
 """A sweep as the paper's table: measured values with those of the paper beside them, and what is still missing."""
 
 import math
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from statistics import fmean
@@ -40,6 +41,9 @@ def facts(sweep: Sweep) -> list[str]:
     if records:
         described = dict.fromkeys(_calibration(r) for r in records if r.calibration)
         lines.append("calibration: " + "; ".join(described))
+    devices = Counter(str(r.provenance.get("device")) for r in records)
+    if len(devices) > 1:
+        lines.append("devices: " + ", ".join(f"{device} ({runs} runs)" for device, runs in devices.items()))
     lines += [f"{c.label}: mean over the factorized linears, see the csv of linears" for c in sweep.columns if c.protocol == LEDGER]
     for column in sweep.columns:
         found = next((column.result(r) for r in records if column.of(r) is not None), None)

@@ -85,9 +85,9 @@ class Record:
 
 
 def peak_memory() -> int:
-    """Peak bytes: the device's allocator where there is one, else the process's resident set."""
-    if torch.cuda.is_available():
-        return int(torch.cuda.max_memory_allocated())
+    """Peak bytes: of the GPU's allocator where anything was on one, else the process's resident set."""
+    if torch.cuda.is_available() and (allocated := torch.cuda.max_memory_allocated()):
+        return int(allocated)
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
@@ -229,7 +229,7 @@ def read_record(path: Path) -> Record:
 
 
 def provenance() -> dict[str, Any]:
-    """Where and with what a record was made."""
+    """Where and with what a record was made; the device is added when the model is on it."""
     return {
         "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         "git": _git("rev-parse", "HEAD"),
@@ -237,7 +237,6 @@ def provenance() -> dict[str, Any]:
         "python": platform.python_version(),
         "packages": {name: _version(name) for name in PACKAGES},
         "machine": platform.machine(),
-        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
         "threads": torch.get_num_threads(),
         "cpus": os.cpu_count(),
     }

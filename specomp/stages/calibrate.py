@@ -236,7 +236,8 @@ def lightning_loop() -> Iterator[L.Callback]:
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)  # hardware announcements and advertising, once per loop
     interrupt = signal.getsignal(signal.SIGINT)
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message=".*(LeafSpec|predict returned None).*")
+        # The last is said of ALONE beside a GPU, which the model does use.
+        warnings.filterwarnings("ignore", message=".*(LeafSpec|predict returned None|GPU available but not used).*")
         try:
             yield _Terminable()
         except SystemExit as error:

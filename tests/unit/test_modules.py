@@ -3,8 +3,9 @@
 import pytest
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from specomp.modules import LowRankLinear, replace_linear
+from specomp.modules import GatedLinear, LowRankLinear, replace_linear
 
 M, N, RANK = 6, 10, 3
 
@@ -74,3 +75,37 @@ def test_replace_linear(training):
 def test_replace_linear_refuses_a_name_that_does_not_exist():
     with pytest.raises(AttributeError):
         replace_linear(nn.Sequential(nn.Linear(N, M)), "7", nn.Identity())
+
+
+def test_gates_are_those_of_the_components_that_exist():
+    module = GatedLinear(*factors(), None, to_gate=torch.sigmoid, start=0.0, deviation=True)
+    with torch.no_grad():
+        module.scores.copy_(torch.arange(RANK))
+    for keep in ([True, False, True], [False, True]):
+        module.prune(torch.tensor(keep))
+    assert module.alive.tolist() == [False, False, True]
+    assert module.existing.tolist() == [2]
+    assert torch.equal(module.gates(), torch.sigmoid(torch.tensor([2.0])))
+
+
+class Operations(TorchDispatchMode):
+    """Names of the operations that run while it is on."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = set()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.seen.add(function.overloadpacket.__name__)
+        return function(*args, **(kwargs or {}))
+
+
+def test_a_training_step_never_waits_for_the_device():
+    """Boolean masks and numbers read off a tensor stop a GPU; with hundreds of linears that is most of a step."""
+    module = GatedLinear(*factors(), None, to_gate=torch.sigmoid, start=0.0, deviation=True)
+    module.prune(torch.tensor([True, False, True]))
+    with Operations() as operations:
+        module(torch.ones(2, N)).sum().backward()
+    assert module.scores.grad is not None
+    assert "index_select" in operations.seen
+    assert not operations.seen & {"index", "index_put", "index_put_", "_index_put_impl_", "nonzero", "_local_scalar_dense"}

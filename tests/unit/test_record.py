@@ -168,9 +168,16 @@ def test_peak_memory_is_in_bytes():
     assert 50 * 2**20 < peak_memory() < 2**40
 
 
+@pytest.mark.parametrize("allocated", [0, 3 * 2**40])
+def test_peak_memory_beside_a_gpu_is_that_of_where_the_run_was(monkeypatch, allocated):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.max_memory_allocated", lambda: allocated)
+    assert peak_memory() == allocated if allocated else 50 * 2**20 < peak_memory() < 2**40
+
+
 def test_provenance_names_what_could_change_the_numbers(monkeypatch):
     found = provenance()
-    assert {"time", "git", "git_dirty", "python", "packages", "machine", "device", "threads", "cpus"} <= set(found)
+    assert {"time", "git", "git_dirty", "python", "packages", "machine", "threads", "cpus"} <= set(found)
     assert all(found["packages"][name] for name in ("torch", "transformers", "lightning"))
     json.dumps(found)
     monkeypatch.setenv("PATH", "")  # no git
