@@ -1,6 +1,6 @@
 """Block refinement: after a decoder layer is packed, its linears are fitted to the outputs of the dense one (AA-SVD, arXiv:2604.02119).
 
-BlockRefine   a few hundred steps of Adam on   mean_t ||f'(h'_t) - f(h_t)||^2 / ||f(h_t)||^2
+BlockRefine   some steps of Adam on   mean_t ||f'(h'_t) - f(h_t)||^2 / ||f(h_t)||^2
 
 f is the dense decoder layer on the dense model's hidden states h, f' the packed one on those of the compressed model before it. Each
 token counts relative to its own length, as the norm of the next decoder layer sees it; otherwise the few tokens with massive activations
