@@ -20,7 +20,7 @@ NO_NAME = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)(e[+-]?\d+)?|null|true|false", re.I
 def main(cfg: DictConfig) -> float | None:
     """The primary metric of the run (what a sweeper optimizes), or None."""
     from specomp.errors import UserError  # imported here: --help and tab completion need no torch
-    from specomp.pipeline import run
+    from specomp.experiment.pipeline import run
 
     try:
         return run(cfg)

@@ -18,12 +18,12 @@
 # %%
 from matplotlib.figure import Figure
 
-from specomp.experiment import typed
-from specomp.factors import truncate
-from specomp.pipeline import load_dense
-from specomp.results.record import Record
-from specomp.stages.calibrate import dense_statistics
-from specomp.statistics import Gram
+from specomp.experiment.config import typed
+from specomp.numerics.factors import truncate
+from specomp.experiment.pipeline import load_dense
+from specomp.experiment.record import Record
+from specomp.compression.calibrate import dense_statistics
+from specomp.numerics.statistics import Gram
 
 SHOWN = ("self_attn.q_proj", "self_attn.v_proj", "mlp.up_proj", "mlp.down_proj")
 

@@ -1,22 +1,39 @@
-"""specomp: SVD-based compression of language models. `import specomp` also makes compressed folders loadable by transformers."""
+"""specomp: SVD-based compression of language models. See api.py.
+
+`import specomp` costs no import of torch, and makes compressed folders loadable by transformers.
+"""
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import TYPE_CHECKING
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
 
 from specomp.models.registration import register_when_needed
 
 if TYPE_CHECKING:
-    from specomp.models.load import LoadedModel
+    from specomp.api import Bits, Calibration, Method, Numbers, Progress, Report, compress, load, perplexity, save
+    from specomp.errors import UserError
+    from specomp.pricing import plan
+    from specomp.rows import method, method_names
 
 __version__ = "0.1.0"
+__all__ = [
+    "Bits", "Calibration", "Method", "Numbers", "Progress", "Report", "UserError",
+    "compress", "load", "method", "method_names", "perplexity", "plan", "save",
+]  # fmt: skip
+ELSEWHERE = {"UserError": "errors", "method": "rows", "method_names": "rows", "plan": "pricing"}
 
 register_when_needed()
 
 
-def load(folder: Path | str, *, dtype: str | None = None, device_map: str | None = None, stream: bool = False) -> LoadedModel:
-    """The model that `save_compressed` wrote into `folder`; see specomp.models.export.load."""
-    from specomp.models.export import load as load_folder  # here: `import specomp` must not cost the import of torch
+def __getattr__(name: str) -> Any:
+    """The public names, imported when they are first asked for."""
+    if name not in __all__:
+        raise AttributeError(f"module 'specomp' has no attribute {name!r}")
+    found = getattr(import_module(f"specomp.{ELSEWHERE.get(name, 'api')}"), name)
+    globals()[name] = found
+    return found
 
-    return load_folder(folder, dtype=dtype, device_map=device_map, stream=stream)
+
+def __dir__() -> list[str]:
+    return [*globals(), *__all__]

@@ -10,8 +10,8 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from specomp.factors import GramNorm, LowRankFactors, truncate
-from specomp.statistics import AbsMean, Fisher, Gram, Stats
+from specomp.numerics.factors import GramNorm, LowRankFactors, truncate
+from specomp.numerics.statistics import AbsMean, Fisher, Gram, Stats
 
 # Spectra and factors come back in float32: nothing agrees beyond this part of the size of W X.
 STORED = 2e-6

@@ -10,11 +10,11 @@ from tiny import VOCAB, tiny_model, tiny_tokenizer
 
 from specomp.cache import Cache
 from specomp.data.calibration import CalibrationSet, TokenFile
-from specomp.experiment import composed
+from specomp.experiment.config import composed
 from specomp.models.families import family_of
-from specomp.pipeline import build, run
-from specomp.results.record import Record, RecordStore, record_key
-from specomp.stages.setup import Setup
+from specomp.experiment.pipeline import build, run
+from specomp.experiment.record import Record, RecordStore, record_key
+from specomp.compression.run import Setup
 
 ROOT = Path(__file__).resolve().parents[1]
 CONF = ROOT / "conf"

@@ -10,13 +10,13 @@ from test_stages import assert_close, method, ranks_of, run_method
 
 from specomp.cache import Cache
 from specomp.errors import UserError
-from specomp.factors import GramNorm, truncate
+from specomp.numerics.factors import GramNorm, truncate
 from specomp.methods.anchored import DenseOutput
 from specomp.methods.kronecker import KroneckerWhitening
 from specomp.quantization.none import NoQuantizer
-from specomp.stages.compress import dense_needs
-from specomp.stages.stream import HiddenStream
-from specomp.statistics import CrossGram, Gram, OutputGradGram, Stats
+from specomp.compression.loop import dense_needs
+from specomp.compression.stream import HiddenStream
+from specomp.numerics.statistics import CrossGram, Gram, OutputGradGram, Stats
 
 KRONECKER = KroneckerWhitening(fit="independent", damping=1e-2, solve="float64")
 TINY_DAMPING = 1e-12

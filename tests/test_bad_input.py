@@ -18,11 +18,11 @@ from tiny import tiny_model, tiny_tokenizer
 
 import specomp.cache
 import specomp.models.gguf
-import specomp.stages.calibrate
-from specomp.checks import actionable
+import specomp.compression.calibrate
+from specomp.experiment.checks import actionable
 from specomp.errors import UserError
 from specomp.models.export import save_compressed
-from specomp.pipeline import run
+from specomp.experiment.pipeline import run
 
 FILE = "{folder}/a_file"  # not a folder
 IDS = "{folder}/ids"
@@ -177,7 +177,7 @@ def refused(folder: Path, *overrides: str) -> str:
     """The line that a run of these overrides ends with, before any calibration."""
     (folder / "a_file").touch()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(specomp.stages.calibrate, "collect", no_calibration)
+        patch.setattr(specomp.compression.calibrate, "collect", no_calibration)
         with pytest.raises(UserError) as caught:
             run(compose_config(folder, "options.save=false", *(x.format(folder=folder) for x in overrides)))
     return str(caught.value)

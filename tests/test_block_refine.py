@@ -10,9 +10,9 @@ from test_stages import method, ranks_of, run_method
 from specomp.cache import Cache
 from specomp.errors import UserError
 from specomp.methods.block_refine import BlockRefine, output_loss
-from specomp.methods.pivoted import Pivoted
+from specomp.forms.pivoted import Pivoted
 from specomp.methods.svd import Factors
-from specomp.pipeline import run
+from specomp.experiment.pipeline import run
 from specomp.stages import refine
 
 REFINE = BlockRefine(steps=30, learning_rate=0.01, warmup=0.1, learning_rate_final=0.1)

@@ -13,10 +13,10 @@ from hydra.errors import ConfigCompositionException
 from omegaconf import DictConfig, OmegaConf
 from running import CONF, compose_config
 
-from specomp.checks import make
+from specomp.experiment.checks import make
 from specomp.errors import UserError
-from specomp.pipeline import build
-from specomp.ratio import Ratio
+from specomp.experiment.pipeline import build
+from specomp.numerics.ratio import Ratio
 
 FILES = sorted(CONF.rglob("*.yaml"))
 # What a choice cannot do without on the command line.
@@ -250,7 +250,7 @@ def test_a_ray_cluster_is_joined_with_absolute_paths(monkeypatch):
 
 def test_config_yaml_explains_every_option():
     text = (CONF / "config.yaml").read_text()
-    known, _ = parameters(resolve("specomp.options.Options"))
+    known, _ = parameters(resolve("specomp.experiment.options.Options"))
     content = yaml.safe_load(text)["options"]
     assert set(content) - {"_target_"} == known
     for key in known - {"seed"}:
@@ -262,7 +262,7 @@ def test_the_defaults_are_the_readme_ones():
     cfg = composed()
     assert cfg.model._target_ == "specomp.models.gguf.PackagedGGUF"
     assert cfg.calibration.corpus._target_ == cfg.benchmark.parts.pydocs.corpus._target_ == "specomp.data.pydocs.PyDocs"
-    assert cfg.tracking._target_ == "specomp.results.tracking.NoTracking"
+    assert cfg.tracking._target_ == "specomp.experiment.tracking.NoTracking"
 
 
 def test_budgets_replace_the_main_configs_values():

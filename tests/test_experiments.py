@@ -16,16 +16,16 @@ import pytest
 from hydra import compose, initialize_config_dir
 from running import CONF, ROOT, compose_config, store
 
-from specomp.checks import make
+from specomp.experiment.checks import make
 from specomp.errors import UserError
-from specomp.pipeline import run
-from specomp.results.paper import grid, paper_table, write
-from specomp.results.record import COMMITTED, RecordStore, companions, point_of, publish, stored
-from specomp.results.render import Bold, render
-from specomp.results.report import main as report
-from specomp.results.report import write as report_files
-from specomp.results.sweep import Sweep, load_sweep, names
-from specomp.results.table import main
+from specomp.experiment.pipeline import run
+from specomp.tables.paper import grid, paper_table, write
+from specomp.experiment.record import COMMITTED, RecordStore, companions, point_of, publish, stored
+from specomp.tables.render import Bold, render
+from specomp.tables.report import main as report
+from specomp.tables.report import write as report_files
+from specomp.tables.sweep import Sweep, load_sweep, names
+from specomp.tables.table import main
 
 EXPERIMENTS = names()
 PAPER_MODELS = ("llama2_7b", "opt_6_7b", "mistral_7b", "vicuna_7b")
@@ -42,7 +42,7 @@ def test_opens_with_what_it_is(name):
     assert lines[0] == "# @package _global_"
     head = "\n".join(lines[: lines.index("defaults:")])
     assert all(x.startswith("# ") for x in lines[1 : lines.index("defaults:")])
-    assert f"python run.py -m experiment={name} " in head and f"specomp.results.table {name} " in head
+    assert f"python run.py -m experiment={name} " in head and f"specomp.tables.table {name} " in head
     assert "# Expect: " in head
 
 

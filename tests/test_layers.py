@@ -184,7 +184,7 @@ def test_no_print_no_pickle_no_foreign_code(path):
 def test_the_checks_can_fail(tmp_path):
     """The readers above see imports inside functions, aliases, and calls."""
     path = tmp_path / "x.py"
-    path.write_text("def f():\n    import wandb.sdk as w\n    from specomp.pipeline import run\n    print(torch.load('x'))\n")
+    path.write_text("def f():\n    import wandb.sdk as w\n    from specomp.experiment.pipeline import run\n    print(torch.load('x'))\n")
     assert ("wandb.sdk", ()) in set(imports(path))
     assert set(own(path)) == {"pipeline"}
     assert {name for name, _ in calls(path)} == {"print", "torch.load"}

@@ -7,14 +7,14 @@ from tiny import tiny_tokenizer
 from transformers import AutoModelForCausalLM
 
 import specomp
-from specomp.budget import stored
+from specomp.forms.options import stored
 from specomp.errors import UserError
-from specomp.methods.base import describe
+from specomp.slots import describe
 from specomp.models.export import low_rank_linears
-from specomp.modules import LowRankLinear, PivotedLinear
-from specomp.pipeline import build, produce, resume
-from specomp.ratio import rank_for_retention
-from specomp.results.record import record_key
+from specomp.models.modules import LowRankLinear, PivotedLinear
+from specomp.experiment.pipeline import build, produce, resume
+from specomp.numerics.ratio import rank_for_retention
+from specomp.experiment.record import record_key
 
 METHODS = sorted(path.stem for path in (CONF / "method").glob("*.yaml"))
 COMPRESSING = [name for name in METHODS if name != "dense"]

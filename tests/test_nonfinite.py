@@ -8,11 +8,11 @@ from test_stages import method, ranks_of, run_method
 from specomp.cache import Cache
 from specomp.errors import UserError
 from specomp.methods.fwsvd import FisherWhitening
-from specomp.methods.pivoted import Pivoted, pivot_rows
+from specomp.forms.pivoted import Pivoted, pivot_rows
 from specomp.methods.svd import NoWhitening
 from specomp.methods.svd_llm import GramWhitening
-from specomp.pipeline import run
-from specomp.statistics import Fisher
+from specomp.experiment.pipeline import run
+from specomp.numerics.statistics import Fisher
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM
 from specomp.errors import UserError
 from specomp.evaluation.perplexity import Perplexity
 from specomp.models.sources import RandomModel
-from specomp.pipeline import run
+from specomp.experiment.pipeline import run
 
 SVD = ["method=svd", "ratio=cr40"]
 
@@ -140,7 +140,7 @@ def test_the_second_run_does_nothing(tmp_path, monkeypatch, evaluations):
         raise AssertionError("the model was loaded")
 
     monkeypatch.setattr(RandomModel, "load", refuse)
-    monkeypatch.setattr("specomp.pipeline.load_folder", refuse)
+    monkeypatch.setattr("specomp.experiment.pipeline.load_folder", refuse)
     assert compose_run(tmp_path, *SVD) == first
     assert contents(tmp_path) == before
     assert {path: path.stat().st_mtime_ns for path in store(tmp_path).folder.glob("*.json")} == stamps
@@ -336,7 +336,7 @@ def test_a_full_disk_is_one_line(tmp_path, monkeypatch):
     def full(*args, **options):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("specomp.pipeline.save_compressed", full)
+    monkeypatch.setattr("specomp.experiment.pipeline.save_compressed", full)
     with pytest.raises(UserError, match=r"paths.cache .* elsewhere") as caught:
         compose_run(tmp_path, *SVD)
     assert "\n" not in str(caught.value)
@@ -417,7 +417,7 @@ def test_the_key_depends_on(tmp_path, override):
 
 
 def test_another_way_to_the_same_tokens_is_the_same_record(tmp_path):
-    from specomp.pipeline import build
+    from specomp.experiment.pipeline import build
 
     cfg = compose_config(tmp_path, "method=svd_llm")
     torch.save(build(cfg).samples.tokens, tmp_path / "ids.pt")

@@ -13,16 +13,16 @@ from safetensors import safe_open
 from test_methods import IDS, MODELS, compressed, logits
 
 import specomp
-from specomp.checks import find_spec
+from specomp.experiment.checks import find_spec
 from specomp.errors import UserError
 from specomp.methods.adasvd import AdaComp
 from specomp.models.export import low_rank_linears
 from specomp.models.packed import grid_linears
-from specomp.pipeline import build
+from specomp.experiment.pipeline import build
 from specomp.quantization.factors import FactorQuantizer
 from specomp.quantization.none import NoQuantizer
-from specomp.stages.compress import dense_needs, quantizer_reads
-from specomp.statistics import Gram
+from specomp.compression.loop import dense_needs, quantizer_reads
+from specomp.numerics.statistics import Gram
 
 QUANTIZERS = sorted(path.stem for path in (CONF / "quantizer").glob("*.yaml") if path.stem != "none")
 SMALL_GROUPS = "quantizer.group_size=16"
@@ -137,7 +137,7 @@ def test_a_stored_model_is_evaluated_again_from_its_folder(tmp_path):
 
 
 def test_without_compressed_tensors_saving_is_refused_before_any_work(tmp_path, monkeypatch, no_weights_read):
-    monkeypatch.setattr("specomp.checks.find_spec", lambda name: None if name == "compressed_tensors" else find_spec(name))
+    monkeypatch.setattr("specomp.experiment.checks.find_spec", lambda name: None if name == "compressed_tensors" else find_spec(name))
     with pytest.raises(UserError, match=r"pip install 'specomp\[int4\]', or set save=false"):
         build(compose_config(tmp_path, "method=svd", "quantizer=gptq_int4"))
     assert build(compose_config(tmp_path, "method=svd", "quantizer=gptq_int4", "options.save=false"))
@@ -146,7 +146,7 @@ def test_without_compressed_tensors_saving_is_refused_before_any_work(tmp_path, 
 
 
 def test_nothing_but_int4_needs_compressed_tensors(tmp_path):
-    code = "import sys; sys.modules['compressed_tensors'] = None; import specomp.pipeline; print('fine')"
+    code = "import sys; sys.modules['compressed_tensors'] = None; import specomp.experiment.pipeline; print('fine')"
     done = subprocess.run([sys.executable, "-c", code], cwd=CONF.parent, capture_output=True, text=True, timeout=120)
     assert "fine" in done.stdout, done.stderr
     assert importlib.util.find_spec("compressed_tensors") is not None, "the extra dev brings it"

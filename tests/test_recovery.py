@@ -14,17 +14,17 @@ from test_stages import method, ranks_of, run_method
 from torch import nn
 from transformers import AutoModelForCausalLM
 
-import specomp.pipeline
+import specomp.experiment.pipeline
 from specomp.cache import Cache
 from specomp.errors import UserError
 from specomp.methods.lora import LoRA
-from specomp.methods.pivoted import Pivoted
+from specomp.forms.pivoted import Pivoted
 from specomp.methods.svd import Factors
-from specomp.modules import LowRankLinear, PivotedLinear
-from specomp.pipeline import run
-from specomp.results.charts import read_csv, training_curve
-from specomp.stages.recover import AdapterModule, recover, stored_matrices
-from specomp.stages.teacher import TeacherStates
+from specomp.models.modules import LowRankLinear, PivotedLinear
+from specomp.experiment.pipeline import run
+from specomp.tables.charts import read_csv, training_curve
+from specomp.training.adapters import AdapterModule, recover, stored_matrices
+from specomp.training.teacher import TeacherStates
 
 PINNED = {"steps": 40, "rank": 4, "alpha": 8, "learning_rate": 0.01, "warmup": 0.0, "precision": "float32", "checkpoint_every": 1000}
 OVERRIDES = [
@@ -133,8 +133,8 @@ def test_after_a_block_refinement_and_saved(tmp_path, monkeypatch):
         kept["model"] = model
         return original(model, *args, **options)
 
-    original = specomp.pipeline.save_compressed
-    monkeypatch.setattr(specomp.pipeline, "save_compressed", keep)
+    original = specomp.experiment.pipeline.save_compressed
+    monkeypatch.setattr(specomp.experiment.pipeline, "save_compressed", keep)
     record = compose_run(
         tmp_path, "method=specomp", "method/compensation=block_refine", "method.compensation.steps=3", *OVERRIDES[:4], "benchmark=tiny"
     )
@@ -209,13 +209,13 @@ def test_two_processes_train_as_one(tmp_path):
     ],
 )
 def test_what_it_cannot_do_is_said_before_the_model_is_loaded(tmp_path, monkeypatch, overrides, said):
-    monkeypatch.setattr(specomp.pipeline, "load_dense", lambda *_: pytest.fail("loaded"))
+    monkeypatch.setattr(specomp.experiment.pipeline, "load_dense", lambda *_: pytest.fail("loaded"))
     with pytest.raises(UserError, match=said):
         run(compose_config(tmp_path, "method=svd_llm", *OVERRIDES, *overrides))
 
 
 def test_a_plan_trains_after_compressing(tmp_path):
-    from specomp.experiment import ask
+    from specomp.experiment.config import ask
     from specomp.planning.stages import outlook
 
     cfg = compose_config(tmp_path, "method=svd_llm", *OVERRIDES)

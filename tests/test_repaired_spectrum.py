@@ -8,18 +8,18 @@ from test_block_refine import REFINE
 from test_stages import method, ranks_of, run_method
 from torch import nn
 
-import specomp.pipeline
+import specomp.experiment.pipeline
 from specomp.cache import Cache
 from specomp.errors import UserError
-from specomp.experiment import ask
-from specomp.methods.pivoted import Pivoted
+from specomp.experiment.config import ask
+from specomp.forms.pivoted import Pivoted
 from specomp.methods.svd import Factors
-from specomp.pipeline import run
+from specomp.experiment.pipeline import run
 from specomp.planning.stages import outlook
 from specomp.quantization.none import NoQuantizer
-from specomp.stages.calibrate import dense_statistics
-from specomp.stages.compress import dense_needs
-from specomp.stages.decompose import StoredSpectra
+from specomp.compression.calibrate import dense_statistics
+from specomp.compression.loop import dense_needs
+from specomp.compression.spectra import StoredSpectra
 
 COMMON = ["method=specomp", "ratio=cr40", "benchmark=none", "save=false"]
 REFINED = [*COMMON, "method/compensation=block_refine", "method.compensation.steps=3"]
@@ -67,8 +67,8 @@ def test_a_training_that_moves_nothing_leaves_the_repaired_model(tmp_path, monke
         found[len(found)] = model
         return original(model, *args, **options)
 
-    original = specomp.pipeline.measure
-    monkeypatch.setattr(specomp.pipeline, "measure", keep)
+    original = specomp.experiment.pipeline.measure
+    monkeypatch.setattr(specomp.experiment.pipeline, "measure", keep)
     compose_run(tmp_path, *REFINED)
     refined = found[len(found) - 1]
     record = compose_run(tmp_path, *REFINED, *POLISH, *STILL)
@@ -125,7 +125,7 @@ def test_the_command_resumes_from_the_cache(tmp_path):
 
 @pytest.mark.parametrize("compensation", ["block_refine", "adacomp"])
 def test_where_nothing_is_truncated_there_is_nothing_to_repair(tmp_path, monkeypatch, compensation):
-    monkeypatch.setattr(specomp.pipeline, "load_dense", lambda *_: pytest.fail("loaded"))
+    monkeypatch.setattr(specomp.experiment.pipeline, "load_dense", lambda *_: pytest.fail("loaded"))
     with pytest.raises(UserError, match=r"nothing to repair: use method/compensation=none, or an allocation that truncates"):
         run(compose_config(tmp_path, "method=soco", f"method/compensation={compensation}"))
 

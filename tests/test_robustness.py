@@ -16,10 +16,10 @@ from running import compose_config, key_of, store, trainer_factory
 from safetensors import safe_open
 
 import specomp.factorize
-from specomp.pipeline import run
-from specomp.results.paper import paper_table
-from specomp.results.sweep import load_sweep
-from specomp.stages.calibrate import predict
+from specomp.experiment.pipeline import run
+from specomp.tables.paper import paper_table
+from specomp.tables.sweep import load_sweep
+from specomp.compression.calibrate import predict
 
 METHODS, RATIOS = ("svd", "svd_llm", "asvd"), ("cr20", "cr60")
 SWEEP = [f"method={','.join(METHODS)}", f"ratio={','.join(RATIOS)}", "options.save=false", "-m"]

@@ -21,25 +21,25 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 import specomp.factorize
-from specomp.budget import floor_ranks, full_rank
+from specomp.forms.options import floor_ranks, full_rank
 from specomp.cache import Cache
 from specomp.errors import UserError
-from specomp.methods.base import Method
+from specomp.slots import Method
 from specomp.methods.soco import AlternatingOptimization, CoarseCompression, Recovery, Sparsification
 from specomp.methods.svd import Factors, FullRank, NoCompensation, NoWhitening, Weight
 from specomp.methods.svd_llm import GramWhitening
-from specomp.modules import GatedLinear
-from specomp.phases import PhaseSchedule
-from specomp.pipeline import run
+from specomp.models.modules import GatedLinear
+from specomp.training.phases import PhaseSchedule
+from specomp.experiment.pipeline import run
 from specomp.quantization.none import NoQuantizer
-from specomp.ratio import Ratio
-from specomp.stages.calibrate import dense_statistics
-from specomp.stages.compress import dense_needs
-from specomp.stages.decompose import DenseSpectra
-from specomp.stages.prune import pack
-from specomp.stages.spectrum import Trained, gate, train
-from specomp.stages.teacher import TeacherStates
-from specomp.stages.train import SpectrumModule
+from specomp.numerics.ratio import Ratio
+from specomp.compression.calibrate import dense_statistics
+from specomp.compression.loop import dense_needs
+from specomp.compression.spectra import DenseSpectra
+from specomp.training.prune import pack
+from specomp.training.spectrum import Trained, gate, train
+from specomp.training.teacher import TeacherStates
+from specomp.training.gated import SpectrumModule
 
 PHASES = ["coarse", "alternate", "sparsify", "polish"]
 STEPS = {"coarse": 2, "alternate": 2, "sparsify": 2, "polish": 1}
@@ -363,7 +363,7 @@ def test_the_seed_orders_the_samples(tmp_path):
 
 # --- resuming ------------------------------------------------------------------------------------------------------------------------
 
-EARLY = {"_target_": "specomp.phases.Convergence", "window": 2, "tolerance": 1.0}  # always, once the budget is met
+EARLY = {"_target_": "specomp.training.phases.Convergence", "window": 2, "tolerance": 1.0}  # always, once the budget is met
 VARIANTS: dict[str, dict[str, Any]] = {
     "pruned": {},
     "whole": {"stages": {"coarse": {"prune_margin": None}}},
@@ -724,8 +724,8 @@ from pathlib import Path
 
 sys.path[:0] = [{tests!r}]
 from running import compose_config
-from specomp.pipeline import run
-from specomp.stages.train import SpectrumModule
+from specomp.experiment.pipeline import run
+from specomp.training.gated import SpectrumModule
 
 original = SpectrumModule.performance
 

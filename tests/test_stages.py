@@ -16,26 +16,26 @@ import torch
 from running import make_setup, random_tokens
 from tiny import FAMILY_NAMES
 
-from specomp.budget import full_rank
+from specomp.forms.options import full_rank
 from specomp.cache import Cache, digest
 from specomp.data.calibration import CalibrationSet
 from specomp.errors import UserError
 from specomp.methods.adasvd import AdaComp, AdaCR
-from specomp.methods.base import Method
+from specomp.slots import Method
 from specomp.methods.fwsvd import FisherWhitening
 from specomp.methods.kronecker import KroneckerWhitening
 from specomp.methods.svd import Factors, NoCompensation, NoTraining, NoWhitening, UniformAllocation, Weight
 from specomp.methods.svd_llm import GramWhitening, UpdateU
-from specomp.modules import LowRankLinear
+from specomp.models.modules import LowRankLinear
 from specomp.quantization.none import NoQuantizer
-from specomp.ratio import Ratio
-from specomp.stages.calibrate import CalibrationModule, DenseStatistics, dense_statistics, part_name, statistic_key
-from specomp.stages.compress import CompressionModule, compress, dense_needs, one_thread_each
-from specomp.stages.decompose import DenseSpectra
-from specomp.stages.observe import LayerObserver
-from specomp.stages.probe import make_probe
-from specomp.stages.stream import HiddenStream
-from specomp.statistics import AbsMean, Fisher, Gram, IOCosine, OutputGradGram, StackedGram, TokenWeightedGram
+from specomp.numerics.ratio import Ratio
+from specomp.compression.calibrate import CalibrationModule, DenseStatistics, dense_statistics, part_name, statistic_key
+from specomp.compression.loop import CompressionModule, compress, dense_needs, one_thread_each
+from specomp.compression.spectra import DenseSpectra
+from specomp.compression.observe import LayerObserver
+from specomp.compression.probe import make_probe
+from specomp.compression.stream import HiddenStream
+from specomp.numerics.statistics import AbsMean, Fisher, Gram, IOCosine, OutputGradGram, StackedGram, TokenWeightedGram
 
 SITE_STATISTICS = (Gram(), AbsMean(), StackedGram(2), IOCosine())
 

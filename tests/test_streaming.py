@@ -18,10 +18,10 @@ from specomp.models import export, hub
 from specomp.models.load import LoadedModel
 from specomp.models.sources import HubModel, LocalModel
 from specomp.models.store import LayerStore, TensorFiles
-from specomp.pipeline import build, load_dense, run
-from specomp.results.record import Record, point_of
-from specomp.stages.calibrate import dense_statistics
-from specomp.statistics import Fisher
+from specomp.experiment.pipeline import build, load_dense, run
+from specomp.experiment.record import Record, point_of
+from specomp.compression.calibrate import dense_statistics
+from specomp.numerics.statistics import Fisher
 
 IDS = random_tokens(3, 20)
 METHODS = ("svd_llm", "adasvd")

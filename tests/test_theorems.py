@@ -7,15 +7,15 @@ from hypothesis import strategies as st
 from problems import SHAPES, STORED, Problem, by_root, eigen_root, examples, make, optimum, problems, product, stats, symmetric_root
 from torch import Tensor
 
-import specomp.factors
-from specomp.factors import CholeskyNorm, GramNorm, LowRankFactors, Norm, TwoSidedNorm, truncate
+import specomp.numerics.factors
+from specomp.numerics.factors import CholeskyNorm, GramNorm, LowRankFactors, Norm, TwoSidedNorm, truncate
 from specomp.methods.asvd import ActivationWhitening
 from specomp.methods.fwsvd import FisherWhitening
 from specomp.methods.kronecker import KroneckerWhitening
 from specomp.methods.svd import NoWhitening
 from specomp.methods.svd_llm import CholeskyWhitening, GramWhitening
-from specomp.ratio import is_low_rank
-from specomp.statistics import Fisher, Gram, OutputGradGram, Stats, TokenWeightedGram
+from specomp.numerics.ratio import is_low_rank
+from specomp.numerics.statistics import Fisher, Gram, OutputGradGram, Stats, TokenWeightedGram
 
 # The whitened truncation is the optimum, whichever root of the Gram whitens (SVD-LLM, Theorem 3.2).
 
@@ -64,13 +64,13 @@ def test_auto_is_exact_at_every_rank_that_can_be_stored(problem):
 def solved(monkeypatch) -> list[torch.dtype]:
     """The dtype of every eigenproblem solved."""
     dtypes = []
-    original = specomp.factors.eigh_descending
+    original = specomp.numerics.factors.eigh_descending
 
     def spy(matrix: Tensor) -> tuple[Tensor, Tensor]:
         dtypes.append(matrix.dtype)
         return original(matrix)
 
-    monkeypatch.setattr(specomp.factors, "eigh_descending", spy)
+    monkeypatch.setattr(specomp.numerics.factors, "eigh_descending", spy)
     return dtypes
 
 

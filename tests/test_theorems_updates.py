@@ -6,10 +6,10 @@ from hypothesis import given
 from problems import SHAPES, STORED, Problem, examples, make, optimum, plain, problems, product, symmetric_root
 from torch import Tensor
 
-from specomp.factors import LowRankFactors, refit_left, refit_left_naive, refit_right
+from specomp.numerics.factors import LowRankFactors, refit_left, refit_left_naive, refit_right
 from specomp.methods.adasvd import AdaComp
 from specomp.methods.svd_llm import UpdateU
-from specomp.statistics import Gram, StackedGram, Stats
+from specomp.numerics.statistics import Gram, StackedGram, Stats
 
 
 def graded(m: int, n: int, rank: int, decay: float = 0.7) -> Problem:

@@ -15,8 +15,8 @@ SETTINGS = {"project": "specomp", "entity": None, "group": None, "mode": "online
 # Works through its arguments: `train KEY` begins the run of a record, `publish KEY` shows the record, `pause` waits for a line.
 CHILD = """
 import json, logging, sys, time
-from specomp.results.record import Record
-from specomp.results.tracking import WandbTracking
+from specomp.experiment.record import Record
+from specomp.experiment.tracking import WandbTracking
 
 logging.basicConfig()
 tracking = WandbTracking(**json.loads(sys.argv[1]))

@@ -21,16 +21,16 @@ from published import factorize as published_factorize
 from published import profile as published_profile
 
 from specomp.cache import Cache, digest
-from specomp.factors import GramNorm, truncate
-from specomp.methods.base import Method
-from specomp.modules import LowRankLinear, replace_linear
-from specomp.ratio import Ratio, break_even_rank, rank_for_retention
-from specomp.results.record import peak_memory
-from specomp.stages.calibrate import dense_statistics
-from specomp.stages.compress import compress
-from specomp.stages.decompose import DenseSpectra
-from specomp.stages.probe import make_probe
-from specomp.stages.setup import Setup
+from specomp.numerics.factors import GramNorm, truncate
+from specomp.slots import Method
+from specomp.models.modules import LowRankLinear, replace_linear
+from specomp.numerics.ratio import Ratio, break_even_rank, rank_for_retention
+from specomp.experiment.record import peak_memory
+from specomp.compression.calibrate import dense_statistics
+from specomp.compression.loop import compress
+from specomp.compression.spectra import DenseSpectra
+from specomp.compression.probe import make_probe
+from specomp.compression.run import Setup
 
 ROOT = Path(__file__).resolve().parents[2]
 seconds: dict[str, float] = {}

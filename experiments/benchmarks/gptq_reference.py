@@ -20,13 +20,13 @@ from gptqmodel.quantization.gptq import GPTQ
 from torch import Tensor, nn
 
 from specomp.cache import Cache
-from specomp.factors import GramNorm, truncate
-from specomp.linalg import congruence
+from specomp.numerics.factors import GramNorm, truncate
+from specomp.numerics.linalg import congruence
 from specomp.quantization.gptq import gptq
 from specomp.quantization.rtn import Spacing, round_to_nearest
-from specomp.ratio import rank_for_retention
-from specomp.stages.calibrate import dense_statistics
-from specomp.statistics import Gram
+from specomp.numerics.ratio import rank_for_retention
+from specomp.compression.calibrate import dense_statistics
+from specomp.numerics.statistics import Gram
 
 LINEARS = ("2.self_attn.q_proj", "15.self_attn.k_proj", "15.mlp.down_proj", "28.mlp.up_proj")
 # name: (group_size, symmetric, act_order); with act_order and groups, gptqmodel is told to keep static groups, as ours does

@@ -18,8 +18,8 @@ from torch import Tensor, nn
 
 from specomp.evaluation.efficiency import now
 from specomp.models.fuse import Factored, Stacked
-from specomp.modules import LowRankLinear, PivotedLinear
-from specomp.ratio import pair_cost, pivoted_cost
+from specomp.models.modules import LowRankLinear, PivotedLinear
+from specomp.numerics.ratio import pair_cost, pivoted_cost
 
 SITES = {"q, k, v": ((4096, 4096),) * 3, "o": ((4096, 4096),), "gate, up": ((11008, 4096),) * 2, "down": ((4096, 11008),)}
 KINDS = ("factors", "fused", "pivoted")

@@ -10,11 +10,11 @@ from typing import Any
 from cost import prepare
 
 from specomp.cache import Cache
-from specomp.factors import GramNorm, truncate
+from specomp.numerics.factors import GramNorm, truncate
 from specomp.quantization.factors import FactorQuantizer
-from specomp.ratio import rank_for_retention
-from specomp.stages.calibrate import dense_statistics
-from specomp.statistics import Gram, Stats
+from specomp.numerics.ratio import rank_for_retention
+from specomp.compression.calibrate import dense_statistics
+from specomp.numerics.statistics import Gram, Stats
 
 LINEARS = ("2.self_attn.q_proj", "8.self_attn.o_proj", "15.self_attn.k_proj", "15.mlp.down_proj", "28.mlp.up_proj")
 GROUPS = {"bits": 4, "group_size": 128, "symmetric": True, "act_order": True, "damping": 0.01}

@@ -24,11 +24,11 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from specomp.evaluation.perplexity import window_nll
-from specomp.factors import GramNorm
+from specomp.numerics.factors import GramNorm
 from specomp.methods.global_loss import curve, least_loss
-from specomp.methods.pivoted import pivot_rows
+from specomp.forms.pivoted import pivot_rows
 from specomp.models.family import LinearSpec
-from specomp.ratio import pair_cost
+from specomp.numerics.ratio import pair_cost
 
 SHAPES = {"q": (576, 576), "k": (192, 576), "v": (192, 576), "o": (576, 576), "gate": (1536, 576), "up": (1536, 576), "down": (576, 1536)}
 LAYERS = 30

@@ -23,10 +23,10 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from specomp.cache import Cache
-from specomp.experiment import composed
+from specomp.experiment.config import composed
 from specomp.models.export import Export
 from specomp.models.sources import byte_tokenizer
-from specomp.pipeline import run
+from specomp.experiment.pipeline import run
 
 LLAMA_7B = {
     "hidden_size": 4096,

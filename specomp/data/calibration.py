@@ -11,11 +11,9 @@ from fractions import Fraction
 from pathlib import Path
 from typing import Annotated, Any, Literal, cast
 
-import lightning as L
 import torch
 from pydantic import Field
 from torch import LongTensor, Tensor
-from torch.utils.data import DataLoader, Dataset
 from transformers import PreTrainedTokenizerBase
 
 from specomp.cache import digest
@@ -23,6 +21,7 @@ from specomp.data.samplers import Sampler
 from specomp.data.text import TextSource
 from specomp.data.token_ids import check_vocabulary, describe_tokenizer, read_token_ids
 from specomp.errors import UserError
+from specomp.numerics.statistics import Precision
 from specomp.settings import configurable
 
 log = logging.getLogger(__name__)
@@ -31,7 +30,7 @@ Length = Annotated[int, Field(ge=2)]  # a sample of one token predicts nothing
 Positive = Annotated[float, Field(gt=0)]
 
 
-class CalibrationSet(L.LightningDataModule):
+class CalibrationSet:
     """Samples of equal length in a fixed order.
 
     `hash` is made of the token ids and the tokenizer's content and of nothing else: two ways to the same tokens share their statistics.
@@ -40,7 +39,6 @@ class CalibrationSet(L.LightningDataModule):
 
     def __init__(self, tokens: LongTensor, *, description: dict[str, Any], batch_size: int) -> None:
         """tokens: (samples, length); description: at least {"tokenizer": describe_tokenizer(...)}; batch_size: samples a batch."""
-        super().__init__()
         self.tokens = tokens
         self.batch_size = batch_size
         self.num_samples, self.length = tokens.shape
@@ -48,9 +46,9 @@ class CalibrationSet(L.LightningDataModule):
         ids = hashlib.sha256(tokens.contiguous().numpy().astype("<i8").tobytes()).hexdigest()
         self.hash = digest({"ids": ids, "shape": list(tokens.shape), "tokenizer": description["tokenizer"]["sha256"]})
 
-    def predict_dataloader(self) -> DataLoader[Tensor]:
+    def batches(self) -> list[Tensor]:
         """Batches (batch, length) of int64 ids in order; the last one may be smaller."""
-        return DataLoader(cast(Dataset[Tensor], self.tokens), batch_size=self.batch_size, shuffle=False)
+        return list(self.tokens.split(self.batch_size))
 
     def subset(self, num_samples: int) -> "CalibrationSet":
         """The first samples. Raises UserError when there are fewer."""
@@ -61,16 +59,29 @@ class CalibrationSet(L.LightningDataModule):
 
 
 @configurable
-class CalibrationSpec(ABC):
-    """What all ways to calibrate have in common; the values live in conf/calibration/_base.yaml."""
+class Calibration:
+    """How tokens are read; the values live in conf/calibration/_base.yaml."""
+
+    batch_size: Annotated[int, Field(ge=1)]  # samples a forward pass
+    upstream: Literal["dense", "compressed"]  # what the activations passed through before a decoder layer
+    layers_at_once: Annotated[int, Field(ge=1)] | None  # decoder layers whose statistics are in memory at once; null: all
+    accumulate: Literal["float32", "float64"]  # dtype of the running sums
+    precision: Literal["float32", "mixed", "bfloat16"]  # products of a float32 model's calibration passes; sums stay in `accumulate`
+
+    @property
+    def statistics_precision(self) -> Precision:
+        """Of the statistics: sums in `accumulate`, products in float32 unless less was asked for, or float64 sums were."""
+        if self.accumulate == "float64":
+            return Precision(torch.float64, torch.float64)
+        return Precision(torch.float32, torch.float32 if self.precision == "float32" else torch.bfloat16)
+
+
+@configurable
+class CalibrationSpec(Calibration, ABC):
+    """Which tokens, and how they are read."""
 
     num_samples: NumSamples | None  # null: all that there are (token files only)
     length: Length | None  # tokens a sample; null: as the file has (token files only)
-    batch_size: Annotated[int, Field(ge=1)]  # samples a forward pass
-    upstream: Literal["dense", "compressed"]  # what the activations passed through before a decoder layer
-    window: Annotated[int, Field(ge=1)] | None  # decoder layers whose statistics are in memory at once; null: all
-    accumulate: Literal["float32", "float64"]  # dtype of the running sums
-    precision: Literal["float32", "mixed", "bfloat16"]  # products of a float32 model's calibration passes; sums stay in `accumulate`
 
     def build(self, tokenizer: PreTrainedTokenizerBase, *, max_length: int, vocab_size: int | None = None) -> CalibrationSet:
         """Draw the samples.

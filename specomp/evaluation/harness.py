@@ -12,7 +12,7 @@ import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from pydantic import NonNegativeInt, PositiveInt
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -49,6 +49,7 @@ class HarnessTask:
     """One lm-eval task or group. `limit` is documents, shared evenly by the subjects of mmlu; `num_fewshot` None is the task's own number;
     `data_root` None loads the data from the hub; `metric` is the one the result must contain."""
 
+    volatile: ClassVar[bool] = False
     task: str
     version: PositiveInt
     num_fewshot: NonNegativeInt | None

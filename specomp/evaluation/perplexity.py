@@ -136,6 +136,14 @@ def summarize(loss: WindowLoss, *, name: str, window: int, vocabulary: int) -> d
     }
 
 
+def mean_perplexity(model: PreTrainedModel, windows: Tensor, batch_size: int) -> float:
+    """Of windows of token ids, int64 (windows, length). Raises UserError for another shape; says so where a window's is not finite."""
+    if windows.ndim != 2 or windows.shape[0] < 1 or windows.shape[1] < MIN_WINDOW or windows.dtype != torch.int64:
+        raise UserError(f"tokens must be int64 ids (windows, length) of two or more; this is {tuple(windows.shape)} of {windows.dtype}.")
+    found = summarize(window_nll(model, windows, batch_size), name="perplexity", window=windows.shape[1], vocabulary=_vocabulary(model))
+    return found["ppl"]
+
+
 def _exp(value: float) -> float:
     try:
         return math.exp(value)
@@ -152,6 +160,7 @@ class Perplexity:
     """Perplexity of a text corpus. `window` is in tokens; `max_windows` None means the whole text."""
 
     metric: ClassVar[str] = "ppl"
+    volatile: ClassVar[bool] = False
     name: str
     version: PositiveInt
     corpus: TextSource
@@ -206,6 +215,7 @@ class TokenFilePerplexity:
     """Perplexity of prepared token ids; every row of the file is one window. The ids must come from the model's own tokenizer."""
 
     metric: ClassVar[str] = "ppl"
+    volatile: ClassVar[bool] = False
     name: str
     version: PositiveInt
     path: Path

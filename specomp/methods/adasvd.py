@@ -12,20 +12,18 @@ Differs from the paper: Eq. 13 prints (U^+)^T W, whose shapes do not fit; clippi
 exactly are ours (CHOICE), each an option. Reference code: none published.
 """
 
-from collections.abc import Sequence
 from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field
 from torch import Tensor
 
-from specomp.budget import fill_ranks, floor_ranks, water_fill
 from specomp.errors import UserError
-from specomp.factors import LowRankFactors, balanced, refit_left, refit_left_naive, refit_right
-from specomp.methods.base import Probe, Spectra, StatsOf, Upstream
-from specomp.models.family import LinearSpec
-from specomp.ratio import Cost, Ratio
+from specomp.forms.options import Menu, chosen, fill, floor, water_fill
+from specomp.models.family import Unit
+from specomp.numerics.factors import GramNorm, LowRankFactors, balanced, refit_left, refit_left_naive, refit_right
+from specomp.numerics.statistics import Gram, IOCosine, StackedGram, Statistic, Stats
 from specomp.settings import configurable
-from specomp.statistics import Gram, IOCosine, StackedGram, Statistic, Stats
+from specomp.slots import Choice, Reads, Upstream
 
 # The factors stay positive: the smallest retention that raw Eq. 20 is clipped to when mrr is 0.
 _LEAST_RETENTION = 0.01
@@ -41,6 +39,7 @@ class AdaComp:
     stack_of_batch: Literal["gram", "mean", "off"]
     num_buckets: Annotated[int, Field(ge=1)]
     upstream: Upstream
+    active: ClassVar[bool] = True
 
     @property
     def num_samples(self) -> int | None:
@@ -66,6 +65,10 @@ class AdaComp:
             Vt = refit_right(target, U)  # Eq. 7 / 13
         return balanced(U.float(), Vt.float())
 
+    def loss(self, error: Tensor, stats: Stats) -> float:
+        """||error X||_F on the inputs it reads."""
+        return GramNorm(stats[self.statistic]).loss(error)
+
 
 @configurable
 class AdaCR:
@@ -78,22 +81,20 @@ class AdaCR:
     # water_filling: clip to [mrr, 1] and shift the level until the budget is met (CHOICE); raw: Eq. 20-21, clipped to what exists.
     budget: Literal["water_filling", "raw"]
     needs: ClassVar[frozenset[Statistic]] = frozenset({IOCosine()})
+    compresses: ClassVar[bool] = True
 
-    def __call__(
-        self, linears: Sequence[LinearSpec], target: Ratio, stats: StatsOf, spectra: Spectra, cost: Cost, probe: Probe
-    ) -> dict[str, int]:
-        """Ranks."""
-        cosine = {x.decoder_layer: float(stats(x.name)[IOCosine()]) for x in linears}
+    def __call__(self, menu: Menu, share: float, reads: Reads) -> dict[Unit, Choice]:
+        """Choices."""
+        cosine = {x.decoder_layer: float(reads.stats(x.linears[0])[IOCosine()]) for x in menu}
         importance = normalized_importance(cosine, self.importance)
-        trr = target.retention
-        mrr = max(0.0, trr - self.min_retention_gap)
+        trr, mrr = share, max(0.0, share - self.min_retention_gap)
         least = max(mrr, min(_LEAST_RETENTION, trr))
-        base = {x.name: mrr for x in linears}
-        slope = {x.name: importance[x.decoder_layer] for x in linears}
+        base = dict.fromkeys(menu, mrr)
+        slope = {x: importance[x.decoder_layer] for x in menu}
         if self.budget == "raw":
-            raw = {name: max(least, base[name] + slope[name] * (trr - mrr)) for name in base}
-            return floor_ranks(linears, raw, cost)
-        return fill_ranks(linears, water_fill(linears, base, slope, trr, least), trr, cost)
+            raw = {unit: max(least, base[unit] + slope[unit] * (trr - mrr)) for unit in menu}
+            return chosen(menu, floor(menu, raw))
+        return chosen(menu, fill(menu, water_fill(menu, base, slope, trr, least), trr))
 
 
 def normalized_importance(cosine: dict[int, float], kind: Literal["block_influence", "cosine"]) -> dict[int, float]:

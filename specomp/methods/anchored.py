@@ -14,9 +14,9 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from specomp.linalg import SOLVE_DTYPE, cholesky_damped
+from specomp.numerics.linalg import SOLVE_DTYPE, cholesky_damped
+from specomp.numerics.statistics import CrossGram, Gram, Statistic, Stats
 from specomp.settings import configurable
-from specomp.statistics import CrossGram, Gram, Statistic, Stats
 
 MAX_DAMPING = 1.0
 

@@ -13,16 +13,15 @@ from typing import Annotated, ClassVar
 
 from pydantic import Field
 
-from specomp.budget import floor_ranks, full_rank, stored
 from specomp.errors import UserError
-from specomp.factors import GramNorm, Norm
-from specomp.linalg import SolveDtype
-from specomp.methods.base import Probe, Spectra, StatsOf
-from specomp.models.family import LinearSpec
+from specomp.forms.options import Menu, chosen, floor
+from specomp.models.family import Unit
+from specomp.numerics.factors import GramNorm, Norm
+from specomp.numerics.linalg import SolveDtype
+from specomp.numerics.statistics import AbsMean, Statistic, Stats
 from specomp.progress import track
-from specomp.ratio import Cost, Ratio, pair_cost
 from specomp.settings import configurable
-from specomp.statistics import AbsMean, Statistic, Stats
+from specomp.slots import Choice, Reads
 
 log = logging.getLogger(__name__)
 
@@ -48,37 +47,33 @@ class SensitivityAllocation:
     # Retentions tried per linear; the lowest bounds what the search can reach.
     candidates: tuple[Annotated[float, Field(gt=0, lt=1)], ...]
     needs: ClassVar[frozenset[Statistic]] = frozenset()
+    compresses: ClassVar[bool] = True
 
-    def __call__(
-        self, linears: Sequence[LinearSpec], target: Ratio, stats: StatsOf, spectra: Spectra, cost: Cost, probe: Probe
-    ) -> dict[str, int]:
-        """Ranks. Raises UserError when even the deepest cuts miss the target."""
+    def __call__(self, menu: Menu, share: float, reads: Reads) -> dict[Unit, Choice]:
+        """Choices. Raises UserError when even the deepest cuts miss the target."""
         trials = []
-        pairs = [(linear, share) for linear in linears for share in self.candidates]
-        for linear, share in track(pairs, "sensitivity", len(pairs)):
-            rank = floor_ranks([linear], {linear.name: share}, cost)[linear.name]
-            trials.append((probe(linear.name, rank), linear, rank))
-        return cut(trials, linears, target.retention, cost)
+        pairs = [(unit, candidate) for unit in menu for candidate in self.candidates]
+        for unit, candidate in track(pairs, "sensitivity", len(pairs)):
+            index = floor({unit: menu[unit]}, {unit: candidate})[unit]
+            trials.append((reads.probe(unit, menu[unit].choice(index)), unit, index))
+        return chosen(menu, cut(trials, menu, share))
 
 
-def cut(
-    trials: Sequence[tuple[float, LinearSpec, int]], linears: Sequence[LinearSpec], target: float, cost: Cost = pair_cost
-) -> dict[str, int]:
-    """Apply the fewest, least harmful trials (loss, linear, rank) that bring the stored parameters to the target."""
-    budget = target * sum(linear.params for linear in linears)
-    ranks = {linear.name: full_rank(linear) for linear in linears}
-    used = sum(linear.params for linear in linears)
+def cut(trials: Sequence[tuple[float, Unit, int]], menu: Menu, share: float) -> dict[Unit, int]:
+    """Apply the fewest, least harmful trials (loss, unit, index of an option) that bring what is stored to a share of the dense units."""
+    dense = sum(x.dense for x in menu.values())
+    budget, used, at = share * dense, dense, {unit: options.last for unit, options in menu.items()}
     # A cut that breaks the model has no loss to compare (NaN): tried last.
-    for loss, linear, rank in sorted(trials, key=lambda trial: (math.isnan(trial[0]), trial[0])):
+    for loss, unit, index in sorted(trials, key=lambda trial: (math.isnan(trial[0]), trial[0])):
         if used <= budget:
             break
-        lower = min(rank, ranks[linear.name])
-        used += stored(linear, lower, cost) - stored(linear, ranks[linear.name], cost)
-        ranks[linear.name] = lower
-        log.debug("cut %s to rank %d (loss alone %.4f)", linear.name, lower, loss)
+        lower, prices = min(index, at[unit]), menu[unit].prices
+        used += float(prices[lower] - prices[at[unit]])
+        at[unit] = lower
+        log.debug("cut %s to option %d (loss alone %.4f)", unit.name, lower, loss)
     if used > budget:
         raise UserError(
-            f"The deepest candidates keep {used / budget * target:.3f} of the parameters, the target is {target:.3f}: "
+            f"The deepest candidates keep {used / budget * share:.3f} of the parameters, the target is {share:.3f}: "
             "add lower values to method.allocation.candidates."
         )
-    return ranks
+    return at

@@ -10,10 +10,10 @@ from typing import Annotated, Literal
 import torch
 from pydantic import Field
 
-from specomp.factors import GramNorm, Norm
-from specomp.linalg import SolveDtype
+from specomp.numerics.factors import GramNorm, Norm
+from specomp.numerics.linalg import SolveDtype
+from specomp.numerics.statistics import Fisher, Statistic, Stats
 from specomp.settings import configurable
-from specomp.statistics import Fisher, Statistic, Stats
 
 
 @configurable

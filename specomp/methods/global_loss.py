@@ -10,21 +10,19 @@ that some price per parameter makes optimal, the jump to dense among them; the s
 ends inside one. That is the optimum for what it spends. The rest, less than that step, buys the best of what still fits.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Annotated, ClassVar
 
-import torch
 from pydantic import Field
 from torch import Tensor
 
-from specomp.budget import full_rank
 from specomp.errors import UserError
-from specomp.methods.base import Probe, Spectra, StatsOf
-from specomp.models.family import LinearSpec
-from specomp.ratio import Cost, Ratio, is_low_rank
+from specomp.forms.options import Menu, Options
+from specomp.models.family import Unit
+from specomp.numerics.statistics import Statistic
 from specomp.settings import configurable
-from specomp.statistics import Statistic
+from specomp.slots import Choice, Reads
 
 
 @configurable
@@ -35,33 +33,32 @@ class GlobalLossAllocation:
     # Ranks are multiples of this where a linear has such a rank, for kernels that want it.
     round_to: Annotated[int, Field(ge=1)]
     needs: ClassVar[frozenset[Statistic]] = frozenset()
+    compresses: ClassVar[bool] = True
 
-    def __call__(
-        self, linears: Sequence[LinearSpec], target: Ratio, stats: StatsOf, spectra: Spectra, cost: Cost, probe: Probe
-    ) -> dict[str, int]:
-        """Ranks. Raises UserError when the budget cannot pay the smallest of them."""
-        curves = {x.name: curve(x, spectra(x.name).s, cost, self.round_to, normalize=self.normalize) for x in linears}
-        budget = int(target.retention * sum(x.params for x in linears) + 1e-6)
+    def __call__(self, menu: Menu, share: float, reads: Reads) -> dict[Unit, Choice]:
+        """Choices. Raises UserError when the budget cannot pay the smallest of them."""
+        curves = {unit: curve(options, self.round_to, normalize=self.normalize) for unit, options in menu.items()}
+        budget = int(share * sum(x.dense for x in menu.values()) + 1e-6)
         least = sum(x.cheapest for x in curves.values())
         if least > budget:
             raise UserError(
                 f"The smallest ranks in multiples of method.allocation.round_to={self.round_to} take {least} parameters, "
                 f"the budget is {budget}: lower round_to or ratio.compression."
             )
-        return least_loss(curves, budget)
+        return {unit: menu[unit].choice(index) for unit, index in least_loss(curves, budget).items()}
 
 
 @dataclass(frozen=True)
 class Curve:
-    """The options of one linear, costs ascending and losses descending, each (options,) in float64."""
+    """Some options of one unit by index, costs ascending and losses descending, each (options,) in float64."""
 
-    ranks: list[int]
+    indices: list[int]
     costs: Tensor
     losses: Tensor
 
     @property
     def cheapest(self) -> int:
-        """Parameters of the first option."""
+        """What the first option costs."""
         return int(self.costs[0])
 
     def hull(self) -> list[int]:
@@ -88,22 +85,18 @@ class Curve:
         return float(rates[index]), float(more[index]), here + 1 + index
 
 
-def curve(linear: LinearSpec, s: Tensor, cost: Cost, round_to: int, *, normalize: bool) -> Curve:
-    """Loss over parameters of one linear, from its singular values (k,)."""
-    m, n, full = linear.m, linear.n, full_rank(linear)
-    low = [rank for rank in range(1, full) if is_low_rank(m, n, rank, cost)]
-    low = [rank for rank in low if rank % round_to == 0] or low
-    squares = s.double().cpu().square()
-    tails = squares.flip(0).cumsum(0).flip(0)  # tails[r] is what rank r loses
-    losses = torch.cat([tails[low], tails.new_zeros(1)])
-    if normalize and float(tails[0]) > 0:
-        losses = losses / tails[0]
-    costs = torch.tensor([cost(m, n, rank) for rank in low] + [linear.params], dtype=torch.float64)
-    return Curve([*low, full], costs, losses)
+def curve(options: Options, round_to: int, *, normalize: bool) -> Curve:
+    """Loss over price of one unit, its last point dense."""
+    low = list(range(options.last))
+    low = [i for i, size in enumerate(options.sizes[:-1].tolist()) if size % round_to == 0] or low
+    losses = options.losses[[*low, options.last]]
+    if normalize and options.whole > 0:
+        losses = losses / options.whole
+    return Curve([*low, options.last], options.prices[[*low, options.last]], losses)
 
 
-def least_loss(curves: Mapping[str, Curve], budget: int) -> dict[str, int]:
-    """The rank of every linear. Optimal for what the steps on the hulls spend; the budget is met to less than the smallest step."""
+def least_loss(curves: Mapping[Unit, Curve], budget: int) -> dict[Unit, int]:
+    """The option of every unit. Optimal for what the steps on the hulls spend; the budget is met to less than the smallest step."""
     steps = []
     for name, points in curves.items():
         hull, costs, losses = points.hull(), points.costs.tolist(), points.losses.tolist()
@@ -125,6 +118,6 @@ def least_loss(curves: Mapping[str, Curve], budget: int) -> dict[str, int]:
         name = max(best, key=lambda name: best[name][0])
         _, more, option = best[name]
         if option == at[name]:
-            return {name: curves[name].ranks[index] for name, index in at.items()}
+            return {name: curves[name].indices[index] for name, index in at.items()}
         at[name], left = option, left - more
         best[name] = curves[name].best(option, left)

@@ -12,10 +12,10 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from specomp.factors import Norm, TwoSidedNorm
-from specomp.linalg import SolveDtype
+from specomp.numerics.factors import Norm, TwoSidedNorm
+from specomp.numerics.linalg import SolveDtype
+from specomp.numerics.statistics import Gram, OutputGradGram, Statistic, Stats, TokenWeightedGram
 from specomp.settings import configurable
-from specomp.statistics import Gram, OutputGradGram, Statistic, Stats, TokenWeightedGram
 
 
 @configurable

@@ -8,24 +8,32 @@ is stored than without. The text may go on beyond the calibration set (`num_samp
 compensation, so every row can have it. The numbers of conf/method/training/lora.yaml are CHOICES.
 """
 
-from collections.abc import Mapping
-from typing import ClassVar
+from typing import Any, ClassVar
 
-from specomp.phases import Count, Distillation, Phase, Positive, Trains
 from specomp.settings import configurable
+from specomp.slots import Choice
+from specomp.training.phases import LoRASettings
+from specomp.training.teacher import TeacherStates
 
 
 @configurable
-class LoRA(Distillation):
-    """Settings of the adapters and of their training."""
+class LoRA(LoRASettings):
+    """Recovery of what is stored."""
 
-    trains: ClassVar[Trains] = "stored"
+    chooses: ClassVar[bool] = False
+    moves_stored: ClassVar[bool] = True
+    adds_bias: ClassVar[bool] = False
 
-    steps: Count
-    rank: Count
-    alpha: Positive
+    def forms(self, run: Any, prepared: TeacherStates, choices: dict[Any, Choice], statistics: Any, spectra: Any) -> None:
+        """The allocation's."""
 
-    @property
-    def schedule(self) -> Mapping[str, Phase]:
-        """One phase."""
-        return {"recover": Phase(steps=self.steps, until=None, prune_margin=None)}
+    def after(self, run: Any, prepared: TeacherStates) -> dict[str, Any]:
+        """Train and merge."""
+        from specomp.training.adapters import recover  # here: it imports Lightning and peft
+
+        with run.progress.stage("train"):
+            report = recover(run, self, prepared)
+        run.progress.trained(report)
+        samples = run.training_samples
+        kept = {name: value for name, value in report.items() if name != "curve"}
+        return kept | {"samples": samples.num_samples, "samples_hash": samples.hash}

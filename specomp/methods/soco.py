@@ -17,8 +17,8 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from specomp.phases import LossTerms, Phase
 from specomp.settings import configurable
+from specomp.training.phases import LossTerms, Phase
 
 Weight = Annotated[float, Field(ge=0)]
 Share = Annotated[float, Field(ge=0, le=1)]

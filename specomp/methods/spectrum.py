@@ -1,58 +1,64 @@
-"""Settings of a training of singular spectra: which phases, how a score becomes a gate, how it is optimized, what is kept of it."""
+"""Training of singular spectra as a slot: gates on components, and what is kept of them (the phases of SoCo are in soco.py)."""
 
 from dataclasses import replace
-from typing import Annotated, ClassVar, Literal
+from typing import Any, ClassVar
 
-from pydantic import Field, model_validator
-
-from specomp.gates import MAPPINGS, Mapping, MappingName
-from specomp.phases import Distillation, Phase, Positive, Trains
+from specomp.compression.calibrate import Statistics
+from specomp.compression.loop import compress_layers
+from specomp.compression.run import Run
+from specomp.compression.spectra import Spectra, StoredSpectra
+from specomp.errors import UserError
+from specomp.forms.prices import Budget, Numbers
+from specomp.models.family import Unit
+from specomp.quantization.none import NoQuantizer
 from specomp.settings import configurable
+from specomp.slots import Choice, Method, describe
+from specomp.training.phases import Pruning as Pruning
+from specomp.training.phases import SpectrumSettings
+from specomp.training.spectrum import GatedChoice, train
+from specomp.training.teacher import TeacherStates
 
 
 @configurable
-class Pruning:
-    """What is kept of the trained spectrum: SoCo is (score, trained, trained); everything else is an ablation."""
+class SpectrumTraining(SpectrumSettings):
+    """Chooses components by trained gates: of the dense model, or of what a method has stored and repaired."""
 
-    exact_budget: bool  # one global threshold found by bisection meets the ratio; false: the fixed threshold, whatever it keeps
-    ranks: Literal["trained", "allocation"]  # components per linear: as training left them, or uniform at the wanted retention
-    order: Literal["score", "singular_value"]  # which ones: the highest gates, or the largest singular values
-    values: Literal["trained", "plain"]  # S as trained, or 1
-
-
-@configurable
-class SpectrumTraining(Distillation):
-    """The settings of a run; see conf/method/training/soco.yaml, where each is explained."""
-
-    trains: ClassVar[Trains] = "spectrum"
-
-    stages: dict[str, Phase]
-    phases: Annotated[list[str], Field(min_length=1)]
-    steps_factor: Positive
-    mapping: MappingName
-    deviation: bool
-    threshold: Positive
-    temperature_start: Positive
-    temperature_end: Positive
-    learning_rate_deviation: Positive
-    pruning: Pruning
-
-    @model_validator(mode="after")
-    def _phases_exist(self) -> "SpectrumTraining":
-        unknown = [name for name in self.phases if name not in self.stages]
-        if unknown:
-            raise ValueError(f"phases {unknown} are none of the stages {sorted(self.stages)}")
-        return self
+    chooses: ClassVar[bool] = True
+    moves_stored: ClassVar[bool] = False
 
     @property
-    def schedule(self) -> dict[str, Phase]:
-        """The phases to run, in order, by name; one used twice gets a number."""
-        names = [f"{name}{'' if name not in self.phases[:i] else i + 1}" for i, name in enumerate(self.phases)]
-        phases = [self.stages[name] for name in self.phases]
-        steps = [max(1, round(phase.steps * self.steps_factor)) for phase in phases]
-        return {name: replace(phase, steps=count) for name, phase, count in zip(names, phases, steps, strict=True)}
+    def adds_bias(self) -> bool:
+        """Whether d is trained."""
+        return self.deviation
 
-    @property
-    def gate(self) -> Mapping:
-        """How a score becomes a gate."""
-        return MAPPINGS[self.mapping]
+    def check(self, method: Method, budget: Budget, num_samples: int, processes: int, dtype: str) -> None:
+        """Whether it can start from what the other slots leave. Raises UserError."""
+        if not isinstance(budget, Numbers):
+            raise UserError(f"{type(self).__name__} spends parameters: give a ratio of them, such as ratio=cr40, not {budget}.")
+        if method.repairs and not method.allocation.compresses:
+            slot = "compensation" if method.compensation.active else "refinement"
+            raise UserError(
+                f"Every component is kept until the training drops some, so {type(getattr(method, slot)).__name__} has nothing to repair: "
+                f"use method/{slot}=none, or an allocation that truncates, such as method/allocation=global_loss."
+            )
+        super().check(method, budget, num_samples, processes, dtype)
+
+    def forms(
+        self, run: Run, prepared: TeacherStates, choices: dict[Unit, Choice], statistics: Statistics, spectra: Spectra
+    ) -> GatedChoice:
+        """What the trained gates keep."""
+        assert isinstance(run.budget, Numbers), "checked"
+        components, gains = spectra, {}
+        if run.method.repairs:
+            for linear in run.linears:
+                spectra(linear)  # while the model is dense
+            with run.progress.stage("compress"):  # what is trained is rounded afterwards
+                bare = replace(run, method=replace(run.method, rounding=NoQuantizer()))
+                gains = {x.name: x.compensation_gain for x in compress_layers(bare, choices, statistics, spectra)}
+            components = StoredSpectra(run, statistics)
+        by = f"whole components, chosen with {describe(self)['pruning']}"
+        return train(run, self, choices, components, prepared, target=run.budget.retention, gains=gains, by=by)
+
+    def after(self, run: Run, prepared: TeacherStates) -> dict[str, Any]:
+        """Nothing: it was said with the choice."""
+        return {}

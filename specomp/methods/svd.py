@@ -1,31 +1,18 @@
-"""The plain slots: truncated SVD at a uniform ratio, stored as two factors, nothing repaired and nothing trained."""
+"""The plain slots: truncated SVD at a uniform ratio; nothing compensated, refined or trained. The target is compression.spectra.Weight."""
 
-from collections.abc import Sequence
-from typing import ClassVar
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
-from specomp.budget import fill_ranks, floor_ranks, full_rank
-from specomp.factors import GramNorm, LowRankFactors, Norm, QuantizedFactors
-from specomp.linalg import SolveDtype
-from specomp.methods.base import Probe, Spectra, StatsOf, Upstream
-from specomp.models.family import LinearSpec
-from specomp.modules import GridLinear, LowRankLinear
-from specomp.phases import Trains
-from specomp.ratio import Cost, Ratio, pair_cost
+from specomp.compression.spectra import Weight as Weight
+from specomp.forms.options import Menu, chosen, fill, floor
+from specomp.models.family import Unit
+from specomp.numerics.factors import GramNorm, LowRankFactors, Norm
+from specomp.numerics.linalg import SolveDtype
+from specomp.numerics.statistics import Statistic, Stats
 from specomp.settings import configurable
-from specomp.statistics import Statistic, Stats
-
-
-@configurable
-class Weight:
-    """Approximate the weight itself: T = W."""
-
-    needs: ClassVar[frozenset[Statistic]] = frozenset()
-
-    def __call__(self, W: Tensor, stats: Stats) -> Tensor:
-        """W (m, n)."""
-        return W
+from specomp.slots import Choice, LayerBatches, Method, Reads, Upstream
 
 
 @configurable
@@ -42,37 +29,36 @@ class NoWhitening:
 
 @configurable
 class UniformAllocation:
-    """The same retention for every linear (SVD-LLM: k = int(m n retention / (m + n)))."""
+    """The same retention for every unit (SVD-LLM: k = int(m n retention / (m + n)))."""
 
     # The published formula rounds every rank down; True spends what that leaves, to within one rank of the target.
     exact_budget: bool
     needs: ClassVar[frozenset[Statistic]] = frozenset()
+    compresses: ClassVar[bool] = True
 
-    def __call__(
-        self, linears: Sequence[LinearSpec], target: Ratio, stats: StatsOf, spectra: Spectra, cost: Cost, probe: Probe
-    ) -> dict[str, int]:
-        """Ranks."""
-        retention = {linear.name: target.retention for linear in linears}
-        return fill_ranks(linears, retention, target.retention, cost) if self.exact_budget else floor_ranks(linears, retention, cost)
+    def __call__(self, menu: Menu, share: float, reads: Reads) -> dict[Unit, Choice]:
+        """Choices."""
+        retention = dict.fromkeys(menu, share)
+        return chosen(menu, fill(menu, retention, share) if self.exact_budget else floor(menu, retention))
 
 
 @configurable
 class FullRank:
-    """Every linear stays dense."""
+    """Every unit stays dense."""
 
     needs: ClassVar[frozenset[Statistic]] = frozenset()
+    compresses: ClassVar[bool] = False
 
-    def __call__(
-        self, linears: Sequence[LinearSpec], target: Ratio, stats: StatsOf, spectra: Spectra, cost: Cost, probe: Probe
-    ) -> dict[str, int]:
-        """Ranks."""
-        return {linear.name: full_rank(linear) for linear in linears}
+    def __call__(self, menu: Menu, share: float, reads: Reads) -> dict[Unit, Choice]:
+        """Choices."""
+        return {unit: options.choice(options.last) for unit, options in menu.items()}
 
 
 @configurable
 class NoCompensation:
     """The truncated factors are final."""
 
+    active: ClassVar[bool] = False
     upstream: ClassVar[Upstream] = "dense"
     num_samples: ClassVar[int | None] = None
     needs: ClassVar[frozenset[Statistic]] = frozenset()
@@ -81,26 +67,47 @@ class NoCompensation:
         """The factors as they are."""
         return factors
 
+    def loss(self, error: Tensor, stats: Stats) -> float:
+        """Nothing is compared."""
+        return 0.0
+
+
+@configurable
+class NoRefinement:
+    """Decoder layers stay as their units were stored."""
+
+    active: ClassVar[bool] = False
+    steps: ClassVar[int] = 0
+    moves_stored: ClassVar[bool] = False
+
+    def __call__(self, index: int, parameters: Sequence[nn.Parameter], batches: LayerBatches) -> float:
+        """Changes nothing."""
+        return 1.0
+
 
 @configurable
 class NoTraining:
     """Calibration only: no gradient step on any parameter."""
 
-    trains: ClassVar[Trains] = "nothing"
+    active: ClassVar[bool] = False
+    chooses: ClassVar[bool] = False
+    moves_stored: ClassVar[bool] = False
+    adds_bias: ClassVar[bool] = False
+    work: ClassVar[None] = None
 
+    def samples_of(self, calibration: int) -> int:
+        """None."""
+        return 0
 
-@configurable
-class Factors:
-    """Store U (m, r) and Vt (r, n): r (m + n) numbers."""
+    def check(self, method: Method, budget: Any, num_samples: int, processes: int, dtype: str) -> None:
+        """Everything fits."""
 
-    def stored(self, m: int, n: int, rank: int) -> int:
-        """r (m + n)."""
-        return pair_cost(m, n, rank)
+    def before(self, run: Any) -> None:
+        """Nothing."""
 
-    def __call__(self, linear: nn.Linear, factors: LowRankFactors) -> nn.Module:
-        """A LowRankLinear in the linear's dtype, on its device; rounded factors keep their grids."""
-        old = linear.weight
-        packed = LowRankLinear.from_factors(factors.U, factors.Vt, linear.bias, dtype=old.dtype, device=old.device)
-        if isinstance(factors, QuantizedFactors):
-            packed.u_proj, packed.v_proj = map(GridLinear.of, (packed.u_proj, packed.v_proj), factors.grids)
-        return packed
+    def forms(self, run: Any, prepared: Any, choices: dict[Unit, Choice], statistics: Any, spectra: Any) -> None:
+        """The allocation's."""
+
+    def after(self, run: Any, prepared: Any) -> Mapping[str, Any]:
+        """Nothing."""
+        return {}

@@ -10,21 +10,20 @@ Reference code: AIoT-MLSys-Lab/SVD-LLM; none published for V2, whose printed pse
 
 import math
 from collections import defaultdict
-from collections.abc import Sequence
 from typing import Annotated, ClassVar
 
 from pydantic import Field
 from torch import Tensor
 
-from specomp.budget import fill_ranks, floor_ranks, water_fill
 from specomp.errors import UserError
-from specomp.factors import CholeskyNorm, GramNorm, LowRankFactors, Norm, balanced, refit_left
-from specomp.linalg import SolveDtype
-from specomp.methods.base import Probe, Spectra, StatsOf, Upstream
-from specomp.models.family import LinearSpec
-from specomp.ratio import Cost, Ratio, rank_for_retention, retained
+from specomp.forms.options import Menu, Options, chosen, fill, floor, water_fill
+from specomp.models.family import Unit
+from specomp.numerics.factors import CholeskyNorm, GramNorm, LowRankFactors, Norm, balanced, refit_left
+from specomp.numerics.linalg import SolveDtype
+from specomp.numerics.ratio import retained
+from specomp.numerics.statistics import Gram, Statistic, Stats
 from specomp.settings import configurable
-from specomp.statistics import Gram, Statistic, Stats
+from specomp.slots import Choice, Reads, Upstream
 
 
 @configurable
@@ -58,12 +57,17 @@ class UpdateU:
 
     upstream: Upstream
     num_samples: Annotated[int, Field(ge=1)] | None
+    active: ClassVar[bool] = True
     needs: ClassVar[frozenset[Statistic]] = frozenset({Gram()})
 
     def __call__(self, target: Tensor, factors: LowRankFactors, stats: Stats) -> LowRankFactors:
         """Factors with U refitted."""
         U = refit_left(target, factors.Vt, stats[Gram()])
         return balanced(U.float(), factors.Vt)
+
+    def loss(self, error: Tensor, stats: Stats) -> float:
+        """||error X'||_F on the inputs it reads."""
+        return GramNorm(stats[Gram()]).loss(error)
 
 
 @configurable
@@ -74,26 +78,24 @@ class TypeLossAllocation:
     max_compression: Annotated[float, Field(gt=0, lt=1)]
     exact_budget: bool
     needs: ClassVar[frozenset[Statistic]] = frozenset()
+    compresses: ClassVar[bool] = True
 
-    def __call__(
-        self, linears: Sequence[LinearSpec], target: Ratio, stats: StatsOf, spectra: Spectra, cost: Cost, probe: Probe
-    ) -> dict[str, int]:
-        """Ranks."""
-        groups: dict[str, list[LinearSpec]] = defaultdict(list)
-        for linear in linears:
-            groups[linear.kind].append(linear)
-        ranks: dict[str, int] = {}
+    def __call__(self, menu: Menu, share: float, reads: Reads) -> dict[Unit, Choice]:
+        """Choices."""
+        groups: dict[tuple[str, ...], dict[Unit, Options]] = defaultdict(dict)
+        for unit, options in menu.items():
+            groups[tuple(x.kind for x in unit.linears)][unit] = options
+        found: dict[Unit, Choice] = {}
         for members in groups.values():
-            losses = {x.name: spectra(x.name).tail(rank_for_retention(x.m, x.n, target.retention, cost)) for x in members}
-            removed = type_losses(losses, target.compression)
-            retention = {name: retained(share) for name, share in removed.items()}
+            losses = {unit: math.sqrt(float(x.losses[x.affordable(share)])) for unit, x in members.items()}
+            retention = {unit: retained(removed) for unit, removed in type_losses(losses, retained(share)).items()}
             # Clipping moves the group's mean: the level restores it.
-            level = water_fill(members, retention, dict.fromkeys(retention, 1.0), target.retention, retained(self.max_compression))
-            ranks |= fill_ranks(members, level, target.retention, cost) if self.exact_budget else floor_ranks(members, level, cost)
-        return ranks
+            level = water_fill(members, retention, dict.fromkeys(retention, 1.0), share, retained(self.max_compression))
+            found |= chosen(members, fill(members, level, share) if self.exact_budget else floor(members, level))
+        return found
 
 
-def type_losses(losses: dict[str, float], compression: float) -> dict[str, float]:
+def type_losses(losses: dict[Unit, float], compression: float) -> dict[Unit, float]:
     """R_i = N R l_i / sum_j l_j with l_i = 1 / log(L_i): fraction to remove per linear of one type (V2 Sec. 3.1).
 
     Needs L_i > 1: raw losses of a sum over tokens are; a normalized loss would flip the sign. Raises UserError otherwise.
@@ -101,7 +103,7 @@ def type_losses(losses: dict[str, float], compression: float) -> dict[str, float
     smallest = min(losses, key=lambda name: losses[name])
     if losses[smallest] <= 1 + 1e-6:
         raise UserError(
-            f"SVD-LLM V2 divides by log(loss), but {smallest} loses only {losses[smallest]:.3g} (must exceed 1): "
+            f"SVD-LLM V2 divides by log(loss), but {smallest.name} loses only {losses[smallest]:.3g} (must exceed 1): "
             "calibrate on more tokens, or use method/allocation=uniform."
         )
     inverse = {name: 1 / math.log(loss) for name, loss in losses.items()}

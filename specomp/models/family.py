@@ -2,11 +2,12 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Literal
 
 from torch import nn
 
 from specomp.errors import UserError
-from specomp.modules import LowRankLinear, PivotedLinear
+from specomp.models.modules import Substitute
 
 
 @dataclass(frozen=True)
@@ -33,6 +34,25 @@ class LinearSpec:
         return self.m * self.n
 
 
+@dataclass(frozen=True)
+class Unit:
+    """What is decided about together: so far every linear by itself."""
+
+    name: str  # of the module that holds its linears
+    kind: Literal["linear", "mlp", "value_output", "query_key", "expert"]
+    linears: tuple[LinearSpec, ...]
+
+    @property
+    def decoder_layer(self) -> int:
+        """Index of its decoder layer."""
+        return self.linears[0].decoder_layer
+
+    @property
+    def params(self) -> int:
+        """Parameters of the dense weights."""
+        return sum(x.params for x in self.linears)
+
+
 @dataclass(frozen=True, kw_only=True)
 class ModelFamily:
     """Models with the same module names. To support one more, write a row like those in specomp/models/families.py."""
@@ -53,7 +73,7 @@ class ModelFamily:
     def linears(self, model: nn.Module) -> list[LinearSpec]:
         """Every compressible linear, decoder layer by decoder layer, in the order of the sites.
 
-        Raises UserError where a module of the family is absent or is none of nn.Linear, LowRankLinear and PivotedLinear.
+        Raises UserError where a module of the family is absent or is neither an nn.Linear nor what specomp puts in its place.
         """
         specs = []
         for index, decoder_layer in enumerate(self.layers(model)):
@@ -64,7 +84,11 @@ class ModelFamily:
                     specs.append(LinearSpec(name, linear.out_features, linear.in_features, index, number, kind))
         return specs
 
-    def windows(self, model: nn.Module, size: int | None) -> Iterator[range]:
+    def units(self, model: nn.Module) -> list[Unit]:
+        """What a budget is shared out among, in the order of the linears."""
+        return [Unit(x.name, "linear", (x,)) for x in self.linears(model)]
+
+    def layer_ranges(self, model: nn.Module, size: int | None) -> Iterator[range]:
         """Consecutive ranges of `size` decoder-layer indices that cover the model; all of it at once when size is None."""
         count = len(self.layers(model))
         step = size or count
@@ -80,8 +104,8 @@ class ModelFamily:
                 "check decoder_layers of the family in specomp/models/families.py."
             ) from error
 
-    def _checked_linear(self, decoder_layer: nn.Module, kind: str, name: str) -> nn.Linear | LowRankLinear | PivotedLinear:
-        supported = "supported are torch.nn.Linear and specomp's LowRankLinear and PivotedLinear"
+    def _checked_linear(self, decoder_layer: nn.Module, kind: str, name: str) -> nn.Linear | Substitute:
+        supported = "supported are torch.nn.Linear and what specomp puts in its place"
         try:
             module = decoder_layer.get_submodule(kind)
         except AttributeError as error:
@@ -89,7 +113,7 @@ class ModelFamily:
                 f"{name} does not exist in {type(decoder_layer).__name__}, but family '{self.name}' lists it ({supported}): "
                 "give this model a family of its own in specomp/models/families.py."
             ) from error
-        if not isinstance(module, nn.Linear | LowRankLinear | PivotedLinear):
+        if not isinstance(module, nn.Linear | Substitute):
             raise UserError(f"{name} is a {_type_name(module)}; {supported}: load the model unquantized and without adapters.")
         if isinstance(module, nn.Linear) and not module.weight.is_floating_point():
             raise UserError(

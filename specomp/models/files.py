@@ -8,7 +8,7 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 
 from specomp.cache import Cache, atomic_path, digest
-from specomp.errors import UserError
+from specomp.errors import UserError, first_line
 
 PICKLED = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 CONTENT_FILES = ("*.safetensors", "config.json", "tokenizer*", "vocab*", "merges.txt", "special_tokens_map.json", "added_tokens.json")
@@ -51,17 +51,6 @@ def some(names: list[str]) -> str:
     """The first few names, and how many more there are."""
     more = len(names) - NAMES_IN_MESSAGE
     return ", ".join(names[:NAMES_IN_MESSAGE]) + (f" and {more} more" if more > 0 else "")
-
-
-def first_line(error: BaseException) -> str:
-    """What an exception of another library says, cut to one line."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
-
-
-def one_line(error: BaseException, limit: int = 300) -> str:
-    """All that an exception of another library says, on one line of at most `limit` characters."""
-    text = " ".join(str(error).split()) or type(error).__name__
-    return text if len(text) <= limit else text[: limit - 3] + "..."
 
 
 def shards(folder: Path) -> list[Path]:

@@ -15,9 +15,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from specomp.models.families import family_of
-from specomp.modules import LowRankLinear, PivotedLinear
-
-Factored = LowRankLinear | PivotedLinear
+from specomp.models.modules import TwoStage
 
 
 def fuse(model: PreTrainedModel) -> int:
@@ -26,7 +24,7 @@ def fuse(model: PreTrainedModel) -> int:
     family, count = family_of(model.config), 0
     for layer in family.layers(model):
         for site in family.sites:
-            linears = [x for x in map(layer.get_submodule, site.linears) if isinstance(x, Factored)]
+            linears = [x for x in map(layer.get_submodule, site.linears) if isinstance(x, TwoStage)]
             if len(linears) > 1 and not any("forward" in vars(x) for x in linears):
                 Stacked(linears)
                 count += 1
@@ -36,7 +34,7 @@ def fuse(model: PreTrainedModel) -> int:
 def unfuse(model: nn.Module) -> None:
     """Undo `fuse`."""
     for module in model.modules():
-        if isinstance(module, Factored):
+        if isinstance(module, TwoStage):
             vars(module).pop("forward", None)
 
 
@@ -49,16 +47,11 @@ def fused(model: PreTrainedModel) -> Iterator[int]:
         unfuse(model)
 
 
-def first_factor(linear: Factored) -> nn.Linear:
-    """n -> r: Vt, or the pivot rows."""
-    return linear.v_proj if isinstance(linear, LowRankLinear) else linear.pivots
-
-
 class Stacked:
     """The first factors of several linears, one below the other; each linear's own is a view of its rows."""
 
-    def __init__(self, linears: list[Factored]) -> None:
-        firsts = [first_factor(x) for x in linears]
+    def __init__(self, linears: list[TwoStage]) -> None:
+        firsts = [x.first for x in linears]
         self.sizes = [x.out_features for x in firsts]
         self.weight = torch.cat([x.weight.detach() for x in firsts])
         for first, rows in zip(firsts, self.weight.split(self.sizes), strict=True):
@@ -68,9 +61,9 @@ class Stacked:
         for index, linear in enumerate(linears):
             vars(linear)["forward"] = partial(self.forward, linear, index)
 
-    def forward(self, linear: Factored, index: int, x: Tensor) -> Tensor:
+    def forward(self, linear: TwoStage, index: int, x: Tensor) -> Tensor:
         """What linear(x) is. A model that was moved or cast since has other numbers than these rows: then each linear is on its own."""
-        own = first_factor(linear)
+        own = linear.first
         if own.weight.untyped_storage().data_ptr() != self.weight.untyped_storage().data_ptr():
             return linear.expand(own(x))
         if x is not self.seen or index not in self.parts:

@@ -18,11 +18,12 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, Pre
 from transformers.utils import logging as transformers_logging
 
 from specomp.cache import claim
-from specomp.errors import UserError
+from specomp.errors import UserError, first_line, one_line
 from specomp.models.families import COMPRESSED_PREFIX, family_of
 from specomp.models.family import ModelFamily
-from specomp.models.files import first_line, one_line, some
+from specomp.models.files import some
 from specomp.models.registration import register
+from specomp.models.remote import OWN_FIELDS
 from specomp.models.store import LayerStore, TensorFiles
 
 log = logging.getLogger(__name__)
@@ -84,7 +85,7 @@ def open_streamed(
 ) -> tuple[PreTrainedModel, LayerStore]:
     """The model of a checked folder without its decoder layers, which come in when they are called. Raises UserError as `open_model`."""
     # What surrounds the decoder layers is what a model of none consists of: transformers loads, ties and initializes it.
-    none = {"num_hidden_layers": 0, "layer_types": [], "lowrank_ranks": {}, "lowrank_biases": [], "lowrank_pivoted": []}
+    none = {"num_hidden_layers": 0, "layer_types": [], **dict.fromkeys(OWN_FIELDS)}
     changed = {name: value for name, value in none.items() if getattr(config, name, None) is not None}
     hollow = copy.deepcopy(config)
     for name, value in changed.items():

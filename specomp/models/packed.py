@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from specomp.errors import UserError
-from specomp.grid import Grid
-from specomp.modules import GridLinear, LowRankLinear
+from specomp.models.modules import GridLinear, replace_linear
+from specomp.numerics.grid import Grid
 
 
 def packed_state(model: nn.Module) -> dict[str, Tensor]:
@@ -67,22 +67,22 @@ def unpack_model(model: PreTrainedModel) -> None:
     """Replace in place what transformers made of packed weights by GridLinear modules: the model that was saved."""
     from compressed_tensors.compressors.pack_quantized import unpack_from_int32
 
-    for low_rank in [x for x in model.modules() if isinstance(x, LowRankLinear)]:
-        for part in ("u_proj", "v_proj"):
-            linear: Any = getattr(low_rank, part)
-            args, shape = linear.quantization_scheme.weights, torch.Size(linear.weight_shape.tolist())
-            dtype, zeros = linear.weight_scale.dtype, getattr(linear, "weight_zero_point", None)
-            grid = Grid(
-                # As they were stored: transformers casts them to the model's dtype.
-                scales=linear.weight_scale.detach().to(dtype if dtype == torch.bfloat16 else torch.float16),
-                zeros=None if zeros is None else zeros.detach(),
-                bits=args.num_bits,
-                group_size=args.group_size or args.block_structure[1],
-            )
-            plain = nn.Linear(shape[1], shape[0], bias=False, device="meta")
-            weight = grid.values(unpack_from_int32(linear.weight_packed, args.num_bits, shape)).to(dtype)
-            plain.weight, plain.bias = nn.Parameter(weight, requires_grad=False), linear.bias
-            setattr(low_rank, part, GridLinear.of(plain, grid))
+    packed = [(name, module) for name, module in model.named_modules() if hasattr(module, "weight_packed")]
+    for name, module in packed:
+        linear: Any = module
+        args, shape = linear.quantization_scheme.weights, torch.Size(linear.weight_shape.tolist())
+        dtype, zeros = linear.weight_scale.dtype, getattr(linear, "weight_zero_point", None)
+        grid = Grid(
+            # As they were stored: transformers casts them to the model's dtype.
+            scales=linear.weight_scale.detach().to(dtype if dtype == torch.bfloat16 else torch.float16),
+            zeros=None if zeros is None else zeros.detach(),
+            bits=args.num_bits,
+            group_size=args.group_size or args.block_structure[1],
+        )
+        plain = nn.Linear(shape[1], shape[0], bias=False, device="meta")
+        weight = grid.values(unpack_from_int32(linear.weight_packed, args.num_bits, shape)).to(dtype)
+        plain.weight, plain.bias = nn.Parameter(weight, requires_grad=False), linear.bias
+        replace_linear(model, name, GridLinear.of(plain, grid))
     hook: Any = model.ct_decompress_hook
     hook.remove()
     del model.ct_decompress_hook, model.hf_quantizer, model.config.quantization_config

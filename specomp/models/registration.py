@@ -23,16 +23,60 @@ def register() -> None:
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, AutoModelForCausalLM
 
     from specomp.models.families import COMPRESSED_PREFIX, FAMILY_OF_TYPE
-    from specomp.models.remote import low_rank_config, low_rank_model
+    from specomp.models.remote import compressed_config, compressed_model
 
     for base in FAMILY_OF_TYPE:
         name = COMPRESSED_PREFIX + base
         if name in CONFIG_MAPPING and not issubclass(CONFIG_MAPPING[name], _StandIn):
             continue
-        config_class = low_rank_config(CONFIG_MAPPING[base], name)
-        model_class = low_rank_model(getattr(transformers, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[base]), config_class)
+        config_class = compressed_config(CONFIG_MAPPING[base], name)
+        stock = getattr(transformers, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[base])
+        model_class = compressed_model(stock, config_class, modules_of, Kinds())
         AutoModelForCausalLM.register(config_class, model_class)
         CONFIG_MAPPING.register(name, config_class)
+
+
+class Kinds:
+    """Classes of modules by their full names: those that are known here. Never imports what a folder names, but specomp's own."""
+
+    def __getitem__(self, name: str) -> type:
+        from torch import nn
+
+        from specomp.errors import UserError
+        from specomp.models.modules import Substitute
+
+        module, _, _ = name.rpartition(".")
+        if module.split(".")[0] == "specomp":
+            importlib.import_module(module)
+        known = {full_name(x): x for x in (nn.Linear, *_subclasses(Substitute))}
+        if name not in known:
+            raise UserError(
+                f"This folder holds modules of the class {name}, which is not known here: import what defines it first, or load it "
+                "without specomp by trust_remote_code=True, which runs the copy in the folder."
+            )
+        return known[name]
+
+
+def full_name(kind: type) -> str:
+    """What a config calls a class."""
+    return f"{kind.__module__}.{kind.__qualname__}"
+
+
+def _subclasses(kind: type) -> list[type]:
+    return [y for x in kind.__subclasses__() for y in (x, *_subclasses(x))]
+
+
+def modules_of(config: Any, model: Any) -> dict[str, list[Any]]:
+    """What stands in the place of linears by a config, also by one that was written before `specomp_modules` was there."""
+    found = dict(config.specomp_modules or {})
+    pivoted, biased, ranks = set(config.lowrank_pivoted or ()), set(config.lowrank_biases or ()), config.lowrank_ranks or {}
+    for name in dict.fromkeys([*ranks, *biased]):
+        dense = model.get_submodule(name)
+        sizes = {"in_features": dense.in_features, "out_features": dense.out_features, "bias": name in biased or dense.bias is not None}
+        kind = "pivoted.PivotedLinear" if name in pivoted else "factors.LowRankLinear"
+        low = [f"specomp.forms.{kind}", sizes | {"rank": ranks.get(name)}]
+        found[name] = low if name in ranks else ["torch.nn.modules.linear.Linear", sizes]
+    return found
 
 
 def register_when_needed() -> None:

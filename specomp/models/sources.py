@@ -15,9 +15,9 @@ from tokenizers import decoders, pre_tokenizers
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from specomp.cache import Cache
-from specomp.errors import UserError
+from specomp.errors import UserError, one_line
 from specomp.models.families import family_of
-from specomp.models.files import checked_folder, folder_hashes, one_line
+from specomp.models.files import checked_folder, folder_hashes
 from specomp.models.hub import downloaded, hub_errors
 from specomp.models.load import (
     LoadedModel,

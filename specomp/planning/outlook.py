@@ -2,8 +2,8 @@
 
 from dataclasses import dataclass
 
-from specomp.experiment import Request
-from specomp.ledger import Size
+from specomp.compression.ledger import Size
+from specomp.experiment.config import Request
 from specomp.planning.sizes import ModelShape, Ranks
 from specomp.planning.work import Work
 

@@ -5,12 +5,12 @@ from dataclasses import dataclass
 
 import torch
 
-from specomp.experiment import Request
+from specomp.experiment.config import Request
+from specomp.experiment.record import COMMITTED, Record, RecordStore, point_of
 from specomp.models.load import torch_device
 from specomp.planning.device import OVERHEAD, Speed, resident, speed_for
 from specomp.planning.outlook import Outlook, Stage
 from specomp.planning.stages import outlook
-from specomp.results.record import COMMITTED, Record, RecordStore, point_of
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -11,17 +11,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from specomp.budget import fill_ranks, full_rank, stored
+from specomp.compression.ledger import Size, measure
+from specomp.compression.observe import stats_of
 from specomp.errors import UserError
-from specomp.ledger import Size, measure
-from specomp.methods.base import Method, Quantizer, Whitening
-from specomp.methods.pivoted import Pivoted
+from specomp.forms.options import fill_ranks, full_rank, stored
+from specomp.forms.pivoted import Pivoted
 from specomp.models.families import family_of
 from specomp.models.family import LinearSpec
 from specomp.models.load import skeleton
-from specomp.ratio import Ratio, break_even_rank, is_low_rank
-from specomp.stages.observe import stats_of
-from specomp.statistics import Precision, Statistic
+from specomp.numerics.ratio import Ratio, break_even_rank, is_low_rank
+from specomp.numerics.statistics import Precision, Statistic
+from specomp.slots import Method, Quantizer, Whitening
 
 META = torch.device("meta")
 FLOAT = 4  # bytes: statistics of float32 sums, spectra

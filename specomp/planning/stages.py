@@ -7,14 +7,16 @@ from typing import Any
 
 import torch
 
-from specomp.budget import full_rank
-from specomp.checks import check_budget, check_training
+from specomp.compression.ledger import Size
+from specomp.compression.loop import dense_needs, quantizer_reads, seen_by_the_norm
 from specomp.data.token_ids import read_token_ids
-from specomp.experiment import Request
-from specomp.ledger import Size
+from specomp.experiment.checks import check_budget, check_training
+from specomp.experiment.config import Request
+from specomp.forms.options import full_rank
+from specomp.forms.pivoted import Pivoted
 from specomp.methods.block_refine import BlockRefine
-from specomp.methods.pivoted import Pivoted
-from specomp.phases import Distillation
+from specomp.numerics.ratio import break_even_rank, is_low_rank
+from specomp.numerics.statistics import GRADIENT_SCOPES, Precision, Statistic
 from specomp.planning.outlook import Outlook, Stage
 from specomp.planning.sizes import (
     FLOAT,
@@ -45,9 +47,7 @@ from specomp.planning.work import (
     repair,
     rounding,
 )
-from specomp.ratio import break_even_rank, is_low_rank
-from specomp.stages.compress import dense_needs, quantizer_reads, seen_by_the_norm
-from specomp.statistics import GRADIENT_SCOPES, Precision, Statistic
+from specomp.training.phases import Distillation
 
 # Tensors of the residual stream and of the MLP's width that are alive at once in a decoder layer's forward pass, and those that it keeps
 # for the backward pass; float32 logits alive at once in a cross-entropy with its gradient.

@@ -11,11 +11,11 @@ from typing import Any, Literal
 
 import torch
 
-from specomp.factors import CholeskyNorm, GramNorm, TwoSidedNorm
-from specomp.linalg import BLOCK_COLUMNS
 from specomp.models.family import LinearSpec
+from specomp.numerics.factors import CholeskyNorm, GramNorm, TwoSidedNorm
+from specomp.numerics.linalg import BLOCK_COLUMNS
+from specomp.numerics.statistics import GRAM_BLOCK, StackedGram, Statistic
 from specomp.planning.sizes import FLOAT, ModelShape
-from specomp.statistics import GRAM_BLOCK, StackedGram, Statistic
 
 Kind = Literal["product", "factorization", "memory", "disk"]
 # Passes over a decoder layer's hidden states and MLP activations by what is no product (norms, rotary embeddings, gates, residuals), each

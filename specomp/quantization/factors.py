@@ -1,4 +1,4 @@
-"""INT4 on the factors: both factors of a low-rank linear rounded, each as the weight of a linear of its own (AdaSVD Table 4).
+"""INT4 on what is stored: matrices applied one after the other, each rounded as the weight of a linear of its own (AdaSVD Table 4).
 
 The published setting is SVD-LLM's script (svdllm_gptq.sh, quant_llama.py; AdaSVD follows it): GPTQ of Vt with the Gram G of the linear's
 inputs, of U with V^T G V, the Gram of the unrounded Vt's outputs. Notation: W ~= U Vt, U (m, r), Vt (r, n), G (n, n).
@@ -8,18 +8,21 @@ Differs from the script, which rounds a finished model: inputs are those the com
 and rounded decoder layers before, where the method streams them), not those of rounded linears in the same decoder layer.
 """
 
+from collections.abc import Sequence
 from typing import Annotated, Literal
 
 import torch
 from pydantic import Field
 from torch import Tensor
 
-from specomp.factors import LowRankFactors, QuantizedFactors
-from specomp.linalg import SOLVE_DTYPE, congruence
+from specomp.numerics.factors import LowRankFactors
+from specomp.numerics.grid import GridSpec
+from specomp.numerics.linalg import SOLVE_DTYPE, congruence
+from specomp.numerics.statistics import Gram, Statistic, Stats
 from specomp.quantization.gptq import gptq
-from specomp.quantization.rtn import Rounded, Spacing, round_to_nearest
+from specomp.quantization.rtn import Spacing, round_to_nearest
 from specomp.settings import configurable
-from specomp.statistics import Gram, Statistic, Stats
+from specomp.slots import Rounded
 
 
 @configurable
@@ -36,32 +39,44 @@ class FactorQuantizer:
     rebalance: bool
 
     @property
+    def grid(self) -> GridSpec:
+        """What it rounds to."""
+        return GridSpec(bits=self.bits, group_size=self.group_size, symmetric=self.symmetric)
+
+    @property
     def needs(self) -> frozenset[Statistic]:
         """Rounding to nearest looks at no inputs."""
         return frozenset({Gram()}) if self.algorithm == "gptq" else frozenset()
 
-    def __call__(self, factors: LowRankFactors, stats: Stats, dtype: torch.dtype) -> QuantizedFactors:
-        """The rounded factors, in float32, and their grids, whose scales are stored in the model's dtype (float16 for float32 models).
+    def __call__(self, matrices: Sequence[Tensor], stats: Stats, dtype: torch.dtype, *, free_basis: bool) -> tuple[Rounded, ...]:
+        """The rounded matrices, in float32, and their grids, whose scales are stored in the model's dtype (float16 for float32 models).
 
-        Raises ValueError when the Gram is not finite.
+        matrices: the first sees the linear's inputs, each other one the outputs of the one before; with a free_basis they are
+        Vt and U. Raises ValueError when the Gram is not finite.
         """
-        if self.rebalance:
-            factors = rebalanced(factors)
-        spacing = Spacing(
-            bits=self.bits,
-            group_size=self.group_size,
-            symmetric=self.symmetric,
-            scale_dtype=dtype if dtype in (torch.float16, torch.bfloat16) else torch.float16,
-        )
+        if self.rebalance and free_basis:
+            Vt, U = matrices
+            factors = rebalanced(LowRankFactors(U, Vt))
+            matrices = (factors.Vt, factors.U)
+        scale_dtype = dtype if dtype in (torch.float16, torch.bfloat16) else torch.float16
+        spacing = Spacing(bits=self.bits, group_size=self.group_size, symmetric=self.symmetric, scale_dtype=scale_dtype)
         if self.algorithm == "rtn":
-            return _quantized(round_to_nearest(factors.U, spacing), round_to_nearest(factors.Vt, spacing))
-        G = stats[Gram()]
-        Vt = self._gptq(factors.Vt, G, spacing)
-        seen = factors.Vt if self.order == "faithful" else Vt.values()
-        return _quantized(self._gptq(factors.U, congruence(seen.to(SOLVE_DTYPE), G), spacing), Vt)
+            found = [round_to_nearest(matrix, spacing) for matrix in matrices]
+        else:
+            G, found = stats[Gram()], []
+            for index, matrix in enumerate(matrices):
+                found.append(gptq(matrix, G, spacing, act_order=self.act_order, damping=self.damping))
+                if index + 1 < len(matrices):
+                    seen = matrix if self.order == "faithful" else found[-1].values()
+                    G = congruence(seen.to(SOLVE_DTYPE), G)
+        return tuple(Rounded(x.values(), x.grid, x.damping) for x in found)
 
-    def _gptq(self, weight: Tensor, gram: Tensor, spacing: Spacing) -> Rounded:
-        return gptq(weight, gram, spacing, act_order=self.act_order, damping=self.damping)
+    def notes(self, damping: Sequence[float]) -> list[str]:
+        """Where more damping was needed than was asked for."""
+        more = [x for x in damping if x > self.damping]
+        if not more:
+            return []
+        return [f"GPTQ of {len(more)} linears needed more damping than {self.damping:g}, at most {max(more):.1e} of their mean diagonal"]
 
 
 def rebalanced(factors: LowRankFactors) -> LowRankFactors:
@@ -70,7 +85,3 @@ def rebalanced(factors: LowRankFactors) -> LowRankFactors:
     P, L = torch.linalg.qr(factors.Vt.to(SOLVE_DTYPE).T)
     A, s, Bt = torch.linalg.svd(R @ L.T)
     return LowRankFactors((Q @ (A * s.sqrt())).float(), (s.sqrt()[:, None] * Bt @ P.T).float())
-
-
-def _quantized(U: Rounded, Vt: Rounded) -> QuantizedFactors:
-    return QuantizedFactors(U.values(), Vt.values(), grids=(U.grid, Vt.grid), damping=max(U.damping, Vt.damping))

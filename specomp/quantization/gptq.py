@@ -11,16 +11,16 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from specomp.grid import Grid, limits
-from specomp.linalg import SOLVE_DTYPE, cholesky_damped
-from specomp.quantization.rtn import Rounded, Spacing
+from specomp.numerics.grid import Grid, limits
+from specomp.numerics.linalg import SOLVE_DTYPE, cholesky_damped
+from specomp.quantization.rtn import OnGrid, Spacing
 
 BLOCK_COLUMNS = 128
 # Where the asked damping is not enough, it is raised by tens from the first of these, up to the second.
 START_DAMPING, MAX_DAMPING = 1e-6, 1.0
 
 
-def gptq(weight: Tensor, gram: Tensor, spacing: Spacing, *, act_order: bool, damping: float) -> Rounded:
+def gptq(weight: Tensor, gram: Tensor, spacing: Spacing, *, act_order: bool, damping: float) -> OnGrid:
     """Integers and grid of a weight whose inputs have this Gram; equals round to nearest for a diagonal Gram and grids that stay.
 
     act_order: the columns of the largest inputs first. damping: of the mean diagonal. Raises ValueError when the Gram is not finite.
@@ -57,7 +57,7 @@ def gptq(weight: Tensor, gram: Tensor, spacing: Spacing, *, act_order: bool, dam
     if refitted:
         together = None if grid.zeros is None else torch.cat([x.zeros for x in grids if x.zeros is not None], dim=1)
         grid = replace(grid, scales=torch.cat([x.scales for x in grids], dim=1), zeros=together)
-    return Rounded(integers[order.argsort()].T.contiguous(), grid, used)
+    return OnGrid(integers[order.argsort()].T.contiguous(), grid, used)
 
 
 def inverse_factor(gram: Tensor, damping: float) -> tuple[Tensor, float]:

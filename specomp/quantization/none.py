@@ -1,21 +1,27 @@
-"""Factors stay in the model's precision."""
+"""Numbers stay in the model's precision."""
 
+from collections.abc import Sequence
 from typing import ClassVar
 
 import torch
+from torch import Tensor
 
-from specomp.factors import LowRankFactors
+from specomp.numerics.statistics import Statistic, Stats
 from specomp.settings import configurable
-from specomp.statistics import Statistic, Stats
+from specomp.slots import Rounded
 
 
 @configurable
 class NoQuantizer:
     """No quantization."""
 
-    bits: ClassVar[int] = 16
+    grid: ClassVar[None] = None
     needs: ClassVar[frozenset[Statistic]] = frozenset()
 
-    def __call__(self, factors: LowRankFactors, stats: Stats, dtype: torch.dtype) -> LowRankFactors:
-        """The factors as they are."""
-        return factors
+    def __call__(self, matrices: Sequence[Tensor], stats: Stats, dtype: torch.dtype, *, free_basis: bool) -> tuple[Rounded, ...]:
+        """The matrices as they are."""
+        return tuple(map(Rounded, matrices))
+
+    def notes(self, damping: Sequence[float]) -> list[str]:
+        """Nothing."""
+        return []

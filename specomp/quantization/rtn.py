@@ -6,11 +6,11 @@ import torch
 from torch import Tensor
 
 from specomp.errors import UserError
-from specomp.grid import Grid, limits
+from specomp.numerics.grid import Grid, GridSpec, limits
 
 
 @dataclass(frozen=True, eq=False)
-class Rounded:
+class OnGrid:
     """A weight (m, n) as integers (m, n) int8 on a grid; the damping that GPTQ needed, of the mean diagonal."""
 
     integers: Tensor
@@ -23,12 +23,9 @@ class Rounded:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Spacing:
-    """What determines the grid of a weight. group_size None: one group a row."""
+class Spacing(GridSpec):
+    """What determines the grid of a weight."""
 
-    bits: int
-    group_size: int | None
-    symmetric: bool
     scale_dtype: torch.dtype
 
     def fit(self, weight: Tensor) -> Grid:
@@ -56,7 +53,7 @@ class Spacing:
         return Grid(scales=scales, zeros=zeros, bits=self.bits, group_size=size)
 
 
-def round_to_nearest(weight: Tensor, spacing: Spacing) -> Rounded:
+def round_to_nearest(weight: Tensor, spacing: Spacing) -> OnGrid:
     """Every number of a weight (m, n) to the nearest point of the grid that spans it: least squares in the weights, blind to inputs."""
     grid = spacing.fit(weight)
-    return Rounded(grid.integers(weight), grid)
+    return OnGrid(grid.integers(weight), grid)

@@ -7,16 +7,16 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from specomp.budget import fill_ranks, floor_ranks, full_rank, stored, water_fill
+from specomp.forms.options import fill_ranks, floor_ranks, full_rank, stored, water_fill
 from specomp.errors import UserError
-from specomp.factors import Spectrum
+from specomp.numerics.factors import Spectrum
 from specomp.methods.adasvd import AdaCR, normalized_importance
 from specomp.methods.asvd import SensitivityAllocation, cut
 from specomp.methods.svd import FullRank, UniformAllocation
 from specomp.methods.svd_llm import TypeLossAllocation, type_losses
 from specomp.models.family import LinearSpec
-from specomp.ratio import Ratio, pair_cost, rank_for_retention
-from specomp.statistics import IOCosine, Stats
+from specomp.numerics.ratio import Ratio, pair_cost, rank_for_retention
+from specomp.numerics.statistics import IOCosine, Stats
 
 examples = settings(deadline=None, max_examples=60, derandomize=True, database=None)
 

@@ -10,10 +10,10 @@ import pytest
 from wandb_server import Server
 
 from specomp.errors import UserError
-from specomp.results import dashboard
-from specomp.results.dashboard import chart, main, metric_key, sweep_report, tracking_of, view
-from specomp.results.record import Record
-from specomp.results.sweep import LEDGER, Column, Point, Sweep
+from specomp.tables import dashboard
+from specomp.tables.dashboard import chart, main, metric_key, sweep_report, tracking_of, view
+from specomp.experiment.record import Record
+from specomp.tables.sweep import LEDGER, Column, Point, Sweep
 
 PPL = Column(label="wikitext2 ppl", protocol="wikitext2@1:512x24:", metric="ppl")
 PIQA = Column(label="piqa acc", protocol="piqa@1", metric="acc")
@@ -196,7 +196,7 @@ def test_with_the_real_package_and_a_server(tmp_path):
         records = tmp_path / "records"
         records.mkdir()
         point = ["ratio=cr40", "method.compensation.iterations=1"]
-        command = [sys.executable, "-m", "specomp.results.dashboard", "adasvd_table3c", "debug=tiny", *point, f"paths.outputs={tmp_path}"]
+        command = [sys.executable, "-m", "specomp.tables.dashboard", "adasvd_table3c", "debug=tiny", *point, f"paths.outputs={tmp_path}"]
         done = subprocess.run([*command, "--records", str(records)], env=kept, cwd=tmp_path, capture_output=True, text=True, timeout=120)
         assert done.returncode == 0, done.stdout + done.stderr
         ((key, run),) = server.runs.items()

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from specomp.methods.base import OURS, describe
+from specomp.slots import OURS, describe
 from specomp.methods.svd_llm import GramWhitening
 
 PACKAGE = Path(sys.modules["specomp"].__path__[0])

@@ -14,13 +14,13 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import specomp
 from specomp.errors import UserError
-from specomp.factors import LowRankFactors
-from specomp.methods.pivoted import Pivoted
+from specomp.numerics.factors import LowRankFactors
+from specomp.forms.pivoted import Pivoted
 from specomp.models.export import low_rank_linears, save_compressed
 from specomp.models.families import family_of
 from specomp.models.load import cast_weights
 from specomp.models.registration import register
-from specomp.modules import LowRankLinear, PivotedLinear, replace_linear
+from specomp.models.modules import LowRankLinear, PivotedLinear, replace_linear
 
 INFO = {"method": "svd", "ratio": 0.5, "record": "abc"}
 IDS = torch.arange(3, 23)[None]

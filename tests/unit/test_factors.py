@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from specomp.factors import CholeskyNorm, GramNorm, LowRankFactors, Spectrum, balanced, truncate
+from specomp.numerics.factors import CholeskyNorm, GramNorm, LowRankFactors, Spectrum, balanced, truncate
 
 SHAPES = [(6, 10), (8, 8), (11, 5)]
 

@@ -9,7 +9,7 @@ from torch import nn
 
 from specomp.errors import UserError
 from specomp.models.families import FAMILY_OF_TYPE, base_model_type, family_of
-from specomp.modules import LowRankLinear, replace_linear
+from specomp.models.modules import LowRankLinear, replace_linear
 
 
 def test_lists_every_linear_of_the_decoder_layers_once(tiny_any):

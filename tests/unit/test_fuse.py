@@ -8,7 +8,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from specomp.models.families import family_of
 from specomp.models.fuse import first_factor, fuse, fused, unfuse
-from specomp.modules import LowRankLinear, PivotedLinear, replace_linear
+from specomp.models.modules import LowRankLinear, PivotedLinear, replace_linear
 
 
 def compressed(kind: str, *, rank: int = 5) -> LlamaForCausalLM:

@@ -6,9 +6,9 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from specomp.gates import MAPPINGS, GateBudget
+from specomp.numerics.gates import MAPPINGS, GateBudget
 from specomp.models.family import LinearSpec
-from specomp.ratio import is_low_rank, pivoted_cost
+from specomp.numerics.ratio import is_low_rank, pivoted_cost
 
 examples = settings(deadline=None, max_examples=60, derandomize=True, database=None)
 THRESHOLD = 0.5

@@ -8,12 +8,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from specomp.budget import stored
+from specomp.forms.options import stored
 from specomp.errors import UserError
-from specomp.factors import Spectrum
+from specomp.numerics.factors import Spectrum
 from specomp.methods.global_loss import GlobalLossAllocation, curve, least_loss
 from specomp.models.family import LinearSpec
-from specomp.ratio import Cost, Ratio, is_low_rank, pair_cost, pivoted_cost
+from specomp.numerics.ratio import Cost, Ratio, is_low_rank, pair_cost, pivoted_cost
 
 examples = settings(deadline=None, max_examples=80, derandomize=True, database=None)
 COSTS = {"factors": pair_cost, "pivoted": pivoted_cost}

@@ -8,11 +8,11 @@ from problems import make
 from torch import Tensor
 
 from specomp.errors import UserError
-from specomp.factors import GramNorm, LowRankFactors, QuantizedFactors, truncate
+from specomp.numerics.factors import GramNorm, LowRankFactors, QuantizedFactors, truncate
 from specomp.quantization.factors import FactorQuantizer, rebalanced
 from specomp.quantization.gptq import gptq, inverse_factor
 from specomp.quantization.rtn import Spacing, round_to_nearest
-from specomp.statistics import Gram, Stats
+from specomp.numerics.statistics import Gram, Stats
 
 SHAPES = [(24, 40), (40, 24), (7, 33)]
 GROUPS = [None, 16, 8]

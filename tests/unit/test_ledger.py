@@ -6,9 +6,9 @@ import pytest
 import torch
 from tiny import FAMILY_NAMES, tiny_model
 
-from specomp.ledger import ledger, measure
+from specomp.compression.ledger import ledger, measure
 from specomp.models.families import family_of
-from specomp.modules import LowRankLinear, replace_linear
+from specomp.models.modules import LowRankLinear, replace_linear
 
 
 def counted(model) -> tuple[int, int]:

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from specomp.linalg import cholesky_damped, congruence, eigh_descending, half_weigh, relative, trace_of_square
+from specomp.numerics.linalg import cholesky_damped, congruence, eigh_descending, half_weigh, relative, trace_of_square
 
 examples = settings(deadline=None, max_examples=50, derandomize=True, database=None)
 

@@ -15,7 +15,7 @@ from specomp.models import files
 from specomp.models.export import save_compressed
 from specomp.models.families import family_of
 from specomp.models.sources import LocalModel
-from specomp.modules import LowRankLinear, replace_linear
+from specomp.models.modules import LowRankLinear, replace_linear
 
 PLACE = {"device": "cpu", "device_map": None}
 

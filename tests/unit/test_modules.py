@@ -5,7 +5,7 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from specomp.modules import GatedLinear, LowRankLinear, replace_linear
+from specomp.models.modules import GatedLinear, LowRankLinear, replace_linear
 
 M, N, RANK = 6, 10, 3
 

@@ -11,16 +11,16 @@ from transformers import AutoModelForCausalLM
 
 import specomp
 from specomp.errors import UserError
-from specomp.factors import LowRankFactors
-from specomp.ledger import measure
+from specomp.numerics.factors import LowRankFactors
+from specomp.compression.ledger import measure
 from specomp.methods.svd import Factors
 from specomp.models.export import low_rank_linears, save_compressed
 from specomp.models.families import family_of
 from specomp.models.load import cast_weights
 from specomp.models.packed import grid_linears
-from specomp.modules import replace_linear
+from specomp.models.modules import replace_linear
 from specomp.quantization.factors import FactorQuantizer
-from specomp.statistics import Stats
+from specomp.numerics.statistics import Stats
 
 IDS = torch.arange(3, 23)[None]
 KINDS = {

@@ -8,7 +8,7 @@ import pytest
 from pydantic import ValidationError
 
 from specomp.methods.soco import Recovery
-from specomp.phases import Convergence, Cosine, Phase, PhaseSchedule
+from specomp.training.phases import Convergence, Cosine, Phase, PhaseSchedule
 
 RATES = {"scores": 0.05, "deviation": 0.002}
 

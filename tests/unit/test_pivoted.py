@@ -7,12 +7,12 @@ from hypothesis import strategies as st
 from tiny import tiny_model
 from torch import Tensor, nn
 
-from specomp.factors import LowRankFactors
-from specomp.ledger import measure
-from specomp.methods.pivoted import Pivoted, pivot_rows
+from specomp.numerics.factors import LowRankFactors
+from specomp.compression.ledger import measure
+from specomp.forms.pivoted import Pivoted, pivot_rows
 from specomp.methods.svd import Factors
 from specomp.models.families import family_of
-from specomp.modules import PivotedLinear, replace_linear
+from specomp.models.modules import PivotedLinear, replace_linear
 
 PACK = Pivoted(max_growth=1.5)
 examples = settings(deadline=None, max_examples=60, derandomize=True, database=None)

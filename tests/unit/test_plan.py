@@ -15,14 +15,14 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from specomp.data.pydocs import PyDocs
 from specomp.errors import UserError
-from specomp.experiment import Request, ask
-from specomp.ledger import measure
-from specomp.linalg import half_weigh
+from specomp.experiment.config import Request, ask
+from specomp.compression.ledger import measure
+from specomp.numerics.linalg import half_weigh
 from specomp.models.families import family_of
 from specomp.models.family import LinearSpec
 from specomp.models.load import check_shape, config_of_shape
 from specomp.models.sources import HubModel, RandomModel, Source
-from specomp.pipeline import run
+from specomp.experiment.pipeline import run
 from specomp.planning.device import EFFICIENCY, Speed, speed_for
 from specomp.planning.outlook import Outlook
 from specomp.planning.plan import Plan, estimates, plan, record_of
@@ -31,10 +31,10 @@ from specomp.planning.sizes import kept_components, norm_of, ranks_of, shape_of,
 from specomp.planning.stages import outlook
 from specomp.planning.texts import readings
 from specomp.planning.work import NOTHING, Work, decomposition, forward, gram, half_product, loss
-from specomp.ratio import rank_for_retention
-from specomp.results.record import Record, point_of
-from specomp.stages.stream import HiddenStream
-from specomp.statistics import Gram, Precision
+from specomp.numerics.ratio import rank_for_retention
+from specomp.experiment.record import Record, point_of
+from specomp.compression.stream import HiddenStream
+from specomp.numerics.statistics import Gram, Precision
 
 # As counted in the published weights.
 PUBLISHED = {

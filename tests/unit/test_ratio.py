@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 import specomp
-from specomp.ratio import (
+from specomp.numerics.ratio import (
     Ratio,
     break_even_rank,
     is_low_rank,

@@ -9,7 +9,7 @@ import time
 import pytest
 
 from specomp.errors import UserError
-from specomp.results.record import SCHEMA, Record, RecordStore, peak_memory, provenance, read_record, record_key
+from specomp.experiment.record import SCHEMA, Record, RecordStore, peak_memory, provenance, read_record, record_key
 
 KEY = record_key({"model": "m", "method": "svd"})
 

@@ -8,12 +8,12 @@ from pydantic import ValidationError
 from running import CONF
 from torch import Tensor, nn
 
-from specomp.factors import GramNorm
-from specomp.gates import MAPPINGS
+from specomp.numerics.factors import GramNorm
+from specomp.numerics.gates import MAPPINGS
 from specomp.methods.soco import AlternatingOptimization, CoarseCompression, Recovery, Sparsification, excess, polarization
 from specomp.methods.spectrum import SpectrumTraining
-from specomp.modules import GatedLinear
-from specomp.phases import LossTerms
+from specomp.models.modules import GatedLinear
+from specomp.training.phases import LossTerms
 
 PLAIN = {"steps": 10, "until": None, "prune_margin": None}
 PERFORMANCE, TARGET, INITIAL = 0.7, 0.6, 1.5

@@ -8,8 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-import specomp.statistics
-from specomp.statistics import AbsMean, Fisher, Gram, IOCosine, OutputGradGram, Precision, StackedGram, Statistic, Stats, TokenWeightedGram
+import specomp.numerics.statistics
+from specomp.numerics.statistics import AbsMean, Fisher, Gram, IOCosine, OutputGradGram, Precision, StackedGram, Statistic, Stats, TokenWeightedGram
 
 DOUBLE = Precision(sums=torch.float64, products=torch.float64)
 SINGLE = Precision(sums=torch.float32, products=torch.float32)
@@ -48,7 +48,7 @@ def splits(draw) -> tuple[Tensor, list[int]]:
 def test_gram_of_any_split_is_the_product_of_all_tokens(split, precision, block):
     (x, sizes), (dtypes, tolerance) = split, precision
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(specomp.statistics, "GRAM_BLOCK", block)
+        patch.setattr(specomp.numerics.statistics, "GRAM_BLOCK", block)
         gram = run(Gram(), x.split(sizes), dtypes)
     assert gram.dtype == dtypes.sums
     assert torch.equal(gram, gram.T)
@@ -56,7 +56,7 @@ def test_gram_of_any_split_is_the_product_of_all_tokens(split, precision, block)
 
 
 def test_gram_in_blocks_and_in_long_half_precision_batches():
-    n, tokens = specomp.statistics.GRAM_BLOCK + 40, specomp.statistics.PRODUCT_TOKENS + 100
+    n, tokens = specomp.numerics.statistics.GRAM_BLOCK + 40, specomp.numerics.statistics.PRODUCT_TOKENS + 100
     x = randn(1, tokens, n)
     for precision, tolerance in ((DOUBLE, 1e-12), (SINGLE, 1e-5), (HALF, 1e-2)):
         gram = run(Gram(), [x], precision)

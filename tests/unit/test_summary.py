@@ -6,8 +6,8 @@ import math
 import pytest
 from rich.console import Console
 
-from specomp.results.record import Record
-from specomp.results.summary import label, rows, show, shown
+from specomp.experiment.record import Record
+from specomp.experiment.summary import label, rows, show, shown
 
 SIZE = {"linear_params": 1000, "model_params": 2000, "model_bytes": 8000, "macs_per_token": 1500}
 HALF = {"linear_params": 588, "model_params": 1588, "model_bytes": 6352, "macs_per_token": 1088}

@@ -9,8 +9,8 @@ import sys
 import pytest
 
 from specomp.errors import UserError
-from specomp.results.record import Record, RecordStore, record_key
-from specomp.results.table import MISSING, cell, columns_of, default_columns, flatten, listing, main, select, variant
+from specomp.experiment.record import Record, RecordStore, record_key
+from specomp.tables.table import MISSING, cell, columns_of, default_columns, flatten, listing, main, select, variant
 
 
 def record(method="svd", compression=0.4, ppl=12.345, *, model="llama", overrides=(), status="ok", **values) -> Record:
@@ -218,14 +218,14 @@ def test_render_of_nothing_has_a_header():
 
 def test_as_a_module(folder):
     done = subprocess.run(
-        [sys.executable, "-m", "specomp.results.table", str(folder), "--format", "csv", "--columns", "model"],
+        [sys.executable, "-m", "specomp.tables.table", str(folder), "--format", "csv", "--columns", "model"],
         capture_output=True,
         text=True,
         check=True,
     )
     assert done.stdout.split() == ["model", "bert_like", "llama", "llama", "llama", "llama"]
     failed = subprocess.run(
-        [sys.executable, "-m", "specomp.results.table", str(folder / "no")], capture_output=True, text=True, check=False
+        [sys.executable, "-m", "specomp.tables.table", str(folder / "no")], capture_output=True, text=True, check=False
     )
     assert failed.returncode == 1
     assert "No folder of records" in failed.stderr

@@ -9,8 +9,8 @@ from tiny import FAMILY_NAMES
 from torch import Tensor, nn
 
 from specomp.cache import Cache
-from specomp.modules import replace_linear
-from specomp.stages.teacher import TeacherStates, distillation, head_of, part_name
+from specomp.models.modules import replace_linear
+from specomp.training.teacher import TeacherStates, distillation, head_of, part_name
 
 BATCH, LENGTH, HIDDEN, VOCAB = 2, 11, 8, 19
 

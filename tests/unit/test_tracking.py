@@ -12,9 +12,9 @@ import pytest
 from lightning.pytorch.loggers import WandbLogger
 from pydantic import ValidationError
 
-from specomp.results import tracking
-from specomp.results.record import Record
-from specomp.results.tracking import NoTracking, SweepReport, WandbTracking
+from specomp.tables import tracking
+from specomp.experiment.record import Record
+from specomp.experiment.tracking import NoTracking, SweepReport, WandbTracking
 
 SETTINGS = {"project": "specomp", "entity": None, "group": None, "mode": "offline", "init_timeout": 5.0, "finish_timeout": 6.0}
 RECORD = Record(

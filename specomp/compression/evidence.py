@@ -1,0 +1,200 @@
+"""What forms are made of: the norm, the target, the spectrum and the factors of a linear, as the route of the method says."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor, nn
+
+from specomp.compression.calibrate import Statistics
+from specomp.compression.observe import stats_of
+from specomp.compression.run import Run
+from specomp.compression.spectra import Spectra, decompose, target_of
+from specomp.errors import UserError, not_finite
+from specomp.models.family import LinearSpec
+from specomp.numerics.factors import LowRankFactors, Norm, Spectrum, truncate
+from specomp.numerics.linalg import relative
+from specomp.numerics.statistics import Stats
+from specomp.slots import Rounded, Trained
+
+Values = Mapping[str, Tensor]
+"""What a decoder layer accumulated, by place and statistic."""
+
+
+class DenseEvidence:
+    """Of the dense model, before anything is compressed: what predicts losses."""
+
+    def __init__(self, run: Run, spectra: Spectra) -> None:
+        self.run, self.spectra = run, spectra
+
+    def stats(self, linear: LinearSpec) -> Stats:
+        """What its spectra are made of."""
+        return self.spectra.statistics(linear)
+
+    def weight(self, linear: LinearSpec) -> Tensor:
+        """T (m n)."""
+        W = linear_module(self.run.model, linear).weight.detach()
+        return target_of(self.spectra.target, W, self.stats(linear), linear.name)
+
+    def spectrum(self, linear: LinearSpec) -> Spectrum:
+        """From the cache, or into it."""
+        return self.spectra(linear)
+
+    def factors(self, linear: LinearSpec, rank: int) -> LowRankFactors:
+        """Truncated, not compensated: what a probe tries."""
+        return truncate(self.spectrum(linear), rank)
+
+    def rounded(
+        self, linear: LinearSpec, matrices: Sequence[Tensor], assemble: Callable[..., Tensor], *, free_basis: bool
+    ) -> tuple[Rounded, ...]:
+        """As they are."""
+        return tuple(map(Rounded, matrices))
+
+    def bias(self, linear: LinearSpec) -> Tensor | None:
+        """Of the linear."""
+        return self.run.model.get_submodule(linear.name).bias  # type: ignore[return-value]
+
+    def dense(self, linear: LinearSpec) -> nn.Module:
+        """The linear itself."""
+        return self.run.model.get_submodule(linear.name)
+
+    def place(self, linear: LinearSpec) -> dict[str, Any]:
+        """dtype and device of the linear."""
+        weight = linear_module(self.run.model, linear).weight
+        return {"dtype": weight.dtype, "device": weight.device}
+
+
+@dataclass
+class Account:
+    """What was found out about one linear on the way. See LinearReport."""
+
+    compensation_gain: float | None = None
+    quantization_error: float | None = None
+    quantization_damping: float = 0.0
+
+
+@dataclass
+class LayerEvidence(DenseEvidence):
+    """Of one decoder layer that is being compressed, on the inputs that the route says."""
+
+    run: Run
+    spectra: Spectra
+    statistics: Statistics
+    whitening: Values  # what the decoder layer saw of compressed inputs: for the norm,
+    compensation: Values  # and for the repair
+    trained: Trained | None = None
+    sizes: Mapping[str, int] = field(default_factory=dict)  # chosen, by linear
+    accounts: dict[str, Account] = field(default_factory=dict)
+    _norms: dict[str, tuple[Stats, Norm, Tensor]] = field(default_factory=dict)
+    _spectra: dict[str, Spectrum] = field(default_factory=dict)
+
+    def account(self, linear: LinearSpec) -> Account:
+        """Of one linear."""
+        return self.accounts.setdefault(linear.name, Account())
+
+    def stats(self, linear: LinearSpec) -> Stats:
+        """Of the inputs that the norm sees."""
+        return self._seen(linear)[0]
+
+    def norm(self, linear: LinearSpec) -> Norm:
+        """In which errors count."""
+        return self._seen(linear)[1]
+
+    def weight(self, linear: LinearSpec) -> Tensor:
+        """T (m n) on these inputs."""
+        return self._seen(linear)[2]
+
+    def _seen(self, linear: LinearSpec) -> tuple[Stats, Norm, Tensor]:
+        if linear.name not in self._norms:
+            method, streamed = self.run.method, self.run.route.whitening.streamed
+            stats = self.statistics(linear)
+            if streamed:
+                stats = Stats({**stats, **stats_of(linear, self.whitening, streamed)})
+            if self.trained is not None:  # the linear itself is gone by now
+                whole = self.spectra(linear)
+                target = whole.U @ whole.rows
+            else:
+                target = target_of(method.target, linear_module(self.run.model, linear).weight.detach(), stats, linear.name)
+            self._norms[linear.name] = stats, method.whitening(stats), target
+        return self._norms[linear.name]
+
+    def spectrum(self, linear: LinearSpec) -> Spectrum:
+        """In the norm of these inputs."""
+        if linear.name not in self._spectra:
+            if self.run.route.caches_spectra:
+                found = self.spectra(linear)
+            else:
+                found = decompose(self.norm(linear), self.weight(linear), linear.name, keep=self.sizes[linear.name])
+            self._spectra[linear.name] = found
+        return self._spectra[linear.name]
+
+    def factors(self, linear: LinearSpec, rank: int) -> LowRankFactors:
+        """Truncated and compensated; or what a training kept. Raises UserError where they are not finite."""
+        if self.trained is not None:
+            return self.trained.factors(linear, rank)
+        factors, repair = truncate(self.spectrum(linear), rank), self.run.method.compensation
+        if not repair.needs:
+            return factors
+        stats, target = self._repair_stats(linear), self.weight(linear).float()
+        repaired = repair(target, factors, stats)
+        if not (repaired.U.isfinite().all() and repaired.Vt.isfinite().all()):
+            raise not_finite(f"{linear.name}: its repaired factors are not finite")
+        after, before = (repair.loss(x.product() - target, stats) for x in (repaired, factors))
+        self.account(linear).compensation_gain = relative(after, before)
+        return repaired
+
+    def _repair_stats(self, linear: LinearSpec) -> Stats:
+        streamed = self.run.route.compensation.streamed
+        return stats_of(linear, self.compensation, streamed) if streamed else self.statistics(linear)
+
+    def rounded(
+        self, linear: LinearSpec, matrices: Sequence[Tensor], assemble: Callable[..., Tensor], *, free_basis: bool
+    ) -> tuple[Rounded, ...]:
+        """On the inputs that the route says. Raises UserError where that is numerically impossible."""
+        rounding = self.run.method.rounding
+        if rounding.grid is None:
+            return tuple(map(Rounded, matrices))
+        stats = self._repair_stats(linear) if self.run.route.rounds == "compensation" else self.stats(linear)
+        try:
+            found = rounding(matrices, stats, self.place(linear)["dtype"], free_basis=free_basis)
+        except ValueError as error:
+            raise UserError(
+                f"{linear.name}, quantizing its factors: {error}: calibrate on more tokens, or raise quantizer.damping."
+            ) from error
+        account, norm = self.account(linear), self.norm(linear)
+        before, after = assemble(*(x.float() for x in matrices)), assemble(*(x.values for x in found))
+        account.quantization_error = relative(norm.loss(after - before), norm.loss(before))
+        account.quantization_damping = max(x.damping for x in found)
+        return found
+
+    def bias(self, linear: LinearSpec) -> Tensor | None:
+        """Of the linear, with what a training adds."""
+        own = super().bias(linear)
+        return own if self.trained is None else self.trained.bias(linear, own)
+
+    def dense(self, linear: LinearSpec) -> nn.Module:
+        """The linear itself, or one with the weight that a training left."""
+        if self.trained is None:
+            return super().dense(linear)
+        factors, dtype = self.trained.factors(linear, min(linear.m, linear.n)), self.run.model.dtype
+        whole = nn.Linear(linear.n, linear.m, bias=False, device="meta")
+        whole.weight = nn.Parameter(factors.product().to(dtype))
+        bias = self.bias(linear)
+        whole.bias = None if bias is None else nn.Parameter(bias.to(whole.weight.device, dtype))
+        return whole
+
+    def place(self, linear: LinearSpec) -> dict[str, Any]:
+        """dtype and device of what is stored."""
+        return {"dtype": self.run.model.dtype, "device": self.run.device(linear.decoder_layer)} if self.trained else super().place(linear)
+
+    def forget(self, linear: LinearSpec) -> None:
+        """Free what was made of one linear."""
+        self._norms.pop(linear.name, None)
+        self._spectra.pop(linear.name, None)
+
+
+def linear_module(model: nn.Module, linear: LinearSpec) -> nn.Linear:
+    """The dense module behind a spec."""
+    module = model.get_submodule(linear.name)
+    assert isinstance(module, nn.Linear), f"{linear.name} is a {type(module).__name__}"
+    return module

@@ -1,0 +1,124 @@
+"""What users get wrong, found before hours are spent and told in one line that names the key."""
+
+import errno
+import inspect
+import logging
+import re
+import warnings
+from collections.abc import Callable
+from functools import partial
+from importlib.util import find_spec
+from typing import Any
+
+import lightning as L
+import torch
+from hydra.errors import InstantiationException
+from hydra.utils import instantiate
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from omegaconf import DictConfig, open_dict
+from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
+from pydantic import ValidationError
+
+from specomp.compression.route import Route
+from specomp.errors import UserError, first_line, one_line
+from specomp.evaluation.suite import Suite
+from specomp.experiment.options import Options
+from specomp.models.load import torch_device
+from specomp.models.sources import Source
+from specomp.slots import Method
+
+log = logging.getLogger(__name__)
+
+
+def make(cfg: DictConfig, group: str, **more: Any) -> Any:
+    """Instantiate one group, with more nodes in it, turning what is wrong with it into one line that names the key."""
+    try:
+        node = cfg[group]
+        if more:
+            node = node.copy()
+            with open_dict(node):
+                node.update(more)
+        made = instantiate(node)
+        if isinstance(made, partial):  # a misspelt keyword would otherwise show when it is called, with the model loaded
+            inspect.signature(made.func).bind_partial(**made.keywords)
+        return made
+    except TypeError as error:
+        raise UserError(f"{group}: {error}.") from error
+    except InstantiationException as error:
+        cause = error.__cause__ or error
+        where = re.search(r"full_key: (\S+)", str(error))
+        prefix = where.group(1) if where else group
+        if isinstance(cause, ValidationError):
+            problems = [f"{'.'.join([prefix, *map(str, x['loc'])])}={_typed(x['input'])}: {x['msg']}" for x in cause.errors()]
+            raise UserError("; ".join(problems) + ".") from error
+        if isinstance(cause, UserError):
+            raise cause from error
+        raise UserError(f"{prefix}: {one_line(cause)}") from error
+    except MissingMandatoryValue as error:
+        raise UserError(f"{error.full_key} has no default: give it a value, {error.full_key}=VALUE.") from error
+    except OmegaConfBaseException as error:
+        raise UserError(f"{error.full_key or group}: {first_line(error)}") from error
+
+
+def _typed(value: Any) -> str:
+    """A refused value as it would be typed; objects by their class."""
+    if value is None or isinstance(value, bool):
+        return {None: "null", True: "true", False: "false"}[value]
+    return str(value) if isinstance(value, (str, int, float)) else f"<{type(value).__name__}>"
+
+
+def check_machine(source: Source, trainer: Callable[..., L.Trainer]) -> int:
+    """Device and loop, before the model is loaded; returns the number of processes that train. Raises UserError."""
+    torch_device(source.device, source.device_map)
+    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # that an accelerator is left idle is meant, see conf/trainer
+            return trainer().world_size
+    except (MisconfigurationException, ValueError, TypeError, RuntimeError) as error:
+        raise UserError(f"trainer: {one_line(error)}") from error
+
+
+def check_streamed(source: Source, method: Method, route: Route, options: Options, suite: Suite) -> None:
+    """What a model that is never in memory as a whole cannot do. Raises UserError."""
+    if not source.stream:
+        return
+    reason = source.unstreamable()
+    if reason is None and method.training.active:
+        reason = f"method={method.name} trains, which needs the whole model in memory: set model.stream=false"
+    if reason is None and (gradients := sorted(x.name for x in route.gradients)):
+        reason = f"{gradients[0]} is a statistic of gradients, which need the whole model in memory: set model.stream=false"
+    if reason is None and not method.is_dense and not options.save:
+        reason = "the compressed model exists on disk only: set save=true"
+    timings = [x.id for x in suite.benchmarks if x.volatile]
+    if reason is None and timings:
+        reason = f"{timings[0]} would measure the disk: set model.stream=false, or choose another benchmark"
+    if reason is not None:
+        raise UserError(f"model.stream=true: {reason}.")
+
+
+def check_packed(method: Method, options: Options) -> None:
+    """Whether rounded numbers can be stored, before any work. Raises UserError."""
+    grid = method.rounding.grid
+    if grid is None:
+        return
+    if method.is_dense:
+        log.warning("Nothing is compressed: quantizer is not used.")
+    elif options.save and options.export == "factors" and find_spec("compressed_tensors") is None:
+        raise UserError(
+            f"Saving factors of {grid.bits} bits needs compressed-tensors: pip install 'specomp[int4]', or set save=false, which "
+            "evaluates all the same."
+        )
+
+
+def actionable(error: BaseException) -> UserError | None:
+    """What to do about an exhausted resource, or None for other errors."""
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return UserError("No space left on the device: free some, or point paths.cache or paths.outputs elsewhere.")
+    # torch tells of exhausted CPU memory by the text alone
+    if isinstance(error, (torch.OutOfMemoryError, MemoryError)) or (isinstance(error, RuntimeError) and "allocate memory" in str(error)):
+        return UserError(
+            f"Out of memory ({one_line(error, 120)}): lower calibration.batch_size or benchmark.batch_size, set calibration.layers_at_once, "
+            "use model.dtype=bfloat16, or model.stream=true."
+        )
+    return None

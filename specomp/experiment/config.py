@@ -1,0 +1,139 @@
+"""What a run works with: every choice of the command line as an object, checked before any model is loaded."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+from hydra import compose, initialize_config_dir
+from hydra.core.hydra_config import HydraConfig
+from omegaconf import DictConfig, OmegaConf, open_dict
+
+from specomp.cache import Cache
+from specomp.compression.checks import check_method
+from specomp.compression.route import Route
+from specomp.data.calibration import CalibrationSet, CalibrationSpec
+from specomp.evaluation.suite import Suite
+from specomp.experiment.checks import check_machine, check_packed, check_streamed, make
+from specomp.experiment.names import method_identity
+from specomp.experiment.options import Options
+from specomp.experiment.record import RecordStore
+from specomp.experiment.tracking import Tracking
+from specomp.forms.prices import Budget
+from specomp.models.sources import Source
+from specomp.rows import CONF
+from specomp.slots import Method, describe
+
+
+@dataclass(frozen=True, kw_only=True)
+class Request:
+    """What was asked for, checked; no text, tokenizer or model has been looked at."""
+
+    source: Source
+    method: Method
+    ratio: Budget
+    calibration: CalibrationSpec
+    suite: Suite
+    trainer: Callable[..., L.Trainer]
+    processes: int  # that train
+    tracking: Tracking
+    options: Options
+    cache: Cache
+    outputs: Path
+    records: RecordStore
+    choices: dict[str, str]
+    config: dict[str, Any]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Experiment(Request):
+    """Everything a run needs, checked, with no model loaded yet."""
+
+    samples: CalibrationSet
+    training_samples: CalibrationSet  # the same, unless the training asks for more of the text
+    tokenizer: Any
+
+    def identity(self, *, dense: bool = False) -> dict[str, Any]:
+        """What determines the weights: the dense model's are the source's alone."""
+        model = self.source.fingerprint(self.cache)
+        if dense or self.method.is_dense:
+            return {"model": model, "method": "dense"}
+        more = {} if self.training_samples is self.samples else {"training_samples": self.training_samples.hash}
+        return more | {
+            "model": model,
+            "method": method_identity(self.method),
+            **self.ratio.identity(),
+            "calibration": self.samples.hash,
+            "upstream": self.calibration.upstream,
+            "precision": [self.calibration.precision, self.calibration.accumulate],
+            "quantizer": describe(self.method.rounding),
+            "seed": self.options.seed,
+        }
+
+
+def ask(cfg: DictConfig) -> Request:
+    """Instantiate every choice, which checks types and ranges, and check what depends on several of them. Raises UserError."""
+    options: Options = make(cfg, "options")
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    L.seed_everything(options.seed, workers=True, verbose=False)
+    outputs = Path(str(cfg.paths.outputs)).expanduser().absolute()
+    parts = {name: make(cfg, name) for name in ("quantizer", "ratio", "calibration", "trainer", "tracking")}
+    del parts["quantizer"]  # made for its messages; what counts is the method's
+    parts["method"] = make(cfg, "method", rounding=cfg.quantizer)
+    source, suite = make(cfg, "model"), make(cfg, "benchmark")
+    processes = check_machine(source, parts["trainer"])
+    route = check_request(parts["method"], parts["ratio"], parts["calibration"], processes, source.dtype)
+    check_packed(parts["method"], options)
+    check_streamed(source, parts["method"], route, options, suite)
+    return Request(
+        source=source,
+        suite=suite,
+        options=options,
+        processes=processes,
+        cache=Cache(str(cfg.paths.cache)),
+        outputs=outputs,
+        records=RecordStore(outputs / "records"),
+        choices={name: str(choice) for name, choice in HydraConfig.get().runtime.choices.items() if not name.startswith("hydra/")},
+        config={**OmegaConf.to_container(cfg, resolve=True), "overrides": list(HydraConfig.get().overrides.task)},  # type: ignore[dict-item]
+        **parts,
+    )
+
+
+def check_request(method: Method, budget: Budget, spec: CalibrationSpec, processes: int, dtype: str) -> Route:
+    """What the library checks, before any text is read: with the samples asked for, where that is a number. Raises UserError."""
+    if spec.num_samples is None:
+        return Route.of(method, spec.upstream, 1)
+    return check_method(method, budget, spec.upstream, spec.num_samples, processes, dtype)
+
+
+def build(cfg: DictConfig) -> Experiment:
+    """What was asked for, with the texts it needs. Raises UserError."""
+    request = ask(cfg)
+    context = request.source.max_length(request.cache)
+    request.suite.validate(context)
+    tokenizer = request.source.tokenizer(request.cache)
+    samples = training_samples = request.calibration.build(tokenizer, max_length=context)
+    method = request.method
+    check_method(method, request.ratio, request.calibration.upstream, samples.num_samples, request.processes, request.source.dtype)
+    wanted = method.training.samples_of(samples.num_samples)
+    if wanted not in (0, samples.num_samples):
+        training_samples = replace(request.calibration, num_samples=wanted).build(tokenizer, max_length=context)
+    return Experiment(**vars(request), samples=samples, training_samples=training_samples, tokenizer=tokenizer)
+
+
+def composed(*overrides: str) -> DictConfig:
+    """What `python run.py overrides...` composes; also sets Hydra's own config, as run.py does."""
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        cfg = compose("config", overrides=list(overrides), return_hydra_config=True)
+    HydraConfig.instance().set_config(cfg)
+    with open_dict(cfg):
+        del cfg["hydra"]
+    return cfg
+
+
+def typed(*overrides: str) -> Experiment:
+    """What `python run.py overrides...` would build: for notebooks and scripts. Raises UserError."""
+    return build(composed(*overrides))

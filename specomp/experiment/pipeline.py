@@ -1,0 +1,300 @@
+"""run(cfg): one experiment from top to bottom.
+
+Build and check everything that is cheap; stop if the record says it is done; then load, compress through the same functions as the
+library (api.py), save, evaluate, and write down what happened.
+"""
+
+import logging
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig
+
+from specomp.cache import digest, waiting
+from specomp.compression.checks import check_budget
+from specomp.compression.ledger import Size, ledger, measure
+from specomp.compression.module import CalibrationOnlyModule
+from specomp.compression.report import LinearReport
+from specomp.compression.run import Progress, Run
+from specomp.errors import UserError, first_line
+from specomp.evaluation.suite import Benchmark
+from specomp.experiment.checks import actionable
+from specomp.experiment.config import Experiment, ask, build
+from specomp.experiment.plan import show_plan
+from specomp.experiment.record import Record, point_of, provenance, record_key
+from specomp.experiment.summary import show
+from specomp.models.files import checked_folder
+from specomp.models.load import LoadedModel, device_name
+from specomp.models.save import Export, exporting, remove_unfinished, save_compressed
+from specomp.models.save import load as load_folder
+from specomp.profiling import profiles
+from specomp.experiment.figures import training_figure
+
+log = logging.getLogger(__name__)
+
+
+class RecordProgress(Progress):
+    """What a run tells, written into its record."""
+
+    def __init__(self, experiment: Experiment, record: Record) -> None:
+        super().__init__()
+        self.experiment, self.record = experiment, record
+        self.layers: Any = None  # told of every decoder layer whose modules are final
+
+    @contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        """Its seconds and memory go into the record."""
+        with super().stage(name), self.record.stage(name):
+            yield
+
+    def note(self, text: str) -> None:
+        """In the record and in the log."""
+        self.record.note(text)
+
+    def layer(self, index: int) -> None:
+        """A streamed model is written decoder layer by decoder layer."""
+        if self.layers is not None:
+            self.layers(index)
+
+    def trained(self, account: dict[str, Any], figure: Any = None) -> None:
+        """Draw what can be drawn of it."""
+        if figure is not None:
+            path = self.experiment.records.companion(self.record.key, "training.png")
+            training_figure(path, *figure, account)
+            log.info("Figure of the training: %s", path)
+
+    @property
+    def curve_file(self) -> Path:
+        """Beside the record."""
+        return self.experiment.records.companion(self.record.key, "training.csv")
+
+    def training_logger(self) -> Any:
+        """Where the record is shown too."""
+        return self.experiment.tracking.training_logger(self.record)
+
+
+def run(cfg: DictConfig) -> float | None:
+    """One experiment. Returns the first benchmark's first metric, or None without benchmarks or with plan=true. Raises UserError."""
+    if cfg.plan:
+        show_plan(ask(cfg))
+        return None
+    experiment = build(cfg)
+    key = record_key(experiment.identity())
+    with waiting(experiment.records.lock(key), f"works on record {key[:12]}"):
+        record = resume(experiment, key)
+        if (point := point_of(experiment.config)) not in record.points:
+            record.points.append(point)
+        try:
+            if experiment.options.profile:
+                record.note("profile=true: seconds and peak memory are those of a run that torch's profiler watched")
+            with profiles.into(experiment.outputs / "profiles" / key[:12] if experiment.options.profile else None):
+                execute(experiment, record)
+            record.status, record.error = "ok", None
+        except KeyboardInterrupt:
+            # Unfinished, which is not a failure of the experiment; anything else is, and the record says what.
+            record.status, record.error = "running", "interrupted"
+            raise
+        except BaseException as error:
+            record.status, record.error = "failed", f"{type(error).__name__}: {first_line(error)}"
+            remedy = actionable(error)
+            if remedy is not None:
+                raise remedy from error
+            raise
+        finally:
+            experiment.records.save(record)
+    show(record)
+    return next((value for values in record.metrics.values() for value in values.values()), None)
+
+
+def resume(experiment: Experiment, key: str) -> Record:
+    """The stored record of these weights if it can be built on, else a fresh one."""
+    record = experiment.records.load(key)
+    if record is not None and not experiment.options.redo:
+        if record.status == "failed" and not experiment.options.retry:
+            raise UserError(f"Record {key[:12]} failed before ({record.error}) and options.retry=false.")
+        if record.ledger:
+            log.info("Record %s exists: running only what is missing.", key[:12])
+            return record
+    return Record(
+        key=key,
+        identity=experiment.identity(),
+        choices=experiment.choices,
+        config=experiment.config,
+        calibration=experiment.samples.description | {"hash": experiment.samples.hash},
+        provenance=provenance(),
+    )
+
+
+def execute(experiment: Experiment, record: Record) -> None:
+    """Bring a record up to what was asked: compressed, saved, evaluated; whatever it already has is not done again."""
+    missing = [b for b in experiment.suite.benchmarks if b.id not in record.metrics]
+    folder = model_folder(experiment, record)
+    usable = folder is not None and _usable(folder)
+    lost = experiment.options.save and folder is not None and not usable
+    if record.ledger and not missing and not lost:
+        log.info("Record %s is complete.", record.key[:12])
+        return
+    linears: list[LinearReport] = []
+    if record.ledger and folder is not None and usable:
+        if experiment.options.reference and any(b.id not in _dense_metrics(experiment) for b in missing):
+            loaded = load_dense(experiment, record)
+            with record.stage("evaluate dense"):
+                reference(experiment, loaded)
+            del loaded  # not both models in memory
+        with record.stage("load"):
+            model, tokenizer = reload(experiment, folder).model, experiment.tokenizer
+    else:
+        model, tokenizer, linears = produce(experiment, record)
+        experiment.records.save(record)
+    for benchmark in missing:
+        with record.stage("evaluate"):
+            evaluate(record.metrics, benchmark, model, tokenizer)
+        record.dense_metrics |= {
+            b: v for b, v in _dense_metrics(experiment).items() if b in record.metrics and b not in record.dense_metrics
+        }
+        experiment.records.save(record)
+    for kind, counted in (("hits", experiment.cache.hits), ("misses", experiment.cache.misses)):
+        before = record.cache.get(kind, {})  # of an earlier run that this one went on from
+        record.cache[kind] = before | {name: before.get(name, 0) + count for name, count in counted.items()}
+    experiment.tracking.publish(record, [x.as_dict() for x in linears])
+
+
+def load_dense(experiment: Experiment, record: Record) -> LoadedModel:
+    """The dense model."""
+    with record.stage("load"):
+        loaded = experiment.source.load(experiment.cache)
+    record.provenance["device"] = device_name(loaded.model.device)
+    return loaded
+
+
+def run_of(experiment: Experiment, loaded: LoadedModel, progress: Progress | None = None) -> Run:
+    """What the library works on, of an experiment and its loaded model."""
+    return Run(
+        model=loaded.model,
+        family=loaded.family,
+        method=experiment.method,
+        budget=experiment.ratio,
+        calibration=experiment.calibration,
+        samples=experiment.samples,
+        training_samples=experiment.training_samples,
+        cache=experiment.cache,
+        model_key=digest(experiment.source.fingerprint(experiment.cache)),
+        seed=experiment.options.seed,
+        trainer=experiment.trainer,
+        processes=experiment.processes,
+        store=loaded.store,
+        progress=progress or Progress(),
+    )
+
+
+def reload(experiment: Experiment, folder: Path) -> LoadedModel:
+    """A compressed model from its folder, in the precision and the place of the dense one."""
+    source = experiment.source
+    return load_folder(folder, dtype=source.dtype, device=source.device, device_map=source.device_map, stream=source.stream)
+
+
+def produce(experiment: Experiment, record: Record) -> tuple[Any, Any, list[LinearReport]]:
+    """Load the dense model, evaluate it for reference, compress it in place, count and save it.
+
+    A streamed model is saved while it is compressed, and then opened again.
+    """
+    loaded = load_dense(experiment, record)
+    if experiment.method.is_dense:
+        size = measure(loaded.model, loaded.family.linears(loaded.model))
+        record.ledger = dense_ledger(size, loaded)
+        return loaded.model, loaded.tokenizer, []
+    progress = RecordProgress(experiment, record)
+    run = run_of(experiment, loaded, progress)
+    check_budget(run.units, run.method, run.budget, run.model.dtype)
+    if experiment.options.reference:
+        with record.stage("evaluate dense"):
+            record.dense_metrics |= reference(experiment, loaded)
+    folder = model_folder(experiment, record)
+    assert folder is not None, "only the dense row has none"
+    info = {"method": run.method.name, **run.budget.identity(), "record": record.key, "specomp": record.identity}
+    with ExitStack() as stack:
+        export: Export | None = None
+        if run.store is not None:  # every decoder layer is written as soon as it is compressed
+            remove_unfinished(folder)  # this process holds the lock of the record
+            export, name = stack.enter_context(exporting(folder, experiment.options.export)), run.family.decoder_layers
+            progress.layers = lambda index: export.add(f"{name}.{index}", run.layers[index])
+        module = CalibrationOnlyModule(run)
+        with record.stage("calibrate"):
+            module.calibrate()
+        report = module.finish()
+        record.ledger, record.training = report.ledger, report.training
+        experiment.records.save_linears(record.key, [x.as_dict() for x in report.linears])
+        if export is not None:
+            with record.stage("save"):
+                export.finish(run.model, loaded.tokenizer, info)
+    if run.store is not None:
+        record.model_folder = str(folder)
+        return reload(experiment, folder).model, loaded.tokenizer, report.linears
+    if experiment.options.save:
+        with record.stage("save"):
+            save_compressed(run.model, loaded.tokenizer, folder, form=experiment.options.export, info=info)
+        record.model_folder = str(folder)
+    return run.model, loaded.tokenizer, report.linears
+
+
+def dense_ledger(size: Size, loaded: LoadedModel) -> Any:
+    """Of a model of which nothing is compressed."""
+    count = len(loaded.family.linears(loaded.model))
+    return replace(ledger(None, size, size), num_linears=count, num_dense=count)
+
+
+def reference(experiment: Experiment, loaded: LoadedModel) -> dict[str, dict[str, float]]:
+    """The dense model's metrics: from its own record where they are, measured now where not (timings always)."""
+    key = record_key(experiment.identity(dense=True))
+    with waiting(experiment.records.lock(key), "evaluates the dense model"):
+        record = experiment.records.load(key)
+        if record is None or not record.ledger:
+            record = Record(
+                key=key,
+                status="ok",
+                identity=experiment.identity(dense=True),
+                choices=experiment.choices | {"method": "dense", "ratio": "dense"},
+                config=experiment.config,
+                ledger=dense_ledger(measure(loaded.model, loaded.family.linears(loaded.model)), loaded),
+                provenance=provenance() | {"device": device_name(loaded.model.device)},
+            )
+        for benchmark in experiment.suite.benchmarks:
+            if benchmark.id not in record.metrics or benchmark.volatile:
+                evaluate(record.metrics, benchmark, loaded.model, loaded.tokenizer)
+                experiment.records.save(record)
+    wanted = {benchmark.id for benchmark in experiment.suite.benchmarks}
+    return {name: values for name, values in record.metrics.items() if name in wanted}
+
+
+def evaluate(metrics: dict[str, dict[str, float]], benchmark: Benchmark, model: Any, tokenizer: Any) -> None:
+    """One benchmark, stored under its id."""
+    log.info("Evaluate %s.", benchmark.id)
+    metrics[benchmark.id] = benchmark(model, tokenizer)
+
+
+def _dense_metrics(experiment: Experiment) -> dict[str, dict[str, float]]:
+    record = experiment.records.load(record_key(experiment.identity(dense=True)))
+    return {} if record is None else record.metrics
+
+
+def model_folder(experiment: Experiment, record: Record) -> Path | None:
+    """Where the compressed model is kept; the dense row has no folder of its own."""
+    if experiment.method.is_dense:
+        return None
+    suffix = "-dense" if experiment.options.export == "dense" else ""
+    return experiment.outputs / "models" / f"{experiment.choices['model']}-{experiment.method.name}-{record.key[:12]}{suffix}"
+
+
+def _usable(folder: Path) -> bool:
+    """Whether a compressed model is there, and whole: reads headers only."""
+    if not folder.exists():
+        return False
+    try:
+        checked_folder(str(folder))
+    except UserError as error:
+        log.warning("%s Compressing again.", error)
+        return False
+    return True

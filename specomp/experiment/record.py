@@ -1,0 +1,252 @@
+"""One JSON file per compressed model: its passport, which benchmarks stamp.
+
+The key is the hash of what determines the weights, so the same model asked for by two tables is one record, re-running finds it, and only
+missing benchmarks are run. Written atomically after every step; a failed run leaves a record that says why.
+"""
+
+import csv
+import json
+import logging
+import os
+import platform
+import re
+import resource
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field, fields, replace
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from filelock import FileLock
+
+from specomp.cache import atomic_path, digest, make_folder
+from specomp.compression.ledger import Ledger
+from specomp.errors import UserError
+from specomp.experiment.names import portable
+
+log = logging.getLogger(__name__)
+SCHEMA = 1
+COMMITTED = Path(__file__).resolve().parents[2] / "experiments" / "records"
+# Bumped when the same settings would give other weights.
+WEIGHTS_VERSION = 1
+COMPANIONS = ("linears.csv", "training.csv")
+PACKAGES = ("specomp", "torch", "transformers", "lightning", "datasets", "lm_eval", "hydra-core", "safetensors", "compressed-tensors")
+
+
+@dataclass(kw_only=True)
+class Record:
+    """Everything a table, a plot or a doubt needs about one compressed model. Metrics are keyed by benchmark id, then name."""
+
+    schema: int = SCHEMA
+    key: str
+    status: Literal["running", "ok", "failed"] = "running"
+    error: str | None = None
+    choices: dict[str, str] = field(default_factory=dict)
+    identity: dict[str, Any] = field(default_factory=dict)
+    config: dict[str, Any] = field(default_factory=dict)
+    calibration: dict[str, Any] = field(default_factory=dict)
+    ledger: Ledger | None = None
+    training: dict[str, Any] = field(default_factory=dict)
+    points: list[str] = field(default_factory=list)  # `point_of` every config that asked for these weights
+    metrics: dict[str, dict[str, float]] = field(default_factory=dict)
+    dense_metrics: dict[str, dict[str, float]] = field(default_factory=dict)
+    texts: dict[str, Any] = field(default_factory=dict)
+    seconds: dict[str, float] = field(default_factory=dict)
+    peak_memory_mib: dict[str, float] = field(default_factory=dict)
+    cache: dict[str, dict[str, int]] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+    model_folder: str | None = None
+    provenance: dict[str, Any] = field(default_factory=dict)
+
+    @contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        """Time a stage and note the process's peak memory at its end."""
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds[name] = round(self.seconds.get(name, 0.0) + time.perf_counter() - start, 3)
+            self.peak_memory_mib[name] = round(peak_memory() / 2**20, 1)
+
+    def note(self, text: str) -> None:
+        """Something a reader of the numbers should know: in the record and in the log."""
+        if text not in self.notes:
+            self.notes.append(text)
+        log.warning("%s", text)
+
+
+def peak_memory() -> int:
+    """Peak bytes: of the GPU's allocator where anything was on one, else the process's resident set."""
+    if torch.cuda.is_available() and (allocated := torch.cuda.max_memory_allocated()):
+        return int(allocated)
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def as_dict(record: Record) -> dict[str, Any]:
+    """As it is stored."""
+    return asdict(replace(record, ledger=None)) | {"ledger": record.ledger.as_dict() if record.ledger else {}}
+
+
+def record_key(identity: Mapping[str, Any]) -> str:
+    """sha256 of what determines the weights."""
+    return digest({"version": WEIGHTS_VERSION, **identity})
+
+
+def point_of(config: Mapping[str, Any]) -> str:
+    """Short hash of what a config asks for, the same on every machine; unlike the key it needs neither model nor text."""
+
+    return digest(portable(config))[:16]
+
+
+class RecordStore:
+    """Records in a folder: <key12>.json, and <key12>.linears.csv with one line per linear."""
+
+    def __init__(self, folder: Path | str) -> None:
+        self.folder = Path(folder).expanduser().absolute()
+
+    def path(self, key: str) -> Path:
+        """Where a record is or would be."""
+        return self.folder / f"{key[:12]}.json"
+
+    def companion(self, key: str, suffix: str) -> Path:
+        """A file beside a record: <key12>.<suffix>."""
+        make_folder(self.folder)
+        return self.folder / f"{key[:12]}.{suffix}"
+
+    def lock(self, key: str) -> FileLock:
+        """Held while a job works on a record: a second process that wants the same waits, and then finds it done."""
+        make_folder(self.folder / ".locks")
+        return FileLock(self.folder / ".locks" / f"{key[:12]}.lock", is_singleton=True)
+
+    def load(self, key: str) -> Record | None:
+        """The record, or None; a damaged one is reported and made again."""
+        path = self.path(key)
+        if not path.exists():
+            return None
+        try:
+            record = read_record(path)
+        except UserError as error:
+            log.warning("%s It will be made again.", error)
+            return None
+        return record if record.key == key else None
+
+    def save(self, record: Record) -> None:
+        """Write atomically; what is stored already is left alone, so that a file's time says when something was last added."""
+        path, text = self.path(record.key), json.dumps(as_dict(record), indent=1, default=str, allow_nan=True) + "\n"
+        if path.exists() and path.read_text() == text:
+            return
+        with atomic_path(path) as temporary:
+            temporary.write_text(text)
+
+    def save_linears(self, key: str, reports: Sequence[Mapping[str, Any]]) -> None:
+        """One csv line per linear."""
+        if not reports:
+            return
+        with atomic_path(self.companion(key, "linears.csv")) as temporary, temporary.open("w", newline="") as file:
+            writer = csv.DictWriter(file, fieldnames=list(dict.fromkeys(name for row in reports for name in row)))
+            writer.writeheader()
+            writer.writerows({name: f"{x:.6g}" if isinstance(x, float) else x for name, x in row.items()} for row in reports)
+
+    def all(self) -> list[Record]:
+        """Every readable record, oldest first."""
+        records = []
+        for path in sorted(self.folder.glob("*.json"), key=lambda p: p.stat().st_mtime):
+            try:
+                records.append(read_record(path))
+            except UserError as error:
+                log.warning("%s Skipped.", error)
+        return records
+
+
+def stores(folders: Sequence[Path] | None) -> list[RecordStore]:
+    """The given folders, or where runs write theirs and then the committed ones."""
+    own = Path(os.environ.get("SPECOMP_OUTPUTS", "outputs")) / "records"
+    return [RecordStore(x) for x in (folders or [own, COMMITTED]) if Path(x).is_dir()]
+
+
+def stored(folders: Sequence[Path] | None) -> list[Record]:
+    """Their records; of one key the first, with the metrics of all."""
+    found: dict[str, Record] = {}
+    for store in stores(folders):
+        for record in store.all():
+            first = found.setdefault(record.key, record)
+            first.metrics = record.metrics | first.metrics
+            first.dense_metrics = record.dense_metrics | first.dense_metrics
+            first.points = list(dict.fromkeys([*first.points, *record.points]))
+    return list(found.values())
+
+
+def companions(stores: Sequence[RecordStore], key: str, suffix: str) -> list[Path]:
+    """Files beside a record, those of the first store that has the record itself: a run in progress writes some before there is one."""
+    return [path for store in stores if store.path(key).exists() and (path := store.companion(key, suffix)).exists()]
+
+
+def publish(records: Sequence[Record], sources: Sequence[RecordStore], folder: Path) -> list[Path]:
+    """Copy records, and the csv files beside them, into a folder to commit; absolute paths are cut to their last part."""
+
+    def shortened(value: Any) -> Any:
+        if isinstance(value, Mapping):
+            return {k: shortened(v) for k, v in value.items()}
+        if isinstance(value, (list, tuple)):
+            return [shortened(v) for v in value]
+        # also inside an override as it was typed, key=/a/path
+        return re.sub(r"(^|=)/\S*/", r"\1.../", value) if isinstance(value, str) else value
+
+    target = RecordStore(folder)
+    for record in records:
+        target.save(replace(record, config=shortened(record.config), model_folder=None, calibration=shortened(record.calibration)))
+        for suffix in COMPANIONS:
+            copy = target.companion(record.key, suffix)
+            found = companions(sources, record.key, suffix)
+            if found and found[0] != copy:
+                shutil.copyfile(found[0], copy)
+    return [target.path(record.key) for record in records]
+
+
+def read_record(path: Path) -> Record:
+    """Read one file. Raises UserError when it is not a record of this schema."""
+    try:
+        content = json.loads(path.read_text())
+        known = {x.name for x in fields(Record)}
+        if content["schema"] != SCHEMA:
+            raise ValueError(f"schema {content['schema']}, expected {SCHEMA}")
+        ledger = Ledger.from_dict(content["ledger"]) if content.get("ledger") else None
+        return Record(**{name: value for name, value in content.items() if name in known} | {"ledger": ledger})
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path} is not a readable record ({error}).") from error
+
+
+def provenance() -> dict[str, Any]:
+    """Where and with what a record was made; the device is added when the model is on it."""
+    return {
+        "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        "git": _git("rev-parse", "HEAD"),
+        "git_dirty": bool(_git("status", "--porcelain", "--untracked-files=no")),
+        "python": platform.python_version(),
+        "packages": {name: _version(name) for name in PACKAGES},
+        "machine": platform.machine(),
+        "threads": torch.get_num_threads(),
+        "cpus": os.cpu_count(),
+    }
+
+
+def _git(*arguments: str) -> str | None:
+    root = Path(__file__).parent
+    try:
+        return subprocess.run(["git", *arguments], cwd=root, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return None
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None

@@ -1,0 +1,70 @@
+"""What the terminal shows at the end of a run: dense beside compressed."""
+
+import sys
+
+from rich.box import SIMPLE
+from rich.console import Console
+from rich.table import Table
+
+from specomp.compression.ledger import Ledger
+from specomp.compression.report import size_row, size_rows
+from specomp.experiment.record import Record
+
+FILE_WIDTH = 110  # columns where the output is no terminal
+
+
+def show(record: Record, *, console: Console | None = None) -> None:
+    """Print the comparison table of one record, its folder and its notes."""
+    console = console or Console(width=None if sys.stdout.isatty() else FILE_WIDTH)
+    choice = record.choices
+    ledger = record.ledger
+    assert ledger is not None
+    title = f"{choice['model']}, {choice['method']}, {asked_for(ledger)}"
+    if choice.get("quantizer", "none") != "none":
+        title += f", {choice['quantizer']}"
+    if (packing := ledger.packing) != "factors":
+        title += f", {packing} packing"
+    table = Table(title=title, box=SIMPLE, title_justify="left")
+    table.add_column("")
+    for column in ("dense", "compressed", "compressed / dense"):
+        table.add_column(column, justify="right")
+    for row in rows(record):
+        table.add_row(*row)
+    console.print(table)
+    spent = ", ".join(f"{stage} {seconds:.1f} s" for stage, seconds in record.seconds.items())
+    console.print(f"time: {spent}; peak memory {max(record.peak_memory_mib.values(), default=0):.0f} MiB")
+    for note in record.notes:
+        console.print(f"note: {note}", markup=False)
+    if record.model_folder:
+        console.print(f"model folder: {record.model_folder}", soft_wrap=True, markup=False)
+    console.print(f"record: {record.key[:12]}", markup=False)
+
+
+def rows(record: Record) -> list[tuple[str, str, str, str]]:
+    """(label, dense, compressed, quotient) for the sizes and every metric."""
+    assert record.ledger is not None
+    lines = size_rows(record.ledger)
+    for name, values in record.metrics.items():
+        for metric, value in values.items():
+            if shown(metric):
+                reference = record.dense_metrics.get(name, {}).get(metric)
+                lines.append(size_row(f"{name} {label(metric, values)}", reference, value, "{:,.4f}" if "acc" in metric else "{:,.2f}"))
+    return lines
+
+
+def shown(metric: str) -> bool:
+    """Metrics worth a line on the terminal; the record holds all."""
+    return metric in {"ppl", "acc", "acc_norm", "nonfinite_windows"} or "tokens_per_s" in metric
+
+
+def label(metric: str, values: dict[str, float]) -> str:
+    """A metric with what it was measured on."""
+    if metric == "ppl":
+        collapsed = ", collapsed" if values.get("collapsed") else ""
+        return f"perplexity ({values.get('tokens', 0):,.0f} tokens{collapsed})"
+    return metric
+
+
+def asked_for(ledger: Ledger) -> str:
+    """What was to be stored."""
+    return f"{ledger.target_bits:g} bits a weight" if ledger.target_bits else f"compression {ledger.target_compression or 0:.0%}"

@@ -1,0 +1,81 @@
+"""What may stand where a family expects an nn.Linear. m out_features, n in_features, r rank.
+
+The source of `Substitute` and of its subclasses is copied into every folder of compressed weights (models/save.py): they use
+torch and each other alone.
+"""
+
+import torch
+from torch import Tensor, nn
+
+from specomp.numerics.grid import Grid
+
+
+class Substitute(nn.Module):
+    """Takes the place of a linear of weight (m n). There is no `weight`: ask `merged_weight()`.
+
+    Made by `kind(**module.arguments(), dtype=..., device=...)`, and then filled with numbers.
+    """
+
+    in_features: int
+    out_features: int
+    bias: Tensor | None
+
+    def arguments(self) -> dict:
+        """What makes an empty module of the same shapes, JSON-able."""
+        raise NotImplementedError
+
+    def merged_weight(self) -> Tensor:
+        """The weight (m n) as it acts, multiplied in at least float32 and returned so."""
+        raise NotImplementedError
+
+    def extra_repr(self) -> str:
+        """Sizes, as nn.Linear prints them, and what else it is made of."""
+        return ", ".join(f"{name}={value}" for name, value in self.arguments().items())
+
+
+class TwoStage(Substitute):
+    """A linear of rank r as two products: `first` (n -> r, no bias), and `expand`, which makes the outputs of what that gives."""
+
+    first: nn.Linear
+    rank: int
+
+    def expand(self, hidden: Tensor) -> Tensor:
+        """(... r) -> y (... m)."""
+        raise NotImplementedError
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (... n) -> y (... m)."""
+        return self.expand(self.first(x))
+
+    def arguments(self) -> dict:
+        """Sizes, rank, and whether there is a bias."""
+        sizes = {"in_features": self.in_features, "out_features": self.out_features, "rank": self.rank}
+        return sizes | {"bias": self.bias is not None}
+
+
+class GridLinear(nn.Linear):
+    """An nn.Linear whose weight (m n), held in the model's dtype, lies on a grid: what a folder stores as integers (models/packed.py)."""
+
+    grid: Grid
+
+    @classmethod
+    def of(cls, linear: nn.Linear, grid: Grid) -> "GridLinear":
+        """Takes over the parameters of a linear whose weight was rounded to this grid."""
+        module = cls(linear.in_features, linear.out_features, bias=linear.bias is not None, device="meta")
+        module.weight, module.bias, module.grid = linear.weight, linear.bias, grid
+        return module
+
+
+def weight_of(module: nn.Module) -> Tensor:
+    """(m n) as it acts, in at least float32: of an nn.Linear or what stands in its place."""
+    if isinstance(module, Substitute):
+        return module.merged_weight()
+    weight = module.weight.detach()
+    return weight.to(torch.promote_types(weight.dtype, torch.float32))  # type: ignore[arg-type, operator, union-attr, call-overload]
+
+
+def replace_linear(model: nn.Module, name: str, module: nn.Module) -> None:
+    """Put `module` where the submodule of full dotted name `name` is, in the same train/eval mode. AttributeError if there is none."""
+    parent, _, leaf = name.rpartition(".")
+    module.train(model.get_submodule(name).training)
+    setattr(model.get_submodule(parent), leaf, module)

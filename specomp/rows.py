@@ -1,0 +1,101 @@
+"""Rows and slots from conf/*.yaml with OmegaConf alone: what Hydra composes, for a caller who holds a model and no command line.
+
+Only what these files use: a defaults list is a look-up (a slot of a row, or a file of the same group to start from).
+"""
+
+import difflib
+import importlib
+from collections.abc import Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+from pydantic import ValidationError
+
+from specomp.errors import UserError
+from specomp.slots import Method, check_slots
+
+HERE = Path(__file__).parent
+CONF = HERE / "conf" if (HERE / "conf").is_dir() else HERE.parent / "conf"  # in a wheel, in the repository
+
+
+def method_names() -> list[str]:
+    """Every row of conf/method."""
+    return choices("method")
+
+
+def choices(group: str) -> list[str]:
+    """The files of a group."""
+    return sorted(path.stem for path in (CONF / group).glob("[!_]*.yaml"))
+
+
+def method(name: str = "adasvd", **slots: Any) -> Method:
+    """The row of that name with other slots: a choice by its name, settings of the row's own choice as a mapping, or an object.
+
+    For example method("adasvd", allocation="uniform", compensation={"iterations": 3}); `quantizer` is one of them. Raises
+    UserError for a name or a setting that there is not.
+    """
+    row, given = load("method", name), {}
+    row["rounding"] = load("quantizer", "none")
+    for slot, change in slots.items():
+        key, group = ("rounding", "quantizer") if slot in ("quantizer", "rounding") else (slot, f"method/{slot}")
+        if key not in row or key in ("name", "_target_"):
+            raise UserError(f"A method has no slot {slot!r}: there are {', '.join(k for k in row if k not in ('name', '_target_'))}.")
+        if isinstance(change, str):
+            row[key] = load(group, change)
+        elif isinstance(change, Mapping):
+            row[key] = OmegaConf.merge(row[key], dict(change))
+        else:
+            given[key] = change
+    parts = {key: given[key] if key in given else built(value, key) for key, value in row.items() if key != "_target_"}
+    made = Method(**parts)
+    check_slots(made)
+    return made
+
+
+def load(group: str, choice: str) -> DictConfig:
+    """One file of a group with what it starts from and its slots. Raises UserError for a name that there is not."""
+    path = CONF / group / f"{choice}.yaml"
+    if not path.is_file():
+        known = choices(group)
+        close = difflib.get_close_matches(choice, known, n=1)
+        hint = f"; did you mean {close[0]}?" if close else f": there are {', '.join(known)}."
+        raise UserError(f"{group} has no choice {choice!r}{hint}")
+    own: Any = OmegaConf.load(path)
+    merged: Any = OmegaConf.create({})
+    defaults = own.pop("defaults", [])
+    for entry in [*defaults, *([] if "_self_" in defaults else ["_self_"])]:
+        if entry == "_self_":
+            merged = OmegaConf.merge(merged, own)
+        elif isinstance(entry, str):
+            merged = OmegaConf.merge(merged, load(group, entry))
+        else:
+            ((slot, value),) = entry.items()
+            if slot.startswith("override "):
+                raise UserError(f"{group}={choice} is an old name of {slot.split('/', 1)[-1].partition('@')[0]}={value}: use that.")
+            merged[slot] = load(f"{group}/{slot}", value)
+    return merged  # type: ignore[no-any-return]
+
+
+def built(node: Any, where: str) -> Any:
+    """What a node's `_target_` makes of it. Raises UserError for settings that it refuses."""
+    plain = OmegaConf.to_container(node, resolve=True) if OmegaConf.is_config(node) else node
+    try:
+        return _build(plain)
+    except ValidationError as error:
+        problems = [f"{'.'.join([where, *map(str, x['loc'])])}={x['input']}: {x['msg']}" for x in error.errors()]
+        raise UserError("; ".join(problems) + ".") from error
+
+
+def _build(node: Any) -> Any:
+    if isinstance(node, list):
+        return [_build(x) for x in node]
+    if not isinstance(node, dict):
+        return node
+    values = {key: _build(value) for key, value in node.items() if key not in ("_target_", "_convert_", "_partial_")}
+    if "_target_" not in node:
+        return values
+    module, _, name = node["_target_"].rpartition(".")
+    kind = getattr(importlib.import_module(module), name)
+    return partial(kind, **values) if node.get("_partial_") else kind(**values)

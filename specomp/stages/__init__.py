@@ -1,1 +1,0 @@
-"""The stages of an experiment that touch a model: calibrate, decompose, compress."""
