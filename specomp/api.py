@@ -67,11 +67,11 @@ def compress(
     family = family_of(model.config)
     if any(isinstance(x, Substitute) for x in model.modules()):
         raise UserError("This model is compressed already: compress its dense original.")
-    chosen = _method(method, quantizer)
-    settings = _calibration(calibration)
+    chosen = method_of(method, quantizer)
+    settings = calibration_of(calibration)
     samples = _samples(model, tokens, settings)
     more = samples if training_tokens is None else _samples(model, training_tokens, settings)
-    budget = _budget(ratio)
+    budget = budget_of(ratio)
     dtype = str(model.dtype).removeprefix("torch.")
     check_method(chosen, budget, settings.upstream, samples.num_samples, 1, dtype)
     units = family.units(model)
@@ -118,7 +118,9 @@ def save(
     return Path(folder)
 
 
-def load(folder: str | Path, *, dtype: str | None = None, device: str = "cpu", device_map: str | None = None, stream: bool = False) -> LoadedModel:
+def load(
+    folder: str | Path, *, dtype: str | None = None, device: str = "cpu", device_map: str | None = None, stream: bool = False
+) -> LoadedModel:
     """The model and tokenizer of a folder that was saved; see specomp.models.save.load."""
     return load_folder(folder, dtype=dtype, device=device, device_map=device_map, stream=stream)
 
@@ -137,7 +139,8 @@ def model_key(model: PreTrainedModel) -> str:
     return digest({"weights": checksum(state), "config": model.config.to_dict()})
 
 
-def _method(method: str | Method, quantizer: str | Rounding | None) -> Method:
+def method_of(method: str | Method, quantizer: str | Rounding | None) -> Method:
+    """A row by its name, with a quantizer."""
     changes = {} if quantizer is None else {"quantizer": quantizer}
     if isinstance(method, str):
         return rows.method(method, **changes)
@@ -147,7 +150,8 @@ def _method(method: str | Method, quantizer: str | Rounding | None) -> Method:
     return Method(**{**vars(method), "rounding": rounding})
 
 
-def _calibration(calibration: Mapping[str, Any] | Calibration | None) -> Calibration:
+def calibration_of(calibration: Mapping[str, Any] | Calibration | None) -> Calibration:
+    """Settings over those of conf/calibration/_base.yaml."""
     if isinstance(calibration, Calibration):
         return calibration
     base = {x: y for x, y in rows.load("calibration", "_base").items() if x in Calibration.__dataclass_fields__}
@@ -157,7 +161,8 @@ def _calibration(calibration: Mapping[str, Any] | Calibration | None) -> Calibra
         raise UserError("; ".join(f"calibration.{x['loc'][0]}={x['input']}: {x['msg']}" for x in error.errors()) + ".") from error
 
 
-def _budget(ratio: float | Budget) -> Budget:
+def budget_of(ratio: float | Budget) -> Budget:
+    """A fraction to remove is one of parameters."""
     if not isinstance(ratio, (int, float)):
         return ratio
     if not 0 <= ratio < 1:

@@ -54,6 +54,12 @@ def method(name: str = "adasvd", **slots: Any) -> Method:
     return made
 
 
+def slot(name: str, choice: str, **settings: Any) -> Any:
+    """A choice of one slot, some of its settings changed: slot("training", "lora", steps=100). Raises UserError."""
+    group = "quantizer" if name in ("quantizer", "rounding") else f"method/{name}"
+    return built(OmegaConf.merge(load(group, choice), settings), name)
+
+
 def load(group: str, choice: str) -> DictConfig:
     """One file of a group with what it starts from and its slots. Raises UserError for a name that there is not."""
     path = CONF / group / f"{choice}.yaml"

@@ -131,9 +131,11 @@ class Reads(Protocol):
 
 
 class Allocation(Protocol):
-    """Which option for which unit. compresses: whether it ever chooses another than dense."""
+    """Which option for which unit. compresses: whether it ever chooses another than dense; needs_spectra: whether it looks at
+    predicted losses, or at what a probe measures."""
 
     compresses: bool
+    needs_spectra: bool
 
     @property
     def needs(self) -> frozenset[Statistic]:
@@ -312,7 +314,29 @@ def _fields(made: Any) -> set[str]:
 
 # Files of specomp/methods, forms and quantization whose formulas are pinned by tests; one beside them is somebody's own.
 OURS = frozenset(
-    ["adasvd", "anchored", "asvd", "block_refine", "fwsvd", "global_loss", "kronecker", "lora", "soco", "spectrum", "svd", "svd_llm", "dense", "factors", "options", "pivoted", "prices", "ranked", "gptq", "none", "rtn"]
+    [
+        "adasvd",
+        "anchored",
+        "asvd",
+        "block_refine",
+        "fwsvd",
+        "global_loss",
+        "kronecker",
+        "lora",
+        "soco",
+        "spectrum",
+        "svd",
+        "svd_llm",
+        "dense",
+        "factors",
+        "options",
+        "pivoted",
+        "prices",
+        "ranked",
+        "gptq",
+        "none",
+        "rtn",
+    ]
 )
 
 

@@ -46,6 +46,11 @@ class Problem:
         return float(((approximation - self.W) @ self.X).norm())
 
 
+def pays(m: int, n: int, rank: int) -> bool:
+    """Whether two factors of this rank are fewer numbers than the matrix."""
+    return rank * (m + n) < m * n
+
+
 def product(factors: LowRankFactors) -> Tensor:
     return factors.U.double() @ factors.Vt.double()
 

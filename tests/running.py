@@ -6,15 +6,18 @@ from typing import Any
 import torch
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
-from tiny import VOCAB, tiny_model, tiny_tokenizer
+from tiny import VOCAB, tiny_model
 
+from specomp import rows
 from specomp.cache import Cache
-from specomp.data.calibration import CalibrationSet, TokenFile
-from specomp.experiment.config import composed
-from specomp.models.families import family_of
-from specomp.experiment.pipeline import build, run
+from specomp.compression.run import Progress, Run
+from specomp.data.calibration import Calibration, CalibrationSet
+from specomp.experiment.config import build, composed
+from specomp.experiment.pipeline import run
 from specomp.experiment.record import Record, RecordStore, record_key
-from specomp.compression.run import Setup
+from specomp.forms.prices import Numbers
+from specomp.models.families import family_of
+from specomp.slots import Method
 
 ROOT = Path(__file__).resolve().parents[1]
 CONF = ROOT / "conf"
@@ -55,23 +58,35 @@ def random_tokens(num_samples: int, length: int, *, seed: int = 0) -> torch.Long
     return torch.randint(0, VOCAB, (num_samples, length), generator=torch.Generator().manual_seed(seed))  # type: ignore[return-value]
 
 
-def make_setup(
-    family_name: str, cache: Cache, *, num_samples: int = 5, length: int = 24, batch_size: int = 2, seed: int = 0, **calibration: Any
-) -> Setup:
-    """A stage's setup around a tiny model and random tokens; `calibration`: upstream, window, accumulate, precision."""
+def make_run(
+    family_name: str,
+    cache: Cache,
+    *,
+    method: Method | str = "svd",
+    compression: float = 0.4,
+    num_samples: int = 5,
+    length: int = 24,
+    batch_size: int = 2,
+    seed: int = 0,
+    progress: Progress | None = None,
+    **calibration: Any,
+) -> Run:
+    """What the core works on, around a tiny model and random tokens; `calibration`: upstream, layers_at_once, accumulate, precision."""
     model = tiny_model(family_name, seed=seed)
-    settings = {"upstream": "dense", "window": None, "accumulate": "float32", "precision": "float32"} | calibration
-    family = family_of(model.config)
-    return Setup(
+    settings = {"upstream": "dense", "layers_at_once": None, "accumulate": "float32", "precision": "float32"} | calibration
+    samples = CalibrationSet(random_tokens(num_samples, length), description={"tokenizer": {"sha256": "tiny"}}, batch_size=batch_size)
+    return Run(
         model=model,
-        tokenizer=tiny_tokenizer(),
-        family=family,
-        linears=family.linears(model),
-        calibration=TokenFile(num_samples=None, length=None, batch_size=batch_size, path=Path("unused"), **settings),
-        samples=CalibrationSet(random_tokens(num_samples, length), description={"tokenizer": {"sha256": "tiny"}}, batch_size=batch_size),
+        family=family_of(model.config),
+        method=rows.method(method) if isinstance(method, str) else method,
+        budget=Numbers(compression=compression),
+        calibration=Calibration(batch_size=batch_size, **settings),
+        samples=samples,
+        training_samples=samples,
         cache=cache,
         model_key=f"{family_name}-{seed}",
         trainer=trainer_factory(),
+        progress=progress or Progress(),
     )
 
 

@@ -5,17 +5,15 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from problems import examples, make, product, symmetric_root
-from running import compose_run, make_setup
-from test_stages import assert_close, method, ranks_of, run_method
+from running import compose_run, make_run
+from test_stages import assert_close, dense_needs, method, ranks_of, run_method
 
 from specomp.cache import Cache
+from specomp.compression.stream import HiddenStream
 from specomp.errors import UserError
-from specomp.numerics.factors import GramNorm, truncate
 from specomp.methods.anchored import DenseOutput
 from specomp.methods.kronecker import KroneckerWhitening
-from specomp.quantization.none import NoQuantizer
-from specomp.compression.loop import dense_needs
-from specomp.compression.stream import HiddenStream
+from specomp.numerics.factors import GramNorm, truncate
 from specomp.numerics.statistics import CrossGram, Gram, OutputGradGram, Stats
 
 KRONECKER = KroneckerWhitening(fit="independent", damping=1e-2, solve="float64")
@@ -80,19 +78,19 @@ def test_both_streams_see_what_both_models_feed(tmp_path, monkeypatch, family_na
     monkeypatch.setattr(HiddenStream, "observe_beside", lambda self, index, *x: found.setdefault(index, original(self, index, *x)))
     inputs: dict[str, dict[str, torch.Tensor]] = {"dense": {}, "compressed": {}}
 
-    def listen(setup, where):
-        for linear in setup.linears:
-            module = setup.model.get_submodule(linear.name)
+    def listen(run, where):
+        for linear in run.linears:
+            module = run.model.get_submodule(linear.name)
             flat = lambda _, args, name=linear.name: inputs[where].update({name: args[0].flatten(0, -2)})  # noqa: E731
             module.register_forward_pre_hook(flat)
         with torch.no_grad():
-            setup.model(input_ids=setup.samples.tokens)
+            run.model(input_ids=run.samples.tokens)
 
-    listen(make_setup(family_name, Cache(tmp_path / "a")), "dense")
-    setup = make_setup(family_name, Cache(tmp_path / "b"), upstream="compressed")
-    run_method(setup, method(target=anchored(damping=1e-3)), ranks=ranks_of(setup, 5))
-    listen(setup, "compressed")
-    for linear in setup.linears:
+    listen(make_run(family_name, Cache(tmp_path / "a")), "dense")
+    run = make_run(family_name, Cache(tmp_path / "b"), upstream="compressed")
+    run_method(run, method(target=anchored(damping=1e-3)), ranks=ranks_of(run, 5))
+    listen(run, "compressed")
+    for linear in run.linears:
         x, y = inputs["dense"][linear.name], inputs["compressed"][linear.name]
         place = f"site{linear.site}"
         if linear.decoder_layer == 0 and linear.site == 0:  # nothing before it is compressed
@@ -107,32 +105,32 @@ def test_it_brings_the_compressed_model_closer_to_the_dense_one(tmp_path):
     """Hidden states at the end, on the calibration set itself."""
     errors = {}
     for name, target in (("weight", method().target), ("anchored", anchored(mix=1.0, damping=1e-3))):
-        setup = make_setup("llama", Cache(tmp_path / name), num_samples=24, length=32, upstream="compressed")
+        run = make_run("llama", Cache(tmp_path / name), num_samples=24, length=32, upstream="compressed")
         with torch.no_grad():
-            dense = setup.family.decoder(setup.model)(input_ids=setup.samples.tokens).last_hidden_state
-            run_method(setup, method(target=target), ranks=ranks_of(setup, 6))
-            own = setup.family.decoder(setup.model)(input_ids=setup.samples.tokens).last_hidden_state
+            dense = run.family.decoder(run.model)(input_ids=run.samples.tokens).last_hidden_state
+            run_method(run, method(target=target), ranks=ranks_of(run, 6))
+            own = run.family.decoder(run.model)(input_ids=run.samples.tokens).last_hidden_state
         errors[name] = float((own - dense).norm() / dense.norm())
     assert errors["anchored"] < 0.98 * errors["weight"]
 
 
 def test_gradients_are_the_dense_models_and_the_rest_is_streamed(tmp_path):
     chosen = method(target=anchored(), whitening=KRONECKER)
-    assert dense_needs(chosen, "compressed", NoQuantizer()) == {OutputGradGram()}
-    setup = make_setup("llama", Cache(tmp_path), upstream="compressed")
-    reports = run_method(setup, chosen, ranks=ranks_of(setup, 5))
+    assert dense_needs(chosen, "compressed") == {OutputGradGram()}
+    run = make_run("llama", Cache(tmp_path), upstream="compressed")
+    reports = run_method(run, chosen, ranks=ranks_of(run, 5))
     assert all(x.loss_over_bound == pytest.approx(1, abs=1e-3) for x in reports)
 
 
 def test_dense_inputs_alone_have_nothing_to_compare():
     with pytest.raises(UserError, match=r"calibration\.upstream=compressed"):
-        dense_needs(method(target=anchored()), "dense", NoQuantizer())
+        dense_needs(method(target=anchored()), "dense")
 
 
 def test_from_the_command_line(tmp_path):
     typed = ["method=specomp", "method/target=dense_output", "calibration.upstream=compressed", "ratio=cr40"]
     record = compose_run(tmp_path, *typed)
     assert record.status == "ok"
-    assert record.ledger["measured_retention"] == pytest.approx(0.6, abs=0.02)
+    assert record.counted.measured_retention == pytest.approx(0.6, abs=0.02)
     assert record.identity["method"]["target"] == {"class": "DenseOutput", "mix": 0.5, "damping": 0.01}
     assert compose_run(tmp_path, *typed, "method.target.mix=0").metrics != record.metrics

@@ -17,12 +17,12 @@ from safetensors.torch import save_file
 from tiny import tiny_model, tiny_tokenizer
 
 import specomp.cache
-import specomp.models.gguf
 import specomp.compression.calibrate
-from specomp.experiment.checks import actionable
+import specomp.models.gguf
 from specomp.errors import UserError
-from specomp.models.export import save_compressed
+from specomp.experiment.checks import actionable
 from specomp.experiment.pipeline import run
+from specomp.models.save import save_compressed
 
 FILE = "{folder}/a_file"  # not a folder
 IDS = "{folder}/ids"
@@ -106,7 +106,7 @@ TYPED: list[tuple[list[str], list[str]]] = [
     (["seed=abc"], ["options.seed=abc"]),
     (["method.compensation.iterations=0"], ["method.compensation.iterations=0", "greater than or equal to 1"]),
     (["+method.whitening.bogus=1"], ["method.whitening.bogus=1", "Unexpected keyword argument"]),
-    (["method.whitening=null"], ["method.whitening=null", "Whitening"]),
+    (["method.whitening=null"], ["method.whitening is a NoneType, which is no Whitening", "lacks __call__, needs"]),
     (["method.whitening._target_=specomp.methods.svd.Nope"], ["method.whitening", "Nope"]),
     (["model.dtype=fp8"], ["model.dtype=fp8", "'float32', 'bfloat16' or 'float16'"]),
     (["model.device=gpu"], ["model.device=gpu", "auto|cpu|mps|cuda"]),
@@ -328,7 +328,7 @@ def raiser(error: Exception) -> Callable[..., None]:
     "error", [torch.OutOfMemoryError("CUDA out of memory.\nTried"), RuntimeError("DefaultCPUAllocator: can't allocate memory")]
 )
 def test_out_of_memory_says_what_to_lower(error):
-    check_line(str(actionable(error)), ["Out of memory", "calibration.batch_size", "calibration.window"])
+    check_line(str(actionable(error)), ["Out of memory", "calibration.batch_size", "calibration.layers_at_once"])
 
 
 def test_refused_run_keeps_what_is_finished(tmp_path):
@@ -353,7 +353,7 @@ def test_nothing_removed_is_the_dense_model(tmp_path, typed):
     cfg = compose_config(tmp_path, "options.save=false", *typed)
     run(cfg)
     record = store(tmp_path).load(key_of(cfg))
-    assert record is not None and record.ledger["num_dense"] == record.ledger["num_linears"]
+    assert record is not None and record.counted.num_dense == record.counted.num_linears
     assert record.metrics == record.dense_metrics
 
 
@@ -383,7 +383,7 @@ def test_command_with_unknown_names(tmp_path, typed, fragments):
     ("typed", "said"),
     [
         ("ratio=0.4", "A number is written ratio.compression=0.4."),
-        ("ratio=cr20,1.5", "ratio is chosen by name: cr10, cr20"),
+        ("ratio=cr20,1.5", "ratio is chosen by name: bits, cr10, cr20"),
         ("method=null", "method is chosen by name: adasvd"),
         ("method/training=1", "method/training is chosen by name: lora"),
     ],

@@ -1,5 +1,7 @@
 """The contract of every method: runs offline, meets its budget, stays finite, keeps shapes, reloads bit for bit, and is deterministic."""
 
+import math
+
 import pytest
 import torch
 from running import CONF, compose_config
@@ -7,14 +9,15 @@ from tiny import tiny_tokenizer
 from transformers import AutoModelForCausalLM
 
 import specomp
-from specomp.forms.options import stored
 from specomp.errors import UserError
-from specomp.slots import describe
-from specomp.models.export import low_rank_linears
-from specomp.models.modules import LowRankLinear, PivotedLinear
-from specomp.experiment.pipeline import build, produce, resume
-from specomp.numerics.ratio import rank_for_retention
+from specomp.experiment.config import build
+from specomp.experiment.pipeline import produce, resume
 from specomp.experiment.record import record_key
+from specomp.forms.factors import LowRankLinear
+from specomp.forms.pivoted import PivotedLinear
+from specomp.forms.prices import numbers
+from specomp.models.save import substitutes
+from specomp.slots import describe
 
 METHODS = sorted(path.stem for path in (CONF / "method").glob("*.yaml"))
 COMPRESSING = [name for name in METHODS if name != "dense"]
@@ -39,7 +42,7 @@ IDS = torch.arange(3, 27)[None]
 
 
 def compressed(folder, *overrides):
-    """(experiment, record, model, dense logits) of one run without benchmarks."""
+    """(experiment, record, model, dense logits, reports of the linears) of one run without benchmarks."""
     experiment = build(compose_config(folder, "benchmark=none", "options.reference=false", *overrides))
     record = resume(experiment, record_key(experiment.identity()))
     dense = logits(experiment.source.load(experiment.cache).model)
@@ -73,35 +76,37 @@ def test_contract(folder, model_name, method, ratio):
     assert found.shape == dense.shape == (1, IDS.shape[1], 259)
     assert torch.isfinite(found).all()
     if method == "dense":
-        assert not low_rank_linears(model)
+        assert not substitutes(model)
         assert torch.equal(found, dense)
-        assert record.ledger["measured_retention"] == 1.0
+        assert record.counted.measured_retention == 1.0
         assert record.model_folder is None
         return
-    specs = {x.name: x for x in experiment.source.load(experiment.cache).family.linears(model)}
+    units = experiment.source.load(experiment.cache).family.units(model)
+    specs = {x.name: x for unit in units for x in unit.linears}
 
     # the budget, on the modules as they are
     target = experiment.ratio.retention
-    measured = record.ledger["measured_retention"]
+    measured = record.counted.measured_retention
     one_rank_each = sum(x.m + x.n for x in specs.values()) / sum(x.params for x in specs.values())
     assert measured <= target + one_rank_each
     assert method in COARSE or measured >= target - one_rank_each
-    cost = experiment.method.packing.stored
-    assert record.ledger["packing"] == ("pivoted" if method == "specomp" else "factors")
+    packing = experiment.method.packing
+    kind = {"factors": LowRankLinear, "pivoted": PivotedLinear}[record.counted.packing]
+    assert record.counted.packing == ("pivoted" if method == "specomp" else "factors")
     held = sum(p.numel() for name in specs for key, p in model.get_submodule(name).named_parameters() if not key.endswith("bias"))
     assert measured == pytest.approx(held / sum(x.params for x in specs.values()), abs=1e-12)
 
     # every linear is reported as it is, low-rank exactly where that saves parameters
-    assert [x["name"] for x in linears] == list(specs)
-    for report in linears:
-        spec, module = specs[report["name"]], model.get_submodule(report["name"])
-        assert report["stored"] == stored(spec, report["rank"], cost)
-        assert isinstance(module, LowRankLinear | PivotedLinear) != report["dense"]
-        if not report["dense"]:
-            assert module.rank == report["rank"]
-            assert cost(spec.m, spec.n, module.rank) < spec.params
-            assert (report["growth"] is None) is isinstance(module, LowRankLinear)
-            assert 0 < report["weight_error"] < 1.5
+    assert [x.name for x in linears] == list(specs)
+    for report, unit in zip(linears, units, strict=True):
+        (spec,), module = unit.linears, model.get_submodule(report.name)
+        assert type(module) is (torch.nn.Linear if report.dense else kind)
+        assert report.dense or module.rank == report.rank
+        price = spec.params if report.dense else numbers(packing.parts(unit, report.rank))
+        assert report.stored == price <= spec.params
+        assert report.dense is (report.stored == spec.params)
+        assert set(report.facts) == ({"growth"} if type(module) is PivotedLinear else set())
+        assert report.dense or 0 < report.weight_error < 1.5
     assert not torch.equal(found, dense)
     assert not any(p.requires_grad for p in model.parameters())
 
@@ -121,7 +126,7 @@ def test_the_same_seed_gives_the_same_ranks_and_weights(tmp_path, method):
         _, record, model, _, linears = compressed(
             tmp_path / name, *MODELS["llama_gqa"], f"method={method}", "ratio=cr60", *EXTRA.get(method, [])
         )
-        runs.append((record.key, [x["rank"] for x in linears], model.state_dict()))
+        runs.append((record.key, [x.rank for x in linears], model.state_dict()))
     (key, ranks, state), (other_key, other_ranks, other_state) = runs
     assert key == other_key
     assert ranks == other_ranks
@@ -133,8 +138,8 @@ def test_the_same_seed_gives_the_same_ranks_and_weights(tmp_path, method):
 def test_uniform_methods_reach_the_eckart_young_bound_at_published_ranks(tmp_path, method):
     _, _, _, _, linears = compressed(tmp_path, f"method={method}", "ratio=cr40", "model=tiny_opt", "calibration.precision=float32")
     for report in linears:
-        assert report["rank"] == rank_for_retention(report["m"], report["n"], 0.6)
-        assert report["loss_over_bound"] == pytest.approx(1, abs=2e-3)
+        assert report.rank == math.floor(0.6 * report.m * report.n / (report.m + report.n))
+        assert report.loss_over_bound == pytest.approx(1, abs=2e-3)
 
 
 @pytest.mark.parametrize("architecture", ["gemma2", "phi3", "qwen3"])
@@ -147,7 +152,7 @@ def test_our_rows_in_other_architectures(tmp_path, method, architecture):
         *("model=tiny_llama", f"model.architecture={architecture}", "model.dtype=bfloat16", *fields.get(architecture, [])),
         *(f"method={method}", "ratio=cr40"),
     )
-    assert any(not x["dense"] for x in linears)
+    assert any(not x.dense for x in linears)
     assert torch.isfinite(logits(model)).all()
     reloaded = AutoModelForCausalLM.from_pretrained(record.model_folder)
     assert reloaded.dtype == torch.bfloat16
@@ -161,13 +166,13 @@ def test_every_method_can_be_packed_pivoted(tmp_path, method):
     _, plain, _, _, pairs = compressed(tmp_path, *settings)
     experiment, record, model, _, linears = compressed(tmp_path, *settings, "method/packing=pivoted")
     assert record.key != plain.key
-    assert (plain.ledger["packing"], record.ledger["packing"]) == ("factors", "pivoted")
+    assert (plain.counted.packing, record.counted.packing) == ("factors", "pivoted")
     target = experiment.ratio.retention
-    one_rank_each = sum(x["m"] + x["n"] for x in linears) / sum(x["m"] * x["n"] for x in linears)
-    assert record.ledger["measured_retention"] <= target + one_rank_each
-    assert method in COARSE or record.ledger["measured_retention"] >= target - one_rank_each
-    assert sum(x["rank"] for x in linears) > sum(x["rank"] for x in pairs)
-    assert max(x["growth"] for x in linears if not x["dense"]) <= 2.01
+    one_rank_each = sum(x.m + x.n for x in linears) / sum(x.m * x.n for x in linears)
+    assert record.counted.measured_retention <= target + one_rank_each
+    assert method in COARSE or record.counted.measured_retention >= target - one_rank_each
+    assert sum(x.rank for x in linears) > sum(x.rank for x in pairs)
+    assert max(x.facts["growth"] for x in linears if not x.dense) <= 2.01
     assert any("pivoted, with coefficients up to" in note for note in record.notes) or method == "soco"
     reloaded = AutoModelForCausalLM.from_pretrained(record.model_folder)
     assert (logits(reloaded) - logits(model)).abs().max() == 0.0
@@ -176,8 +181,8 @@ def test_every_method_can_be_packed_pivoted(tmp_path, method):
 def test_training_starts_from_the_two_sided_spectrum_and_packs_pivoted(tmp_path):
     settings = ["method=soco", "method/whitening=kronecker", "method/packing=pivoted", "ratio=cr40", *EXTRA["soco"]]
     _, record, model, _, linears = compressed(tmp_path, *settings)
-    assert record.ledger["measured_retention"] == pytest.approx(0.6, abs=0.02)
-    assert max(x["damping"] for x in linears) == pytest.approx(1e-2)
+    assert record.counted.measured_retention == pytest.approx(0.6, abs=0.02)
+    assert max(x.damping for x in linears) == pytest.approx(1e-2)
     assert torch.isfinite(logits(model)).all()
 
 
@@ -191,14 +196,14 @@ def test_global_allocation_uses_its_budget_and_loses_less_than_uniform_ranks(tmp
         _, record, _, _, linears = compressed(tmp_path, *settings, "calibration.precision=float32")
         found[allocation] = (record, linears)
     record, linears = found["global_loss"]
-    assert 0 <= record.ledger["target_retention"] - record.ledger["measured_retention"] < 2e-3  # one rank of the smallest is 1e-3 here
-    assert [x["rank"] for x in linears] != [x["rank"] for x in found["uniform"][1]]
+    assert 0 <= record.counted.target_retention - record.counted.measured_retention < 2e-3  # one rank of the smallest is 1e-3 here
+    assert [x.rank for x in linears] != [x.rank for x in found["uniform"][1]]
 
 
 def test_compensation_never_makes_its_own_loss_worse(tmp_path):
     for method in ("adasvd", "svd_llm_update"):
         _, _, _, _, linears = compressed(tmp_path, f"method={method}", "ratio=cr60")
-        gains = [x["compensation_gain"] for x in linears if not x["dense"]]
+        gains = [x.compensation_gain for x in linears if not x.dense]
         assert gains
         assert max(gains) <= 1 + 1e-4
         assert min(gains) < 0.999
@@ -221,7 +226,7 @@ def test_both_whitening_routes_of_svd_llm_agree(tmp_path):
     settings = ["calibration.precision=float32", "calibration.num_samples=16", "calibration.length=64"]
     for method in ("svd_llm", "svd_llm_cholesky"):
         _, _, model, _, _ = compressed(tmp_path, f"method={method}", "ratio=cr40", *settings)
-        weights[method] = {name: x.merged_weight() for name, x in low_rank_linears(model).items()}
+        weights[method] = {name: x.merged_weight() for name, x in substitutes(model).items()}
     assert weights["svd_llm"].keys() == weights["svd_llm_cholesky"].keys()
     for name, weight in weights["svd_llm"].items():
         assert (weights["svd_llm_cholesky"][name] - weight).norm() <= 1e-3 * weight.norm()
@@ -264,6 +269,6 @@ def test_search_refuses_a_target_that_no_candidate_reaches(tmp_path):
 def test_nothing_removed_leaves_the_model_as_it_is(tmp_path, method):
     """ratio=dense with any method: every rank is at or above break-even, so every linear stays."""
     _, record, model, dense, linears = compressed(tmp_path, f"method={method}", "ratio=dense")
-    assert all(x["dense"] for x in linears)
-    assert record.ledger["measured_retention"] == 1.0
+    assert all(x.dense for x in linears)
+    assert record.counted.measured_retention == 1.0
     assert torch.equal(logits(model), dense)

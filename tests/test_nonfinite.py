@@ -2,16 +2,16 @@
 
 import pytest
 import torch
-from running import compose_config, make_setup
+from running import compose_config, make_run
 from test_stages import method, ranks_of, run_method
 
 from specomp.cache import Cache
 from specomp.errors import UserError
-from specomp.methods.fwsvd import FisherWhitening
+from specomp.experiment import pipeline
 from specomp.forms.pivoted import Pivoted, pivot_rows
+from specomp.methods.fwsvd import FisherWhitening
 from specomp.methods.svd import NoWhitening
 from specomp.methods.svd_llm import GramWhitening
-from specomp.experiment.pipeline import run
 from specomp.numerics.statistics import Fisher
 
 
@@ -21,11 +21,11 @@ from specomp.numerics.statistics import Fisher
     ids=["svd", "svd_llm"],
 )
 def test_a_weight_that_is_no_number_is_found_where_it_shows_first(tmp_path, whitening, said):
-    setup = make_setup("llama", Cache(tmp_path))
-    linear = next(x for x in setup.linears if x.decoder_layer == 0 and x.name.endswith("v_proj"))
-    setup.model.get_submodule(linear.name).weight.data[0, 0] = torch.nan
+    run = make_run("llama", Cache(tmp_path))
+    linear = next(x for x in run.linears if x.decoder_layer == 0 and x.name.endswith("v_proj"))
+    run.model.get_submodule(linear.name).weight.data[0, 0] = torch.nan
     with pytest.raises(UserError, match=said):
-        run_method(setup, method(whitening=whitening), ranks=ranks_of(setup, 4))
+        run_method(run, method(whitening=whitening), ranks=ranks_of(run, 4))
 
 
 def test_pivots_of_what_is_no_number_end():
@@ -52,13 +52,13 @@ def test_outputs_that_no_loss_depends_on_count_alike():
 )
 def test_trainings_that_cannot_be_are_refused_before_they_begin(tmp_path, overrides, said):
     with pytest.raises(UserError, match=said):
-        run(compose_config(tmp_path, *overrides))
+        pipeline.run(compose_config(tmp_path, *overrides))
     assert not (tmp_path / "cache" / "teacher").exists()
 
 
 def test_packing_is_told_of_the_linear(tmp_path):
-    setup = make_setup("llama", Cache(tmp_path))
-    linear = next(x for x in setup.linears if x.decoder_layer == 1)
-    setup.model.get_submodule(linear.name).weight.data.fill_(torch.inf)
+    run = make_run("llama", Cache(tmp_path))
+    linear = next(x for x in run.linears if x.decoder_layer == 1)
+    run.model.get_submodule(linear.name).weight.data.fill_(torch.inf)
     with pytest.raises(UserError, match=linear.name):
-        run_method(setup, method(whitening=NoWhitening(solve="auto"), packing=Pivoted(max_growth=2.0)), ranks=ranks_of(setup, 4))
+        run_method(run, method(whitening=NoWhitening(solve="auto"), packing=Pivoted(max_growth=2.0)), ranks=ranks_of(run, 4))

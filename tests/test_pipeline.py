@@ -14,8 +14,9 @@ from transformers import AutoModelForCausalLM
 
 from specomp.errors import UserError
 from specomp.evaluation.perplexity import Perplexity
-from specomp.models.sources import RandomModel
+from specomp.experiment.config import build
 from specomp.experiment.pipeline import run
+from specomp.models.sources import RandomModel
 
 SVD = ["method=svd", "ratio=cr40"]
 
@@ -69,10 +70,10 @@ def test_a_run_leaves_a_complete_record(tmp_path):
     assert {"method=svd", "ratio=cr40"} <= set(record.config["overrides"])
     assert record.calibration["samples"] == 4
     assert record.calibration["hash"]
-    assert record.ledger["target_retention"] == pytest.approx(0.6)
-    assert 0.5 < record.ledger["measured_retention"] <= 0.6
-    assert record.ledger["num_linears"] == 21
-    assert record.ledger["num_dense"] == 0
+    assert record.counted.target_retention == pytest.approx(0.6)
+    assert 0.5 < record.counted.measured_retention <= 0.6
+    assert record.counted.num_linears == 21
+    assert record.counted.num_dense == 0
     (values,) = record.metrics.values()
     (dense,) = record.dense_metrics.values()
     assert record.metrics.keys() == record.dense_metrics.keys()
@@ -119,8 +120,8 @@ def test_without_benchmarks(tmp_path, evaluations):
 
 def test_the_dense_row(tmp_path, loads):
     record = compose_run(tmp_path, "method=dense")
-    assert record.ledger["measured_retention"] == 1.0
-    assert record.ledger["target_compression"] == 0.0
+    assert record.counted.measured_retention == 1.0
+    assert record.counted.target_compression == 0.0
     assert record.model_folder is None
     assert not (tmp_path / "outputs" / "models").exists()
     assert loads == ["tiny_llama"]
@@ -260,14 +261,14 @@ def test_no_reference_when_not_asked_for(tmp_path, evaluations):
 
 def test_a_failed_run_says_why_and_is_tried_again(tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
-        patch.setattr("specomp.factorize.compress", fail)
+        patch.setattr("specomp.compression.module.compress", fail)
         with pytest.raises(RuntimeError, match="no luck"):
             compose_run(tmp_path, *SVD)
     cfg = compose_config(tmp_path, *SVD)
     record = stored_record(tmp_path, cfg)
     assert record.status == "failed"
     assert record.error == "RuntimeError: no luck"
-    assert record.ledger == {}
+    assert record.ledger is None
     with pytest.raises(UserError, match=r"failed before \(RuntimeError: no luck\) and options.retry=false"):
         compose_run(tmp_path, *SVD, "options.retry=false")
     assert stored_record(tmp_path, cfg).error == "RuntimeError: no luck", "a refusal is not a new failure"
@@ -296,7 +297,7 @@ def test_a_failing_benchmark_keeps_the_compressed_model(tmp_path, monkeypatch, l
             compose_run(tmp_path, *SVD, "options.reference=false")
     record = stored_record(tmp_path, compose_config(tmp_path, *SVD))
     assert record.status == "failed"
-    assert record.ledger["num_linears"] == 21
+    assert record.counted.num_linears == 21
     loads.clear()
     again = compose_run(tmp_path, *SVD, "options.reference=false")
     assert again.status == "ok"
@@ -360,7 +361,7 @@ def test_every_activation_method_runs_on_compressed_inputs(tmp_path, method):
     extra = ["method.allocation.candidates=[0.2]", "calibration.num_samples=1"] if method == "asvd_strs" else []
     record = compose_run(tmp_path, f"method={method}", "ratio=cr60", "calibration.upstream=compressed", "benchmark=none", *extra)
     assert record.status == "ok"
-    assert record.ledger["measured_retention"] < 0.55
+    assert record.counted.measured_retention < 0.55
 
 
 # --- keys ----------------------------------------------------------------------------------------------------------------------------
@@ -376,7 +377,7 @@ def test_every_activation_method_runs_on_compressed_inputs(tmp_path, method):
         "options.save=false",
         "options.threads=1",
         "calibration.batch_size=1",
-        "calibration.window=1",
+        "calibration.layers_at_once=1",
         "method.name=another",
         "ratio=cr40",
         "trainer.devices=1",
@@ -417,8 +418,6 @@ def test_the_key_depends_on(tmp_path, override):
 
 
 def test_another_way_to_the_same_tokens_is_the_same_record(tmp_path):
-    from specomp.experiment.pipeline import build
-
     cfg = compose_config(tmp_path, "method=svd_llm")
     torch.save(build(cfg).samples.tokens, tmp_path / "ids.pt")
     other = compose_config(tmp_path, "method=svd_llm", "calibration=token_ids", f"calibration.path={tmp_path / 'ids.pt'}")

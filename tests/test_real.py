@@ -34,8 +34,8 @@ def test_smollm2(tmp_path) -> None:
     assert dense < good < 40 * dense  # a thousand calibration tokens are few: worse than it should be, yet a language model
     assert bad > 10 * good  # plain SVD collapses from 20 % on
     assert plain.metrics[name]["collapsed"]
-    assert whitened.ledger["num_linears"] == 210
-    assert 0.795 < whitened.ledger["measured_retention"] <= 0.8
+    assert whitened.counted.num_linears == 210
+    assert 0.795 < whitened.counted.measured_retention <= 0.8
 
     reloaded = specomp.load(whitened.model_folder)
     tokenizer = AutoTokenizer.from_pretrained(whitened.model_folder)

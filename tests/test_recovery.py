@@ -1,5 +1,6 @@
 """LoRA recovery on tiny models: what it merges, that it helps, its cache, resuming to the last bit, and what it is refused with."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -7,21 +8,21 @@ import torch
 from command import command
 from hydra.utils import instantiate
 from omegaconf import OmegaConf
-from running import CONF, compose_config, compose_run, make_setup, store
+from running import CONF, compose_config, compose_run, make_run, store
 from safetensors.torch import load_file
 from test_soco_runs import at_step, dies
 from test_stages import method, ranks_of, run_method
 from torch import nn
 from transformers import AutoModelForCausalLM
 
-import specomp.experiment.pipeline
+import specomp.compression.loop
 from specomp.cache import Cache
+from specomp.compression.run import Progress, Run
 from specomp.errors import UserError
+from specomp.experiment import pipeline
+from specomp.forms.factors import Factors, LowRankLinear
+from specomp.forms.pivoted import Pivoted, PivotedLinear
 from specomp.methods.lora import LoRA
-from specomp.forms.pivoted import Pivoted
-from specomp.methods.svd import Factors
-from specomp.models.modules import LowRankLinear, PivotedLinear
-from specomp.experiment.pipeline import run
 from specomp.tables.charts import read_csv, training_curve
 from specomp.training.adapters import AdapterModule, recover, stored_matrices
 from specomp.training.teacher import TeacherStates
@@ -38,45 +39,70 @@ def settings(**changes) -> LoRA:
     return instantiate(OmegaConf.merge(OmegaConf.load(CONF / "method" / "training" / "lora.yaml"), PINNED, changes))
 
 
-def compressed(folder: Path, family_name: str = "llama", packing=None):
-    """A setup whose model is compressed, and the teacher made before that."""
-    setup = make_setup(family_name, Cache(folder), num_samples=12, length=32, batch_size=4)
-    teacher = TeacherStates(setup)
-    run_method(setup, method(packing=packing or Factors()), ranks=ranks_of(setup, 6))
-    return setup, teacher
+class Curve(Progress):
+    """Keeps the curve of a training."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__()
+        self.path = path
+
+    @property
+    def curve_file(self) -> Path:
+        return self.path
 
 
-def recovered(folder: Path, training: LoRA, *args, seed: int = 0, key: str = "some"):
-    """(setup, report) after a recovery."""
-    setup, teacher = compressed(folder, *args)
-    return setup, recover(setup, training, teacher, key, seed=seed, curve_file=folder / "curve.csv", logger=lambda: None)
+def dense_run(folder: Path, family_name: str = "llama", *, seed: int = 0) -> Run:
+    """Of enough samples to train on; the curve of a training is folder/curve.csv."""
+    curve = Curve(folder / "curve.csv")
+    run = make_run(family_name, Cache(folder), num_samples=12, length=32, batch_size=4, progress=curve)
+    return replace(run, seed=seed)
 
 
-def weights(setup) -> dict[str, torch.Tensor]:
-    return {name: setup.model.get_submodule(name).weight.detach().clone() for name in stored_matrices(setup)}
+def compressed(folder: Path, family_name: str = "llama", packing=None, *, seed: int = 0) -> tuple[Run, TeacherStates]:
+    """A run whose model is compressed, and the teacher made before that."""
+    run = dense_run(folder, family_name, seed=seed)
+    teacher = TeacherStates(run)
+    run_method(run, method(packing=packing or Factors()), ranks=ranks_of(run, 6))
+    return run, teacher
+
+
+def recovered(folder: Path, training: LoRA, *args, seed: int = 0):
+    """(run, report) after a recovery."""
+    run, teacher = compressed(folder, *args, seed=seed)
+    return run, recover(run, training, teacher)
+
+
+def weights(run: Run) -> dict[str, torch.Tensor]:
+    return {x: run.model.get_submodule(x).weight.detach().clone() for x in stored_matrices(run)}
+
+
+def adapters_of(run: Run) -> dict[str, torch.Tensor]:
+    """The only ones in its cache."""
+    (file,) = (run.cache.root / "trained").glob("*/adapters.safetensors")
+    return load_file(file)
 
 
 @pytest.mark.parametrize("family_name", ["llama_gqa", "opt", "qwen2"])
 @pytest.mark.parametrize("packing", [Factors(), Pivoted(max_growth=2.0)], ids=["factors", "pivoted"])
 def test_the_model_comes_closer_to_the_dense_one(tmp_path, family_name, packing):
-    setup, report = recovered(tmp_path, settings(), family_name, packing)
+    run, report = recovered(tmp_path, settings(), family_name, packing)
     kl = [row["kl"] for row in report["curve"]]
     assert sum(kl[-10:]) < 0.8 * sum(kl[:10]), "over the ten samples it is trained on, once each"
     rows = read_csv([tmp_path / "curve.csv"])
     assert len(rows) == report["steps"] == 40 and report["tokens"] == 40 * 32
     kind = LowRankLinear if isinstance(packing, Factors) else PivotedLinear
-    assert all(type(setup.model.get_submodule(x.name)) is kind for x in setup.linears)
-    assert not any(p.requires_grad for p in setup.model.parameters())
-    assert not any("lora" in name for name, _ in setup.model.named_modules()) and not hasattr(setup.model, "peft_config")
-    assert not any(module.training for module in setup.model.modules())
+    assert all(type(run.model.get_submodule(x.name)) is kind for x in run.linears)
+    assert not any(p.requires_grad for p in run.model.parameters())
+    assert not any("lora" in name for name, _ in run.model.named_modules()) and not hasattr(run.model, "peft_config")
+    assert not any(module.training for module in run.model.modules())
 
 
 def test_what_is_merged_is_the_scaled_product(tmp_path):
     start = weights(compressed(tmp_path / "start")[0])
-    setup, _ = recovered(tmp_path / "end", settings(alpha=6))
-    adapters = setup.cache.load("trained", "some", "adapters")
+    run, _ = recovered(tmp_path / "end", settings(alpha=6))
+    adapters = adapters_of(run)
     assert {name.rpartition(".lora_")[0] for name in adapters} == set(start)
-    for name, after in weights(setup).items():
+    for name, after in weights(run).items():
         A, B = (adapters[f"{name}.lora_{x}.default.weight"] for x in "AB")
         assert A.shape[0] == B.shape[1] == 4
         assert float(B.abs().max()) > 0, "it was trained"
@@ -84,13 +110,13 @@ def test_what_is_merged_is_the_scaled_product(tmp_path):
 
 
 def test_linears_that_stay_dense_are_trained_too(tmp_path):
-    setup = make_setup("llama", Cache(tmp_path), num_samples=12, length=32, batch_size=4)
-    teacher, dense = TeacherStates(setup), setup.linears[0]
-    run_method(setup, method(), ranks=ranks_of(setup, 6) | {dense.name: min(dense.m, dense.n)})
-    assert isinstance(setup.model.get_submodule(dense.name), nn.Linear)
-    before = setup.model.get_submodule(dense.name).weight.clone()
-    recover(setup, settings(steps=2), teacher, "some", seed=0, curve_file=tmp_path / "curve.csv", logger=lambda: None)
-    assert not torch.equal(before, setup.model.get_submodule(dense.name).weight)
+    run = dense_run(tmp_path)
+    teacher, dense = TeacherStates(run), run.linears[0]
+    run_method(run, method(), ranks=ranks_of(run, 6) | {dense.name: min(dense.m, dense.n)})
+    assert isinstance(run.model.get_submodule(dense.name), nn.Linear)
+    before = run.model.get_submodule(dense.name).weight.clone()
+    recover(run, settings(steps=2), teacher)
+    assert not torch.equal(before, run.model.get_submodule(dense.name).weight)
 
 
 def test_the_cache_has_the_result(tmp_path):
@@ -100,7 +126,8 @@ def test_the_cache_has_the_result(tmp_path):
     assert report["steps"] == 3
     for name, value in weights(first).items():
         torch.testing.assert_close(weights(again)[name], value, rtol=0, atol=0)
-    other, _ = recovered(tmp_path, settings(steps=3), seed=1, key="another")
+    other, _ = recovered(tmp_path, settings(steps=3), seed=1)
+    assert other.cache.misses["trained"] == 1
     assert any(not torch.equal(value, weights(other)[name]) for name, value in weights(first).items()), "the seed starts and orders it"
 
 
@@ -111,9 +138,9 @@ def test_a_killed_recovery_goes_on_to_the_same_bits(tmp_path, monkeypatch, step)
     with dies(monkeypatch, "training_step", at_step(step), AdapterModule):
         recovered(tmp_path / "killed", training)
     torch.manual_seed(99)  # nothing depends on what was drawn before
-    setup, report = recovered(tmp_path / "killed", training)
+    run, report = recovered(tmp_path / "killed", training)
     assert report["steps"] == 6 and [x["phase"] for x in report["phases"]] == ["start", "recover"]
-    for name, value in weights(setup).items():
+    for name, value in weights(run).items():
         assert torch.equal(value, expected[name]), name
 
 
@@ -122,7 +149,7 @@ def test_a_half_precision_model_stays_one(tmp_path):
     assert record.status == "ok"
     assert record.training["steps"] == 6
     plain = compose_run(tmp_path, "method=svd_llm", "model.dtype=bfloat16", "ratio=cr40", "benchmark=none", "save=false")
-    assert record.ledger["compressed"] == plain.ledger["compressed"], "nothing more is stored"
+    assert record.counted.compressed == plain.counted.compressed, "nothing more is stored"
     assert record.key != plain.key
 
 
@@ -133,10 +160,10 @@ def test_after_a_block_refinement_and_saved(tmp_path, monkeypatch):
         kept["model"] = model
         return original(model, *args, **options)
 
-    original = specomp.experiment.pipeline.save_compressed
-    monkeypatch.setattr(specomp.experiment.pipeline, "save_compressed", keep)
+    original = pipeline.save_compressed
+    monkeypatch.setattr(pipeline, "save_compressed", keep)
     record = compose_run(
-        tmp_path, "method=specomp", "method/compensation=block_refine", "method.compensation.steps=3", *OVERRIDES[:4], "benchmark=tiny"
+        tmp_path, "method=specomp", "method/refinement=block_refine", "method.refinement.steps=3", *OVERRIDES[:4], "benchmark=tiny"
     )
     assert record.status == "ok"
     assert any("before the recovery" in note for note in record.notes)
@@ -149,7 +176,7 @@ def test_after_a_block_refinement_and_saved(tmp_path, monkeypatch):
 
 def test_the_record_of_a_finished_recovery_is_complete(tmp_path):
     cfg = compose_config(tmp_path, "method=svd_llm", *OVERRIDES)
-    run(cfg)
+    pipeline.run(cfg)
     (record,) = store(tmp_path).all()
     assert [x["phase"] for x in record.training["phases"]] == ["start", "recover"]
     assert record.training["trainable"] > 0 and "curve" not in record.training
@@ -164,7 +191,7 @@ def test_it_may_train_on_more_of_the_text_than_the_method_calibrates_on(tmp_path
 
     def watched(module, indices):
         seen.extend(indices)
-        ids.update({i: module._context[0].samples.tokens[i] for i in indices})
+        ids.update({i: module._context[0].training_samples.tokens[i] for i in indices})
         return original(module, indices)
 
     original = AdapterModule.performance_of
@@ -177,7 +204,7 @@ def test_it_may_train_on_more_of_the_text_than_the_method_calibrates_on(tmp_path
     assert max(seen) == 39 and more.training["samples"] == 40 and more.key != plain.key
     assert more.identity["training_samples"] == more.training["samples_hash"] != more.calibration["hash"] == plain.calibration["hash"]
     assert all(torch.equal(value, first[i]) for i, value in ids.items() if i in first), "the calibration set comes first"
-    assert more.cache["hits"]["statistics/gram"] == 1 and more.ledger["norm_error"] == plain.ledger["norm_error"]
+    assert more.cache["hits"]["statistics/gram"] == 1 and more.counted.norm_error == plain.counted.norm_error
     assert more.training["phases"][0]["phase"] == "start" and more.training["phases"][0]["kl"] != plain.training["phases"][0]["kl"]
 
 
@@ -209,14 +236,15 @@ def test_two_processes_train_as_one(tmp_path):
     ],
 )
 def test_what_it_cannot_do_is_said_before_the_model_is_loaded(tmp_path, monkeypatch, overrides, said):
-    monkeypatch.setattr(specomp.experiment.pipeline, "load_dense", lambda *_: pytest.fail("loaded"))
+    monkeypatch.setattr(pipeline, "load_dense", lambda *_: pytest.fail("loaded"))
     with pytest.raises(UserError, match=said):
-        run(compose_config(tmp_path, "method=svd_llm", *OVERRIDES, *overrides))
+        pipeline.run(compose_config(tmp_path, "method=svd_llm", *OVERRIDES, *overrides))
 
 
 def test_a_plan_trains_after_compressing(tmp_path):
-    from specomp.experiment.config import ask
     from specomp.planning.stages import outlook
+
+    from specomp.experiment.config import ask
 
     cfg = compose_config(tmp_path, "method=svd_llm", *OVERRIDES)
     names = [x.name for x in outlook(ask(cfg)).stages]
@@ -230,20 +258,18 @@ def test_a_plan_trains_after_compressing(tmp_path):
 
 def test_adapters_belong_to_the_numbers_they_were_trained_on(tmp_path, monkeypatch):
     """Another machine may round the same record's factors otherwise."""
-    import specomp.factorize
-
     common = ["method=svd_llm", *OVERRIDES]
     record = compose_run(tmp_path, *common)
     store(tmp_path).path(record.key).unlink()
     assert compose_run(tmp_path, *common).cache["hits"]["trained"] == 1
-    original = specomp.factorize.compress
+    original = specomp.compression.loop.compress_layers
 
-    def otherwise(setup, *args):
-        reports = original(setup, *args)
+    def otherwise(run, *args):
+        reports = original(run, *args)
         with torch.no_grad():
-            next(setup.model.get_submodule(setup.linears[-1].name).parameters()).view(-1)[0] += 1e-4
+            next(run.model.get_submodule(run.linears[-1].name).parameters()).view(-1)[0] += 1e-4
         return reports
 
-    monkeypatch.setattr(specomp.factorize, "compress", otherwise)
+    monkeypatch.setattr(specomp.compression.loop, "compress_layers", otherwise)
     store(tmp_path).path(record.key).unlink()
     assert compose_run(tmp_path, *common).cache["misses"]["trained"] == 1

@@ -15,11 +15,10 @@ from command import finish, start
 from running import compose_config, key_of, store, trainer_factory
 from safetensors import safe_open
 
-import specomp.factorize
+from specomp.compression.module import CalibrationOnlyModule, lightning_loop
 from specomp.experiment.pipeline import run
 from specomp.tables.paper import paper_table
 from specomp.tables.sweep import load_sweep
-from specomp.compression.calibrate import predict
 
 METHODS, RATIOS = ("svd", "svd_llm", "asvd"), ("cr20", "cr60")
 SWEEP = [f"method={','.join(METHODS)}", f"ratio={','.join(RATIOS)}", "options.save=false", "-m"]
@@ -137,7 +136,7 @@ def test_interrupted_is_not_failed(tmp_path, monkeypatch):
 
     cfg = compose_config(tmp_path, "options.save=false", "options.retry=false")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(specomp.factorize, "compress", interrupt)
+        patch.setattr(CalibrationOnlyModule, "finish", interrupt)
         with pytest.raises(KeyboardInterrupt):
             run(cfg)
     record = store(tmp_path).load(key_of(cfg))
@@ -154,6 +153,7 @@ def test_ctrl_c_inside_the_lightning_loop():
             signal.raise_signal(signal.SIGINT)
 
     handler = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs start with Ctrl-C ignored
-    with pytest.raises(KeyboardInterrupt):
-        predict(trainer_factory(), Interrupted(), range(3), "interrupted", 3)
+    with pytest.raises(KeyboardInterrupt), lightning_loop() as terminable:
+        loop = trainer_factory()(callbacks=[terminable])
+        loop.predict(Interrupted(), range(3), return_predictions=False)
     assert signal.signal(signal.SIGINT, handler) is signal.default_int_handler

@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 UNEVEN = ["calibration.num_samples=7", "calibration.batch_size=2", "benchmark=none"]
 READS_MUCH = ["method=two_sided", "method/allocation=adacr", *UNEVEN]
 SEVERAL = {
-    "window by window": [*READS_MUCH, "trainer=ddp_cpu", "calibration.window=1"],
+    "range by range": [*READS_MUCH, "trainer=ddp_cpu", "calibration.layers_at_once=1"],
     "as on GPUs": ["method=svd_llm", *UNEVEN, "trainer=ddp_cpu", "trainer.strategy=ddp_spawn"],  # slow to start: the Gram alone
 }
 

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import cache as cached
 from pathlib import Path
 from typing import Any
@@ -16,30 +17,32 @@ import torch
 from command import command
 from hydra.utils import instantiate
 from omegaconf import OmegaConf
-from running import CONF, compose_config, compose_run, make_setup, random_tokens, store, stored_record
+from running import CONF, compose_config, compose_run, make_run, random_tokens, store, stored_record
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-import specomp.factorize
-from specomp.forms.options import floor_ranks, full_rank
+import specomp.compression.loop
+import specomp.methods.spectrum
 from specomp.cache import Cache
+from specomp.compression.calibrate import calibrate
+from specomp.compression.loop import compress_layers
+from specomp.compression.report import LinearReport
+from specomp.compression.run import Progress, Run
+from specomp.compression.spectra import Spectra
 from specomp.errors import UserError
-from specomp.slots import Method
+from specomp.experiment import pipeline
+from specomp.forms.factors import Factors
+from specomp.forms.options import options
 from specomp.methods.soco import AlternatingOptimization, CoarseCompression, Recovery, Sparsification
-from specomp.methods.svd import Factors, FullRank, NoCompensation, NoWhitening, Weight
+from specomp.methods.svd import FullRank, NoCompensation, NoRefinement, NoWhitening, UniformAllocation, Weight
 from specomp.methods.svd_llm import GramWhitening
-from specomp.models.modules import GatedLinear
-from specomp.training.phases import PhaseSchedule
-from specomp.experiment.pipeline import run
+from specomp.models.family import Unit
 from specomp.quantization.none import NoQuantizer
-from specomp.numerics.ratio import Ratio
-from specomp.compression.calibrate import dense_statistics
-from specomp.compression.loop import dense_needs
-from specomp.compression.spectra import DenseSpectra
-from specomp.training.prune import pack
-from specomp.training.spectrum import Trained, gate, train
+from specomp.slots import Allocation, Choice, Method
+from specomp.training.gated import GatedLinear, SpectrumModule
+from specomp.training.schedule import PhaseSchedule
+from specomp.training.spectrum import GatedChoice, Gates, choose, gate, stored_as, train
 from specomp.training.teacher import TeacherStates
-from specomp.training.gated import SpectrumModule
 
 PHASES = ["coarse", "alternate", "sparsify", "polish"]
 STEPS = {"coarse": 2, "alternate": 2, "sparsify": 2, "polish": 1}
@@ -77,44 +80,74 @@ def soco(*, whitened: bool = False, **changes: Any) -> Method:
         whitening=GramWhitening(solve="auto") if whitened else NoWhitening(solve="auto"),
         allocation=FullRank(),
         compensation=NoCompensation(),
+        refinement=NoRefinement(),
         training=instantiate(OmegaConf.merge(OmegaConf.load(CONF / "method" / "training" / "soco.yaml"), PINNED, changes)),
         packing=Factors(),
+        rounding=NoQuantizer(),
     )
 
 
-def spectra_of(setup, chosen: Method) -> DenseSpectra:
-    statistics = dense_statistics(setup, dense_needs(chosen, "dense", NoQuantizer()))
-    return DenseSpectra(setup, chosen.target, chosen.whitening, statistics, complete=True)
+class Curve(Progress):
+    """Keeps the curve of a training."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__()
+        self.path = path
+
+    @property
+    def curve_file(self) -> Path:
+        return self.path
 
 
-def all_ranks(setup) -> dict[str, int]:
-    return {x.name: full_rank(x) for x in setup.linears}
+def soco_run(
+    family_name: str, cache: Cache, chosen: Method, *, compression: float = 0.4, seed: int = 0
+) -> Run:
+    """A dense tiny model and a method that trains; the curve is in the cache's folder."""
+    curve = Curve(cache.root / "training.csv")
+    run = make_run(family_name, cache, method=chosen, compression=compression, progress=curve)
+    return replace(run, seed=seed)
 
 
-def fit(setup, chosen: Method, *, compression: float = 0.4, ranks: dict[str, int] | None = None, seed: int = 0) -> Trained:
-    """The training stage; afterwards the model in `setup` is the student, if it was not read from the cache."""
-    ratio, curve_file = Ratio(compression=compression), setup.cache.root / "training.csv"
-    spectra = spectra_of(setup, chosen)
-    ranks = all_ranks(setup) if ranks is None else ranks
-    return train(setup, chosen, ratio, ranks, spectra, TeacherStates(setup), seed=seed, curve_file=curve_file, logger=lambda: None)
+def spectra_of(run: Run) -> Spectra:
+    return Spectra(run, run.method.target, run.method.whitening, calibrate(run), complete=True)
 
 
-def packed(setup, chosen: Method, trained: Trained, *, compression: float = 0.4):
-    """The packing stage: reports and account."""
-    statistics = dense_statistics(setup, dense_needs(chosen, "dense", NoQuantizer()))
-    spectra = spectra_of(setup, chosen)
-    found = pack(setup, chosen, NoQuantizer(), Ratio(compression=compression), trained, spectra, statistics, spectra)
-    return found[0], found[-1]
+def allocated(run: Run, allocation: Allocation) -> dict[Unit, Choice]:
+    menu = options(run.units, [run.method.packing], run.budget, run.model.dtype, None, None)
+    return allocation(menu, run.budget.retention, None)
 
 
-def untrained(setup, chosen: Method) -> Trained:
+def fit(run: Run, allocation: Allocation = FullRank()) -> GatedChoice:  # noqa: B008
+    """The training; afterwards the model of the run is the student, if it was not read from the cache."""
+    choices, teacher, target = allocated(run, allocation), TeacherStates(run), run.budget.retention
+    settings, spectra = run.method.training, spectra_of(run)
+    return train(run, settings, choices, spectra, teacher, target=target, gains={}, by="gates")
+
+
+def packed(run: Run, found: GatedChoice) -> list[LinearReport]:
+    """What is kept takes the place of what was trained."""
+    return compress_layers(run, found.choices, calibrate(run), spectra_of(run), found)
+
+
+def untrained(run: Run) -> GatedChoice:
     """What a training of no step would return."""
-    counts = {x.name: full_rank(x) for x in setup.linears}
-    return Trained(
-        gates={name: chosen.training.gate.to_gate(torch.full((k,), chosen.training.gate.start)) for name, k in counts.items()},
+    settings, counts = run.method.training, {x.name: min(x.m, x.n) for x in run.linears}
+    trained = Gates(
+        gates={name: settings.gate.to_gate(torch.full((k,), settings.gate.start)) for name, k in counts.items()},
         alive={name: torch.ones(k, dtype=torch.bool) for name, k in counts.items()},
-        deviations={x.name: torch.zeros(x.m) for x in setup.linears},
+        deviations={x.name: torch.zeros(x.m) for x in run.linears},
         report={},
+    )
+    kept, account = choose(run, settings, trained, run.budget.retention)
+    return GatedChoice(
+        choices={unit: stored_as(run, unit, len(kept[unit.name])) for unit in run.units},
+        by="gates",
+        account={"pruning": account},
+        gains={},
+        trained=trained,
+        kept=kept,
+        components=spectra_of(run),
+        plain=False,
     )
 
 
@@ -123,12 +156,13 @@ def logits_of(model) -> torch.Tensor:
     return model(input_ids=random_tokens(3, 20, seed=5).clamp(max=250)).logits
 
 
-def students(setup) -> dict[str, GatedLinear]:
-    return {x.name: setup.model.get_submodule(x.name) for x in setup.linears}
+def students(run: Run) -> dict[str, GatedLinear]:
+    return {x.name: run.model.get_submodule(x.name) for x in run.linears}
 
 
-def flat(trained: Trained) -> torch.Tensor:
+def flat(found: GatedChoice) -> torch.Tensor:
     """Everything that training decided, in one vector."""
+    trained = found.trained
     parts = [*trained.gates.values(), *(x.float() for x in trained.alive.values())]
     return torch.cat(parts + [x for x in trained.deviations.values() if x is not None])
 
@@ -144,35 +178,36 @@ def timeless(report: dict[str, Any]) -> tuple[list[dict[str, Any]], list[dict[st
 @pytest.mark.parametrize("whitened", [False, True])
 @pytest.mark.parametrize("family_name", ["llama", "llama_gqa", "opt", "qwen2"])
 def test_at_the_start_the_student_is_the_dense_model(cache, family_name, whitened):
-    setup, chosen = make_setup(family_name, cache), soco(whitened=whitened)
-    expected, spectra = logits_of(setup.model), spectra_of(setup, chosen)
-    gated = gate(setup, chosen.training, all_ranks(setup), spectra)
-    assert gated.keys() == {x.name for x in setup.linears}
-    assert all(isinstance(x, GatedLinear) for x in students(setup).values())
+    run = soco_run(family_name, cache, soco(whitened=whitened))
+    expected, spectra = logits_of(run.model), spectra_of(run)
+    gated = gate(run, run.method.training, allocated(run, FullRank()), spectra)
+    assert gated.keys() == {x.name for x in run.linears}
+    assert all(isinstance(x, GatedLinear) for x in students(run).values())
     if family_name in ("opt", "qwen2"):
         assert any(x.bias is not None for x in gated.values())
-    assert (logits_of(setup.model) - expected).abs().max() <= 1e-4
-    trainable = {name.rpartition(".")[2] for name, p in setup.model.named_parameters() if p.requires_grad}
+    assert (logits_of(run.model) - expected).abs().max() <= 1e-4
+    trainable = {name.rpartition(".")[2] for name, p in run.model.named_parameters() if p.requires_grad}
     assert trainable == {"scores", "deviation"}
 
 
 @pytest.mark.parametrize("mapping", ["two_sigmoid", "identity", "exp"])
 @pytest.mark.parametrize("family_name", ["llama", "opt"])
 def test_keeping_everything_is_the_dense_model(cache, family_name, mapping):
-    setup, chosen = make_setup(family_name, cache), soco(mapping=mapping)
-    expected, spectra = logits_of(setup.model), spectra_of(setup, chosen)
-    gate(setup, chosen.training, all_ranks(setup), spectra)
-    reports, account = packed(setup, chosen, untrained(setup, chosen), compression=0.0)
-    assert account["threshold"] == 0.0
+    run = soco_run(family_name, cache, soco(mapping=mapping), compression=0.0)
+    expected, spectra = logits_of(run.model), spectra_of(run)
+    gate(run, run.method.training, allocated(run, FullRank()), spectra)
+    found = untrained(run)
+    reports = packed(run, found)
+    assert found.account["pruning"]["threshold"] == 0.0
     assert all(x.dense for x in reports)
-    assert (logits_of(setup.model) - expected).abs().max() <= 1e-4
+    assert (logits_of(run.model) - expected).abs().max() <= 1e-4
 
 
 def test_the_first_step_sees_the_dense_model_without_dropout(cache):
     """OPT's configuration has dropout; the student, like the teacher, runs without."""
-    setup = make_setup("opt", cache)
-    assert setup.model.config.dropout > 0
-    report = fit(setup, soco()).report
+    run = soco_run("opt", cache, soco())
+    assert run.model.config.dropout > 0
+    report = fit(run).trained.report
     assert abs(report["curve"][0]["kl"]) <= 1e-5
 
 
@@ -181,9 +216,9 @@ def test_the_first_step_sees_the_dense_model_without_dropout(cache):
 
 @pytest.mark.parametrize(("family_name", "compression"), [("llama_gqa", 0.2), ("llama_gqa", 0.8), ("opt", 0.4)])
 def test_the_counted_budget_is_met_within_one_component(cache, family_name, compression):
-    setup, chosen = make_setup(family_name, cache), soco()
-    trained = fit(setup, chosen, compression=compression)
-    reports, account = packed(setup, chosen, trained, compression=compression)
+    run = soco_run(family_name, cache, soco(), compression=compression)
+    found = fit(run)
+    reports, account = packed(run, found), found.account["pruning"]
     total, target = sum(x.m * x.n for x in reports), 1 - compression
     stored = sum(x.stored for x in reports) / total
     assert stored <= target + 1e-9
@@ -194,9 +229,9 @@ def test_the_counted_budget_is_met_within_one_component(cache, family_name, comp
 
 @pytest.mark.parametrize("fixed", [0.3, 0.9])
 def test_the_fixed_threshold_keeps_what_it_keeps(cache, fixed):
-    setup, chosen = make_setup("llama", cache), soco(threshold=fixed, pruning={"exact_budget": False})
-    trained = fit(setup, chosen)
-    reports, account = packed(setup, chosen, trained)
+    run = soco_run("llama", cache, soco(threshold=fixed, pruning={"exact_budget": False}))
+    found = fit(run)
+    reports, account, trained = packed(run, found), found.account["pruning"], found.trained
     assert account["threshold"] == account["fixed_threshold"] == fixed
     assert account["fixed_retention"] == pytest.approx(sum(x.stored for x in reports) / sum(x.m * x.n for x in reports))
     for report in reports:
@@ -208,10 +243,10 @@ def test_the_fixed_threshold_keeps_what_it_keeps(cache, fixed):
 @pytest.mark.parametrize("family_name", ["llama", "qwen2"])
 def test_packed_factors_are_the_weights_of_the_training(cache, family_name, whitened):
     """Of the student, cut at the threshold that the packing reports."""
-    setup, chosen = make_setup(family_name, cache), soco(whitened=whitened)
-    trained = fit(setup, chosen)
-    before = students(setup)
-    reports, account = packed(setup, chosen, trained)
+    run = soco_run(family_name, cache, soco(whitened=whitened))
+    found = fit(run)
+    before, account, trained = students(run), found.account["pruning"], found.trained
+    reports = packed(run, found)
     seen = set()
     for report in reports:
         gated = before[report.name]
@@ -223,40 +258,41 @@ def test_packed_factors_are_the_weights_of_the_training(cache, family_name, whit
         if report.dense:
             keep[:] = True
         expected = (gated.U * (gates * keep)) @ gated.rows
-        module = setup.model.get_submodule(report.name)
-        found = module.weight if report.dense else module.merged_weight()
-        assert (found - expected).norm() <= 1e-5 * expected.norm(), report.name
+        module = run.model.get_submodule(report.name)
+        weight = module.weight if report.dense else module.merged_weight()
+        assert (weight - expected).norm() <= 1e-5 * expected.norm(), report.name
         bias = module.bias if report.dense else module.u_proj.bias
         assert torch.allclose(bias, gated.deviation if gated.bias is None else gated.bias + gated.deviation, atol=1e-7)
         assert gated.deviation.abs().sum() > 0
         seen.add(report.dense)
         gated.mask = keep.float()
-    after = logits_of(setup.model)
+    after = logits_of(run.model)
     for name, gated in before.items():
         parent, _, leaf = name.rpartition(".")
-        setattr(setup.model.get_submodule(parent), leaf, gated)
-    assert (logits_of(setup.model) - after).abs().max() <= 1e-4
+        setattr(run.model.get_submodule(parent), leaf, gated)
+    assert (logits_of(run.model) - after).abs().max() <= 1e-4
     assert False in seen
 
 
 def test_gates_that_are_all_equal_still_meet_the_budget(cache):
     """A first step of learning rate 0, as warm-up has, leaves every gate at its start."""
-    setup, chosen = make_setup("llama", cache), soco(phases=["coarse"], stages={"coarse": {"steps": 1, "prune_margin": None}}, warmup=0.5)
-    reports, _ = packed(setup, chosen, fit(setup, chosen))
+    stages = {"coarse": {"steps": 1, "prune_margin": None}}
+    run = soco_run("llama", cache, soco(phases=["coarse"], stages=stages, warmup=0.5))
+    reports = packed(run, fit(run))
     assert sum(x.stored for x in reports) <= 0.6 * sum(x.m * x.n for x in reports)
 
 
 def test_physical_pruning_keeps_the_best_worth_the_margin(cache):
-    setup, chosen = make_setup("llama", cache), soco(phases=["coarse"])
-    trained = fit(setup, chosen)
+    run = soco_run("llama", cache, soco(phases=["coarse"]))
+    trained = fit(run).trained
     (phase,) = trained.report["phases"]
-    alive = {x.name: int(trained.alive[x.name].sum()) for x in setup.linears}
-    assert phase["existing_before"] == sum(all_ranks(setup).values())
+    alive = {x.name: int(trained.alive[x.name].sum()) for x in run.linears}
+    assert phase["existing_before"] == sum(min(x.m, x.n) for x in run.linears)
     assert phase["existing"] == sum(alive.values()) < phase["existing_before"]
-    stored = sum(min(alive[x.name] * (x.m + x.n), x.params) for x in setup.linears)
-    assert stored <= 1.25 * 0.6 * sum(x.params for x in setup.linears)
-    assert stored >= 0.6 * sum(x.params for x in setup.linears)
-    assert all(len(gated.rows) == alive[name] == gated.U.shape[1] for name, gated in students(setup).items())
+    stored = sum(min(alive[x.name] * (x.m + x.n), x.params) for x in run.linears)
+    assert stored <= 1.25 * 0.6 * sum(x.params for x in run.linears)
+    assert stored >= 0.6 * sum(x.params for x in run.linears)
+    assert all(len(gated.rows) == alive[name] == gated.U.shape[1] for name, gated in students(run).items())
 
 
 # --- what falls ----------------------------------------------------------------------------------------------------------------------
@@ -281,7 +317,7 @@ def test_the_loss_falls_in_every_phase(cache, steps):
     stages = {"coarse": {"steps": 30}, "alternate": {"steps": 20}, "sparsify": {"steps": 20, "fade": 0.0}, "polish": {"steps": 20}}
     rates = {"learning_rate": 0.1, "learning_rate_deviation": 0.02, "learning_rate_final": 0.5}
     chosen = soco(stages=stages, temperature_start=0.2, temperature_end=0.2, **rates)
-    fit(make_setup("llama_gqa", cache), chosen)
+    fit(soco_run("llama_gqa", cache, chosen))
     seen, falls = list(steps), {}
     for name, phase in chosen.training.schedule.items():
         with torch.no_grad():
@@ -292,10 +328,9 @@ def test_the_loss_falls_in_every_phase(cache, steps):
 
 
 def test_recovery_of_a_truncated_spectrum_lowers_the_divergence(cache):
-    setup = make_setup("llama_gqa", cache)
     chosen = soco(phases=["polish"], stages={"polish": {"steps": 30, "cut_losers": False}}, learning_rate=0.05)
-    ranks = floor_ranks(setup.linears, {x.name: 0.6 for x in setup.linears})
-    curve = fit(setup, chosen, ranks=ranks).report["curve"]
+    found = fit(soco_run("llama_gqa", cache, chosen), UniformAllocation(exact_budget=False))
+    curve = found.trained.report["curve"]
     first, last = (sum(row["kl"] for row in rows) / 5 for rows in (curve[:5], curve[-5:]))
     assert last < 0.8 * first
     assert all(row["soft"] < 1 for row in curve)
@@ -303,7 +338,7 @@ def test_recovery_of_a_truncated_spectrum_lowers_the_divergence(cache):
 
 def test_coarse_compression_reaches_the_budget(cache):
     chosen = soco(phases=["coarse"], stages={"coarse": {"steps": 20}}, learning_rate=0.15)
-    curve = fit(make_setup("llama_gqa", cache), chosen).report["curve"]
+    curve = fit(soco_run("llama_gqa", cache, chosen)).trained.report["curve"]
     assert curve[0]["soft"] > 1
     assert curve[-1]["soft"] < 0.75 * curve[0]["soft"]
     assert curve[-1]["hard"] < curve[0]["hard"]
@@ -313,17 +348,16 @@ def test_coarse_compression_reaches_the_budget(cache):
 
 
 def test_other_prunings_read_the_same_training(tmp_path):
-    setup = make_setup("llama", Cache(tmp_path))
-    first = fit(setup, soco())
-    assert setup.cache.misses["trained"] == 1
+    run = soco_run("llama", Cache(tmp_path), soco())
+    first = fit(run)
+    assert run.cache.misses["trained"] == 1
     for change in ({"order": "singular_value"}, {"ranks": "allocation"}, {"values": "plain"}):
-        again = make_setup("llama", Cache(tmp_path))
-        chosen = soco(pruning=change)
-        found = fit(again, chosen)
+        again = soco_run("llama", Cache(tmp_path), soco(pruning=change))
+        found = fit(again)
         assert again.is_dense, "nothing was trained"
         assert (again.cache.hits["trained"], again.cache.misses.get("trained", 0)) == (1, 0)
         assert torch.equal(flat(found), flat(first))
-        reports, _ = packed(again, chosen, found)
+        reports = packed(again, found)
         assert sum(x.stored for x in reports) <= 0.6 * sum(x.m * x.n for x in reports)
 
 
@@ -341,22 +375,23 @@ def test_other_prunings_read_the_same_training(tmp_path):
 )
 def test_what_a_cached_training_depends_on(tmp_path, change, shared):
     stages = {name: {"steps": 1} for name in PHASES}
-    fit(make_setup("llama_gqa", Cache(tmp_path)), soco(stages=stages))
-    other = make_setup("llama_gqa", Cache(tmp_path))
-    fit(other, soco(**{"stages": stages} | change))
+    fit(soco_run("llama_gqa", Cache(tmp_path), soco(stages=stages)))
+    other = soco_run("llama_gqa", Cache(tmp_path), soco(**{"stages": stages} | change))
+    fit(other)
     assert other.cache.hits.get("trained", 0) == int(shared)
 
 
 def test_stages_that_are_not_run_do_not_matter(tmp_path):
-    fit(make_setup("llama_gqa", Cache(tmp_path)), soco(phases=["coarse"]))
-    other = make_setup("llama_gqa", Cache(tmp_path))
-    fit(other, soco(phases=["coarse"], stages={"polish": {"steps": 99}}))
+    fit(soco_run("llama_gqa", Cache(tmp_path), soco(phases=["coarse"])))
+    chosen = soco(phases=["coarse"], stages={"polish": {"steps": 99}})
+    other = soco_run("llama_gqa", Cache(tmp_path), chosen)
+    fit(other)
     assert other.cache.hits["trained"] == 1
 
 
 def test_the_seed_orders_the_samples(tmp_path):
-    one, two = (fit(make_setup("llama_gqa", Cache(tmp_path)), soco(), seed=seed) for seed in (0, 1))
-    again = fit(make_setup("llama_gqa", Cache(tmp_path / "other")), soco())
+    one, two = (fit(soco_run("llama_gqa", Cache(tmp_path), soco(), seed=seed)) for seed in (0, 1))
+    again = fit(soco_run("llama_gqa", Cache(tmp_path / "other"), soco()))
     assert not torch.equal(flat(one), flat(two))
     assert torch.equal(flat(one), flat(again)), "and nothing else is random"
 
@@ -383,8 +418,8 @@ def uninterrupted(tmp_path_factory):
     """Trainings that nobody disturbed, by variant."""
 
     @cached
-    def made(variant: str) -> Trained:
-        return fit(make_setup("llama_gqa", Cache(tmp_path_factory.mktemp(variant))), resumable(variant))
+    def made(variant: str) -> GatedChoice:
+        return fit(soco_run("llama_gqa", Cache(tmp_path_factory.mktemp(variant)), resumable(variant)))
 
     return made
 
@@ -409,9 +444,9 @@ def at_step(step: int):
     return lambda module: module.trainer.global_step == step
 
 
-def same(found: Trained, expected: Trained) -> None:
+def same(found: GatedChoice, expected: GatedChoice) -> None:
     assert torch.equal(flat(found), flat(expected))
-    assert timeless(found.report) == timeless(expected.report)
+    assert timeless(found.trained.report) == timeless(expected.trained.report)
 
 
 CASES = [("pruned", step) for step in range(1, LAST + 1)]
@@ -422,11 +457,11 @@ CASES += [("whole", 3), ("batched", 5), ("early", 8), ("accumulated", 2), ("accu
 def test_a_killed_training_goes_on_to_the_same_bits(cache, monkeypatch, uninterrupted, caplog, variant, step):
     chosen = resumable(variant)
     with dies(monkeypatch, "performance", at_step(step)):
-        fit(make_setup("llama_gqa", cache), chosen)
-    setup = make_setup("llama_gqa", cache)
+        fit(soco_run("llama_gqa", cache, chosen))
+    run = soco_run("llama_gqa", cache, chosen)
     with caplog.at_level("INFO", logger="specomp"):
         caplog.clear()
-        found = fit(setup, chosen)
+        found = fit(run)
     same(found, uninterrupted(variant))
     assert ("from checkpoint" in caplog.text) == (step > 1), "the first step has no checkpoint before it"
     assert not list(cache.root.rglob("*.ckpt")), "a complete training needs none"
@@ -437,8 +472,8 @@ def test_killed_between_two_forward_passes_of_a_step(cache, monkeypatch, uninter
     """Only one half of the gradient was accumulated; the resumed run takes the whole step."""
     chosen = resumable("accumulated")
     with dies(monkeypatch, "performance_of", lambda module: module.trainer.fit_loop.epoch_loop.batch_idx == batch):
-        fit(make_setup("llama_gqa", cache), chosen)
-    same(fit(make_setup("llama_gqa", cache), chosen), uninterrupted("accumulated"))
+        fit(soco_run("llama_gqa", cache, chosen))
+    same(fit(soco_run("llama_gqa", cache, chosen)), uninterrupted("accumulated"))
 
 
 def test_killed_twice_at_the_same_place(cache, monkeypatch, uninterrupted):
@@ -446,15 +481,15 @@ def test_killed_twice_at_the_same_place(cache, monkeypatch, uninterrupted):
     chosen = resumable("accumulated")
     for batch in (5, 9, 9):
         with dies(monkeypatch, "performance_of", lambda module, batch=batch: module.trainer.fit_loop.epoch_loop.batch_idx == batch):
-            fit(make_setup("llama_gqa", cache), chosen)
-    same(fit(make_setup("llama_gqa", cache), chosen), uninterrupted("accumulated"))
+            fit(soco_run("llama_gqa", cache, chosen))
+    same(fit(soco_run("llama_gqa", cache, chosen)), uninterrupted("accumulated"))
 
 
 def test_killed_again_and_again(cache, monkeypatch, uninterrupted):
     for step in (2, 3, 5, LAST):
         with dies(monkeypatch, "performance", at_step(step)):
-            fit(make_setup("llama_gqa", cache), resumable())
-    same(fit(make_setup("llama_gqa", cache), resumable()), uninterrupted("pruned"))
+            fit(soco_run("llama_gqa", cache, resumable()))
+    same(fit(soco_run("llama_gqa", cache, resumable())), uninterrupted("pruned"))
 
 
 @pytest.mark.parametrize("variant", ["pruned", "early"])
@@ -462,16 +497,15 @@ def test_killed_after_the_last_checkpoint(cache, monkeypatch, uninterrupted, var
     """Every step is done and in a checkpoint, but the training had not ended."""
     chosen = resumable(variant)
     with dies(monkeypatch, "on_train_end", lambda _: True, PhaseSchedule):
-        fit(make_setup("llama_gqa", cache), chosen)
+        fit(soco_run("llama_gqa", cache, chosen))
     assert list(cache.root.rglob("*.ckpt"))
-    same(fit(make_setup("llama_gqa", cache), chosen), uninterrupted(variant))
+    same(fit(soco_run("llama_gqa", cache, chosen)), uninterrupted(variant))
 
 
 @pytest.mark.parametrize("variant", ["pruned", "early"])
 def test_killed_before_the_result_was_stored(cache, monkeypatch, uninterrupted, variant):
     chosen = resumable(variant)
-    setup = make_setup("llama_gqa", cache)
-    spectra_of(setup, chosen)
+    run = soco_run("llama_gqa", cache, chosen)
     original = Cache.save
 
     def full(self, kind, *args):
@@ -481,22 +515,22 @@ def test_killed_before_the_result_was_stored(cache, monkeypatch, uninterrupted, 
 
     with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="went down"):
         patch.setattr(Cache, "save", full)
-        fit(setup, chosen)
-    same(fit(make_setup("llama_gqa", cache), chosen), uninterrupted(variant))
+        fit(run)
+    same(fit(soco_run("llama_gqa", cache, chosen)), uninterrupted(variant))
 
 
 def test_a_damaged_checkpoint_is_logged_and_not_used(cache, monkeypatch, uninterrupted, caplog):
     with dies(monkeypatch, "performance", at_step(5)):
-        fit(make_setup("llama_gqa", cache), resumable())
+        fit(soco_run("llama_gqa", cache, resumable()))
     (path,) = cache.root.rglob("*.ckpt")
     path.write_bytes(path.read_bytes()[:100])
-    same(fit(make_setup("llama_gqa", cache), resumable()), uninterrupted("pruned"))
+    same(fit(soco_run("llama_gqa", cache, resumable())), uninterrupted("pruned"))
     assert f"Checkpoint {path.name} is damaged" in caplog.text
 
 
 def test_a_checkpoint_holds_what_trains_and_little_else(cache, monkeypatch):
     with dies(monkeypatch, "performance", at_step(5)):
-        fit(make_setup("llama_gqa", cache), resumable())
+        fit(soco_run("llama_gqa", cache, resumable()))
     (path,) = cache.root.rglob("*.ckpt")
     state = torch.load(path, map_location="cpu", weights_only=True)["state_dict"]
     assert {name.rpartition(".")[2] for name in state} == {"scores", "deviation", "alive"}
@@ -513,7 +547,7 @@ def test_ctrl_c_leaves_an_unfinished_record_and_the_same_command_goes_on(tmp_pat
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(SpectrumModule, "performance", interrupt)
-        run(cfg)
+        pipeline.run(cfg)
     record = stored_record(tmp_path, cfg)
     assert (record.status, record.error) == ("running", "interrupted")
     resumed = compose_run(tmp_path, *OVERRIDES)
@@ -528,7 +562,7 @@ def test_ctrl_c_leaves_an_unfinished_record_and_the_same_command_goes_on(tmp_pat
 def test_a_diverging_training_stops_and_keeps_its_last_checkpoint(tmp_path):
     cfg = compose_config(tmp_path, *OVERRIDES, "method.training.divergence=1e-4")
     with pytest.raises(UserError) as caught:
-        run(cfg)
+        pipeline.run(cfg)
     line = str(caught.value)
     assert "\n" not in line
     step = int(re.match(r"Training diverged at step (\d+): KL [\d.e-]+ per token \(limit method.training.divergence=0.0001\)", line)[1])
@@ -555,14 +589,14 @@ def test_a_loss_that_is_no_number_stops_the_training(cache, monkeypatch, value):
     measured = {"kl": 0.0, "kl_cut": 0.0, "threshold": 0.0, "retention": 0.0, "retention_at_fixed": 0.0}
     monkeypatch.setattr(SpectrumModule, "measure", lambda self: measured)
     with pytest.raises(UserError, match="diverged at step 4"):
-        fit(make_setup("llama_gqa", cache), resumable())
+        fit(soco_run("llama_gqa", cache, resumable()))
     (path,) = cache.root.rglob("*.ckpt")
     assert torch.load(path, map_location="cpu", weights_only=True)["global_step"] == 4
 
 
 def test_too_few_samples_are_refused(cache):
     with pytest.raises(UserError, match=r"held_out=5 .*there are 5 to train on"):
-        fit(make_setup("llama_gqa", cache), soco(held_out=5))
+        fit(soco_run("llama_gqa", cache, soco(held_out=5)))
 
 
 # --- whole runs ----------------------------------------------------------------------------------------------------------------------
@@ -570,20 +604,20 @@ def test_too_few_samples_are_refused(cache):
 
 @pytest.fixture
 def produced(monkeypatch) -> dict[str, Any]:
-    """The model that the last run packed, and its training."""
+    """The model that the last run stored, and its training."""
     seen: dict[str, Any] = {}
-    training, packing = specomp.factorize.train, specomp.factorize.pack
+    training, storing = specomp.methods.spectrum.train, specomp.compression.loop.compress_layers
 
     def keep_training(*args, **options):
-        seen["trained"] = training(*args, **options)
-        return seen["trained"]
+        seen["found"] = training(*args, **options)
+        return seen["found"]
 
-    def keep_model(setup, *args, **options):
-        seen["model"] = setup.model
-        return packing(setup, *args, **options)
+    def keep_model(run, *args, **options):
+        seen["model"] = run.model
+        return storing(run, *args, **options)
 
-    monkeypatch.setattr(specomp.factorize, "train", keep_training)
-    monkeypatch.setattr(specomp.factorize, "pack", keep_model)
+    monkeypatch.setattr(specomp.methods.spectrum, "train", keep_training)
+    monkeypatch.setattr(specomp.compression.loop, "compress_layers", keep_model)
     return seen
 
 
@@ -605,9 +639,9 @@ def test_the_record_tells_how_the_training_went(tmp_path, produced):
         assert all(g > 0 or k == 0 for g, k in zip(profile["gate"], profile["kept"], strict=True)), "what is kept has a gate"
     pruning = record.training["pruning"]
     assert {"exact_threshold", "fixed_threshold", "exact_retention", "fixed_retention", "kept", "kept_out_of_order"} <= set(pruning)
-    assert pruning["exact_retention"] == pytest.approx(record.ledger["measured_retention"])
-    assert 0.58 < record.ledger["measured_retention"] <= 0.6
-    curve = produced["trained"].report["curve"]
+    assert pruning["exact_retention"] == pytest.approx(record.counted.measured_retention)
+    assert 0.58 < record.counted.measured_retention <= 0.6
+    curve = produced["found"].trained.report["curve"]
     assert [x["step"] for x in curve] == list(range(1, LAST + 1))
     assert [x["phase"] for x in curve] == [name for name, steps in STEPS.items() for _ in range(steps)]
     assert all({"kl", "soft", "hard", "lr", "tokens_per_second"} <= set(x) for x in curve)
@@ -637,7 +671,7 @@ def test_the_saved_folder_is_the_model(tmp_path, produced, model):
 
 def test_without_deviation_no_bias(tmp_path, produced):
     record = compose_run(tmp_path, *OVERRIDES, "options.save=true", "method.training.deviation=false")
-    assert all(x is None for x in produced["trained"].deviations.values())
+    assert all(x is None for x in produced["found"].trained.deviations.values())
     saved = AutoModelForCausalLM.from_pretrained(record.model_folder)
     assert not [name for name in saved.state_dict() if name.endswith("bias")]
     assert (logits_of(saved) - logits_of(produced["model"])).abs().max() <= 1e-5
@@ -647,14 +681,14 @@ def test_a_training_can_start_from_a_truncated_spectrum(tmp_path, produced):
     """The equal-budget control: uniform ranks, then KL steps alone."""
     control = ["method/allocation=uniform", "method.training.phases=[polish]", "method.training.stages.polish.cut_losers=false"]
     record = compose_run(tmp_path, *OVERRIDES, *control)
-    linears = produced["trained"].alive
+    linears = produced["found"].trained.alive
     for row in linears_of(tmp_path, record):
         m, n = int(row["m"]), int(row["n"])
         uniform = int(0.6 * m * n / (m + n) + 1e-9)
         alive = linears[row["name"]]
         assert alive.tolist() == [i < uniform for i in range(len(alive))], "the largest singular values"
         assert int(row["rank"]) <= uniform
-    assert record.ledger["measured_retention"] <= 0.6
+    assert record.counted.measured_retention <= 0.6
     assert record.training["initial_soft_retention"] < 1
 
 
@@ -662,9 +696,10 @@ def test_recomputed_activations_change_nothing(tmp_path):
     """Less memory, the same training; the decoder layers are left as they were."""
     found = []
     for recompute in (False, True):
-        setup = make_setup("llama_gqa", Cache(tmp_path / str(recompute)))
-        found.append(fit(setup, soco(activation_checkpointing=recompute)))
-        assert not any("forward" in vars(layer) for layer in setup.layers)
+        chosen = soco(activation_checkpointing=recompute)
+        run = soco_run("llama_gqa", Cache(tmp_path / str(recompute)), chosen)
+        found.append(fit(run))
+        assert not any("forward" in vars(layer) for layer in run.layers)
     assert torch.equal(flat(found[0]), flat(found[1]))
 
 

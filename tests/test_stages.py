@@ -1,4 +1,5 @@
-"""The stages against whole forward passes and hand-made gradients: streaming, windows, cache, passes counted, nothing trained."""
+"""The core against whole forward passes and hand-made gradients: streams, ranges of layers, cache,
+passes counted, nothing trained."""
 
 import logging
 import subprocess
@@ -9,33 +10,39 @@ import warnings
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
-from running import make_setup, random_tokens
+from running import make_run, random_tokens
 from tiny import FAMILY_NAMES
 
-from specomp.forms.options import full_rank
 from specomp.cache import Cache, digest
+from specomp.compression.calibrate import Statistics, calibrate, part_name, statistic_key
+from specomp.compression.evidence import DenseEvidence
+from specomp.compression.loop import compress, compress_layers, dense_spectra, one_thread_each
+from specomp.compression.module import CalibrationOnlyModule
+from specomp.compression.observe import LayerObserver
+from specomp.compression.probe import Probe
+from specomp.compression.report import LinearReport
+from specomp.compression.route import Route
+from specomp.compression.run import Run
+from specomp.compression.spectra import Spectra
+from specomp.compression.stream import HiddenStream
 from specomp.data.calibration import CalibrationSet
 from specomp.errors import UserError
+from specomp.forms.factors import Factors, LowRankLinear
+from specomp.forms.prices import Numbers
 from specomp.methods.adasvd import AdaComp, AdaCR
-from specomp.slots import Method
 from specomp.methods.fwsvd import FisherWhitening
 from specomp.methods.kronecker import KroneckerWhitening
-from specomp.methods.svd import Factors, NoCompensation, NoTraining, NoWhitening, UniformAllocation, Weight
+from specomp.methods.svd import NoCompensation, NoRefinement, NoTraining, NoWhitening, UniformAllocation, Weight
 from specomp.methods.svd_llm import GramWhitening, UpdateU
-from specomp.models.modules import LowRankLinear
-from specomp.quantization.none import NoQuantizer
-from specomp.numerics.ratio import Ratio
-from specomp.compression.calibrate import CalibrationModule, DenseStatistics, dense_statistics, part_name, statistic_key
-from specomp.compression.loop import CompressionModule, compress, dense_needs, one_thread_each
-from specomp.compression.spectra import DenseSpectra
-from specomp.compression.observe import LayerObserver
-from specomp.compression.probe import make_probe
-from specomp.compression.stream import HiddenStream
 from specomp.numerics.statistics import AbsMean, Fisher, Gram, IOCosine, OutputGradGram, StackedGram, TokenWeightedGram
+from specomp.quantization.none import NoQuantizer
+from specomp.slots import Choice, Method
+from specomp.training.spectrum import stored_as
 
 SITE_STATISTICS = (Gram(), AbsMean(), StackedGram(2), IOCosine())
 
@@ -48,8 +55,10 @@ def method(**slots) -> Method:
         "whitening": GramWhitening(solve="float64"),
         "allocation": UniformAllocation(exact_budget=False),
         "compensation": NoCompensation(),
+        "refinement": NoRefinement(),
         "training": NoTraining(),
         "packing": Factors(),
+        "rounding": NoQuantizer(),
     }
     return Method(**plain | slots)
 
@@ -58,32 +67,56 @@ ADACOMP = AdaComp(iterations=1, update="pseudo_inverse", stack_of_batch="gram", 
 ADACR = AdaCR(min_retention_gap=0.1, importance="block_influence", budget="water_filling")
 
 
-def run_method(setup, chosen: Method, compression: float = 0.4, ranks: dict[str, int] | None = None):
-    """What factorize.py does, without a record."""
-    dense = dense_statistics(setup, dense_needs(chosen, setup.calibration.upstream, NoQuantizer()))
-    spectra = DenseSpectra(setup, chosen.target, chosen.whitening, dense)
+def run_method(
+    run: Run, chosen: Method, compression: float = 0.4, ranks: dict[str, int] | None = None
+) -> list[LinearReport]:
+    """Another method on a run's model and tokens; ranks: by linear, instead of the allocation's."""
+    own = replace(run, method=chosen, budget=Numbers(compression=compression))
+    statistics = calibrate(own)
     if ranks is None:
-        ranks = chosen.allocation(
-            setup.linears, Ratio(compression=compression), dense, spectra, chosen.packing.stored, make_probe(setup, spectra, chosen.packing)
-        )
-    return compress(setup, chosen, NoQuantizer(), ranks, spectra, dense)
+        return compress(own, statistics).linears
+    choices = {unit: stored_as(own, unit, ranks[unit.name]) for unit in own.units}
+    return compress_layers(own, choices, statistics, dense_spectra(own, statistics))
 
 
-def ranks_of(setup, rank: int) -> dict[str, int]:
-    return {x.name: rank for x in setup.linears}
+def ranks_of(run: Run, rank: int) -> dict[str, int]:
+    return {unit.name: rank for unit in run.units}
 
 
-def count_layers(setup) -> Counter:
+def full_ranks(run: Run) -> dict[str, int]:
+    return {x.name: min(x.m, x.n) for x in run.linears}
+
+
+def spectra_of(run: Run, chosen: Method) -> Spectra:
+    """Those of the dense model in the norm of a method."""
+    statistics = calibrate(run, chosen.whitening.needs)
+    return Spectra(run, chosen.target, chosen.whitening, statistics, complete=False)
+
+
+def dense_needs(chosen: Method, upstream: str) -> frozenset:
+    """Statistics of the dense model that a method reads; the others are taken on the way."""
+    return Route.of(chosen, upstream, 5).dense
+
+
+def by_lightning(run: Run, statistics) -> Statistics:
+    """Each pass in a predict loop of Lightning, as run.py takes it."""
+    return calibrate(run, statistics, drive=CalibrationOnlyModule(run)._drive)
+
+
+LOOPS = pytest.mark.parametrize("loop", [calibrate, by_lightning], ids=["plain", "lightning"])
+
+
+def count_layers(run) -> Counter:
     """Executions of each decoder layer from now on."""
     counts: Counter = Counter()
-    for index, layer in enumerate(setup.layers):
+    for index, layer in enumerate(run.layers):
         layer.register_forward_hook(lambda *_, index=index: counts.update([index]))
     return counts
 
 
-def all_values(setup, statistics) -> dict[str, torch.Tensor]:
-    dense = DenseStatistics(setup, statistics)
-    return {f"{index}/{name}": value.clone() for index in range(len(setup.layers)) for name, value in dense.layer(index).items()}
+def all_values(run, statistics) -> dict[str, torch.Tensor]:
+    dense = Statistics(run, statistics)
+    return {f"{index}/{name}": value.clone() for index in range(len(run.layers)) for name, value in dense.layer(index).items()}
 
 
 def assert_close(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor], tolerance: float) -> None:
@@ -101,25 +134,25 @@ def assert_close(found: dict[str, torch.Tensor], expected: dict[str, torch.Tenso
 @pytest.mark.parametrize("family_name", FAMILY_NAMES)
 def test_decoder_layer_by_decoder_layer_equals_the_whole_forward(cache, family_name, num_samples, batch_size):
     """Length 40 is beyond the sliding windows (16) of mistral and gemma2, so their masks matter."""
-    setup = make_setup(family_name, cache, num_samples=num_samples, batch_size=batch_size, length=40)
+    run = make_run(family_name, cache, num_samples=num_samples, batch_size=batch_size, length=40)
     with torch.no_grad():
-        whole = setup.family.decoder(setup.model)(input_ids=setup.samples.tokens, use_cache=False, output_hidden_states=True).hidden_states
-    stream = HiddenStream(setup)
+        whole = run.family.decoder(run.model)(input_ids=run.samples.tokens, use_cache=False, output_hidden_states=True).hidden_states
+    stream = HiddenStream(run, run.samples)
     assert torch.equal(torch.cat(stream.hidden), whole[0])
-    for index in range(len(setup.layers)):
-        if index + 1 < len(setup.layers):  # the last of the whole forward's is after the final norm
+    for index in range(len(run.layers)):
+        if index + 1 < len(run.layers):  # the last of the whole forward's is after the final norm
             assert (torch.cat(list(stream.run(index))) - whole[index + 1]).abs().max() <= 1e-6
         stream.advance(index)
     with torch.no_grad():
-        decoder = setup.family.decoder(setup.model)
+        decoder = run.family.decoder(run.model)
         norm = getattr(decoder, "norm", None) or decoder.final_layer_norm
         assert (norm(torch.cat(stream.hidden)) - whole[-1]).abs().max() <= 1e-6
 
 
 def test_masks_matter_in_that_test(cache):
     """Without its sliding window mistral gives something else, so the recorded masks were needed."""
-    setup = make_setup("mistral", cache, length=40)
-    stream = HiddenStream(setup)
+    run = make_run("mistral", cache, length=40)
+    stream = HiddenStream(run, run.samples)
     masked = torch.cat(list(stream.run(0)))
     for calls in stream.calls.values():
         for _, kwargs in calls:
@@ -128,30 +161,30 @@ def test_masks_matter_in_that_test(cache):
 
 
 def test_the_model_is_untouched_by_recording(cache):
-    setup = make_setup("gemma2", cache)
-    layers, state = setup.layers, {name: value.clone() for name, value in setup.model.state_dict().items()}
-    HiddenStream(setup)
-    assert all(before is after for before, after in zip(layers, setup.layers, strict=True))
-    assert all(torch.equal(value, setup.model.state_dict()[name]) for name, value in state.items())
+    run = make_run("gemma2", cache)
+    layers, state = run.layers, {name: value.clone() for name, value in run.model.state_dict().items()}
+    HiddenStream(run, run.samples)
+    assert all(before is after for before, after in zip(layers, run.layers, strict=True))
+    assert all(torch.equal(value, run.model.state_dict()[name]) for name, value in state.items())
 
 
 def test_the_model_gets_its_layers_back_when_recording_fails(cache, monkeypatch):
-    setup = make_setup("llama", cache)
-    layers = setup.layers
-    monkeypatch.setattr(type(setup.samples), "predict_dataloader", lambda _: iter([torch.full((1, 4), 10**6)]))
+    run = make_run("llama", cache)
+    layers = run.layers
+    monkeypatch.setattr(type(run.samples), "batches", lambda _: [torch.full((1, 4), 10**6)])
     with pytest.raises(IndexError):
-        HiddenStream(setup)
-    assert all(before is after for before, after in zip(layers, setup.layers, strict=True))
+        HiddenStream(run, run.samples)
+    assert all(before is after for before, after in zip(layers, run.layers, strict=True))
 
 
 @pytest.mark.parametrize("family_name", FAMILY_NAMES)
 def test_streamed_statistics_of_the_dense_model_equal_the_dense_pass(cache, family_name):
-    setup = make_setup(family_name, cache, length=40)
-    dense_statistics(setup, SITE_STATISTICS)
-    expected = all_values(setup, SITE_STATISTICS)
-    stream = HiddenStream(setup)
+    run = make_run(family_name, cache, length=40)
+    calibrate(run, SITE_STATISTICS)
+    expected = all_values(run, SITE_STATISTICS)
+    stream = HiddenStream(run, run.samples)
     found = {}
-    for index in range(len(setup.layers)):
+    for index in range(len(run.layers)):
         found |= {f"{index}/{name}": value for name, value in stream.observe(index, SITE_STATISTICS).items()}
         stream.advance(index)
     assert_close(found, expected, 1e-5)
@@ -163,53 +196,65 @@ def test_streamed_statistics_of_the_dense_model_equal_the_dense_pass(cache, fami
 @pytest.mark.parametrize("family_name", ["llama", "mistral", "opt"])
 def test_the_first_samples_are_the_first_samples(cache, family_name, limit, batch_size, length):
     """A limit inside a batch cuts hidden states and masks alike, also where the length equals the batch size."""
-    setup = make_setup(family_name, cache, num_samples=5, batch_size=batch_size, length=length)
-    stream = HiddenStream(setup)
+    run = make_run(family_name, cache, num_samples=5, batch_size=batch_size, length=length)
+    stream = HiddenStream(run, run.samples)
     whole = torch.cat(list(stream.run(0)))
     part = torch.cat(list(stream.run(0, num_samples=limit)))
     assert part.shape[0] == limit
     assert (part - whole[:limit]).abs().max() <= 1e-6
 
 
-# --- windows and dtypes --------------------------------------------------------------------------------------------------------------
+# --- ranges of decoder layers, and dtypes --------------------------------------------------------------------------------------------
 
 
+@LOOPS
 @pytest.mark.parametrize("family_name", ["llama", "opt", "gemma2"])
-def test_windows_of_any_size_give_the_same_statistics(tmp_path, family_name):
+def test_any_number_of_layers_at_once_gives_the_same_statistics(tmp_path, family_name, loop):
     statistics = (*SITE_STATISTICS, Fisher("in"), Fisher("out"), OutputGradGram())
-    found = {}
-    for window in (None, 1, 2, 7):
-        setup = make_setup(family_name, Cache(tmp_path / str(window)), window=window)
-        dense_statistics(setup, statistics)
-        found[window] = all_values(setup, statistics)
-    for window in (1, 2, 7):
-        assert_close(found[window], found[None], 1e-6)
+    whole = make_run(family_name, Cache(tmp_path))
+    calibrate(whole, statistics)
+    expected = all_values(whole, statistics)
+    for size in (1, 2, 7):
+        run = make_run(family_name, Cache(tmp_path / str(size)), layers_at_once=size)
+        loop(run, statistics)
+        assert_close(all_values(run, statistics), expected, 1e-6)
 
 
-def test_a_window_costs_one_pass_each(tmp_path):
-    for window, passes in ((None, 1), (2, 2), (1, 3)):
-        setup = make_setup("llama", Cache(tmp_path / str(window)), window=window)
-        counts = count_layers(setup)
-        dense_statistics(setup, {Gram()})
+def test_lightning_sees_the_same_bits(tmp_path):
+    statistics, found = (*SITE_STATISTICS, Fisher("in"), OutputGradGram()), []
+    for loop in (calibrate, by_lightning):
+        run = make_run("llama", Cache(tmp_path / loop.__name__))
+        loop(run, statistics)
+        found.append(all_values(run, statistics))
+    assert_close(*found, 0.0)
+
+
+@LOOPS
+def test_a_range_of_layers_costs_one_pass_each(tmp_path, loop):
+    for size, passes in ((None, 1), (2, 2), (1, 3)):
+        run = make_run("llama", Cache(tmp_path / str(size)), layers_at_once=size)
+        counts = count_layers(run)
+        loop(run, {Gram()})
         assert counts == dict.fromkeys(range(3), 3 * passes)  # 5 samples in batches of 2
 
 
 def test_grams_are_what_their_definition_says(cache):
     """Against inputs recorded by hand from one whole forward."""
-    setup = make_setup("llama_gqa", cache)
+    run = make_run("llama_gqa", cache)
     seen = {}
-    names = [x.name for x in setup.linears]
     handles = [
-        setup.model.get_submodule(name).register_forward_pre_hook(lambda _, args, name=name: seen.update({name: args[0].flatten(0, 1)}))
-        for name in names
+        run.model.get_submodule(x.name).register_forward_pre_hook(
+            lambda _, args, name=x.name: seen.update({name: args[0].flatten(0, 1)})
+        )
+        for x in run.linears
     ]
     with torch.no_grad():
-        setup.model(input_ids=setup.samples.tokens)
+        run.model(input_ids=run.samples.tokens)
     for handle in handles:
         handle.remove()
-    dense = dense_statistics(setup, {Gram(), AbsMean()})
-    for name in names:
-        stats, x = dense(name), seen[name]
+    dense = calibrate(run, {Gram(), AbsMean()})
+    for linear in run.linears:
+        stats, x = dense(linear), seen[linear.name]
         assert (stats[Gram()] - x.T @ x).norm() <= 1e-5 * stats[Gram()].norm()
         assert (stats[AbsMean()] - x.abs().mean(0)).norm() <= 1e-5 * stats[AbsMean()].norm()
 
@@ -217,9 +262,9 @@ def test_grams_are_what_their_definition_says(cache):
 def test_bfloat16_products_agree_with_float32_to_a_percent(tmp_path):
     values = {}
     for precision in ("float32", "bfloat16"):
-        setup = make_setup("llama", Cache(tmp_path / precision), precision=precision, num_samples=16, length=64)
-        dense_statistics(setup, {Gram()})
-        values[precision] = all_values(setup, {Gram()})
+        run = make_run("llama", Cache(tmp_path / precision), precision=precision, num_samples=16, length=64)
+        calibrate(run, {Gram()})
+        values[precision] = all_values(run, {Gram()})
     assert_close(values["bfloat16"], values["float32"], 1e-2)
     assert any(not torch.equal(value, values["float32"][name]) for name, value in values["bfloat16"].items())
     assert all(value.dtype == torch.float32 for value in values["bfloat16"].values())
@@ -227,18 +272,18 @@ def test_bfloat16_products_agree_with_float32_to_a_percent(tmp_path):
 
 def test_products_of_gradients_are_never_rounded_to_half_precision(tmp_path):
     """A bfloat16 forward pass leaves autocast on in its hooks. What it must not round: a Gram of T < m gradients has rank T, to float32."""
-    setup = make_setup("llama", Cache(tmp_path), precision="bfloat16", num_samples=2, length=8)
-    dense_statistics(setup, {OutputGradGram(), TokenWeightedGram("in")})
-    for name, value in all_values(setup, {OutputGradGram(), TokenWeightedGram("in")}).items():
+    run = make_run("llama", Cache(tmp_path), precision="bfloat16", num_samples=2, length=8)
+    calibrate(run, {OutputGradGram(), TokenWeightedGram("in")})
+    for name, value in all_values(run, {OutputGradGram(), TokenWeightedGram("in")}).items():
         values = torch.linalg.eigvalsh(value.double())
         assert len(values) > 16, name
         assert float(values[:-16].abs().max()) <= 1e-5 * float(values[-1]), name
 
 
 def test_float64_sums_are_float64(cache):
-    setup = make_setup("llama", cache, accumulate="float64")
-    dense_statistics(setup, {Gram()})
-    assert all(value.dtype == torch.float64 for value in all_values(setup, {Gram()}).values())
+    run = make_run("llama", cache, accumulate="float64")
+    calibrate(run, {Gram()})
+    assert all(value.dtype == torch.float64 for value in all_values(run, {Gram()}).values())
 
 
 # --- gradients -----------------------------------------------------------------------------------------------------------------------
@@ -246,19 +291,19 @@ def test_float64_sums_are_float64(cache):
 
 @pytest.mark.parametrize("family_name", ["llama_gqa", "opt", "phi3"])
 def test_fisher_is_the_mean_squared_gradient_of_the_shifted_loss(cache, family_name):
-    setup = make_setup(family_name, cache, num_samples=3)
-    dense = dense_statistics(setup, {Fisher("in"), Fisher("out")})
-    expected = {x.name: 0.0 for x in setup.linears}
-    for x in setup.linears:
-        setup.model.get_submodule(x.name).weight.requires_grad_(True)
-    for sequence in setup.samples.tokens.split(1):
-        logits = setup.model(input_ids=sequence).logits
+    run = make_run(family_name, cache, num_samples=3)
+    dense = calibrate(run, {Fisher("in"), Fisher("out")})
+    expected = {x.name: 0.0 for x in run.linears}
+    for x in run.linears:
+        run.model.get_submodule(x.name).weight.requires_grad_(True)
+    for sequence in run.samples.tokens.split(1):
+        logits = run.model(input_ids=sequence).logits
         loss = torch.nn.functional.cross_entropy(logits[0, :-1], sequence[0, 1:])  # token t predicts t + 1, once
-        gradients = torch.autograd.grad(loss, [setup.model.get_submodule(x.name).weight for x in setup.linears])
-        for x, gradient in zip(setup.linears, gradients, strict=True):
+        gradients = torch.autograd.grad(loss, [run.model.get_submodule(x.name).weight for x in run.linears])
+        for x, gradient in zip(run.linears, gradients, strict=True):
             expected[x.name] = expected[x.name] + gradient.square() / 3
-    for x in setup.linears:
-        stats = dense(x.name)
+    for x in run.linears:
+        stats = dense(x)
         assert stats[Fisher("in")].shape == (x.n,)
         assert stats[Fisher("out")].shape == (x.m,)
         assert (stats[Fisher("in")] - expected[x.name].sum(0)).norm() <= 1e-4 * stats[Fisher("in")].norm()
@@ -267,10 +312,10 @@ def test_fisher_is_the_mean_squared_gradient_of_the_shifted_loss(cache, family_n
 
 @pytest.mark.parametrize("family_name", ["llama_gqa", "opt", "phi3", "gemma2"])
 def test_gram_matrices_of_output_gradients_against_their_definition(cache, family_name):
-    setup = make_setup(family_name, cache, num_samples=3)
+    run = make_run(family_name, cache, num_samples=3)
     statistics = [OutputGradGram(), TokenWeightedGram("in"), TokenWeightedGram("out")]
-    dense = dense_statistics(setup, statistics)
-    expected = {(x.name, statistic): 0.0 for x in setup.linears for statistic in statistics}
+    dense = calibrate(run, statistics)
+    expected = {(x.name, statistic): 0.0 for x in run.linears for statistic in statistics}
     inputs: dict[str, torch.Tensor] = {}
     outputs: dict[str, torch.Tensor] = {}
 
@@ -278,12 +323,12 @@ def test_gram_matrices_of_output_gradients_against_their_definition(cache, famil
         inputs[name], outputs[name] = args[0].detach(), output
 
     handles = [
-        setup.model.get_submodule(x.name).register_forward_hook(lambda _, args, output, name=x.name: remember(name, args, output))
-        for x in setup.linears
+        run.model.get_submodule(x.name).register_forward_hook(lambda _, args, output, name=x.name: remember(name, args, output))
+        for x in run.linears
     ]
-    setup.model.get_input_embeddings().weight.requires_grad_(True)
-    for sequence in setup.samples.tokens.split(1):
-        logits = setup.model(input_ids=sequence).logits
+    run.model.get_input_embeddings().weight.requires_grad_(True)
+    for sequence in run.samples.tokens.split(1):
+        logits = run.model(input_ids=sequence).logits
         loss = torch.nn.functional.cross_entropy(logits[0, :-1], sequence[0, 1:])
         for name, gradient in zip(outputs, torch.autograd.grad(loss, list(outputs.values())), strict=True):
             g, x = (y.reshape(-1, y.shape[-1]) for y in (gradient, inputs[name]))
@@ -292,49 +337,50 @@ def test_gram_matrices_of_output_gradients_against_their_definition(cache, famil
                 expected[name, statistic] = expected[name, statistic] + own.T @ (weight[:, None] * own)
     for handle in handles:
         handle.remove()
-    for x in setup.linears:
+    for x in run.linears:
         for statistic, size in zip(statistics, (x.m, x.n, x.m), strict=True):
-            found = dense(x.name)[statistic]
+            found = dense(x)[statistic]
             assert found.shape == (size, size)
             assert (found - expected[x.name, statistic]).norm() <= 1e-4 * found.norm()
 
 
 def test_output_gradients_make_no_gradient_of_a_weight(cache, monkeypatch):
-    setup = make_setup("llama", cache)
+    run = make_run("llama", cache)
     asked = []
     original = torch.Tensor.backward
     monkeypatch.setattr(
-        torch.Tensor, "backward", lambda loss: (asked.extend(p.requires_grad for p in setup.model.parameters()), original(loss))
+        torch.Tensor, "backward", lambda loss: (asked.extend(p.requires_grad for p in run.model.parameters()), original(loss))
     )
-    dense_statistics(setup, {OutputGradGram()})
+    calibrate(run, {OutputGradGram()})
     assert asked and not any(asked)
-    assert not any(p.requires_grad or p.grad is not None for p in setup.model.parameters())
+    assert not any(p.requires_grad or p.grad is not None for p in run.model.parameters())
 
 
-def test_no_gradient_and_no_trainable_parameter_is_left(cache):
-    setup = make_setup("llama", cache)
-    before = {name: value.clone() for name, value in setup.model.state_dict().items()}
-    dense_statistics(setup, {Fisher("in"), Gram()})
-    assert not any(p.requires_grad or p.grad is not None for p in setup.model.parameters())
-    assert all(torch.equal(value, setup.model.state_dict()[name]) for name, value in before.items())
+@LOOPS
+def test_no_gradient_and_no_trainable_parameter_is_left(cache, loop):
+    run = make_run("llama", cache)
+    before = {name: value.clone() for name, value in run.model.state_dict().items()}
+    loop(run, {Fisher("in"), Gram()})
+    assert not any(p.requires_grad or p.grad is not None for p in run.model.parameters())
+    assert all(torch.equal(value, run.model.state_dict()[name]) for name, value in before.items())
 
 
 def test_gradient_statistics_do_not_exist_for_compressed_inputs():
     with pytest.raises(UserError, match=r"calibration\.upstream=dense"):
-        dense_needs(method(whitening=KroneckerWhitening(fit="nearest", damping=1e-2, solve="auto")), "compressed", NoQuantizer())
+        dense_needs(method(whitening=KroneckerWhitening(fit="nearest", damping=1e-2, solve="auto")), "compressed")
     fisher = FisherWhitening(side="in", eps=1e-6, solve="auto")
-    assert dense_needs(method(whitening=fisher), "dense", NoQuantizer()) == {Fisher("in")}
+    assert dense_needs(method(whitening=fisher), "dense") == {Fisher("in")}
     with pytest.raises(UserError, match=r"calibration\.upstream=dense"):
-        dense_needs(method(whitening=fisher), "compressed", NoQuantizer())
+        dense_needs(method(whitening=fisher), "compressed")
 
 
 def test_dense_needs_are_the_union_of_what_is_read_from_the_dense_model():
     whole = method(allocation=ADACR, compensation=ADACOMP)
-    assert dense_needs(whole, "dense", NoQuantizer()) == {Gram(), IOCosine()}
-    assert dense_needs(whole, "compressed", NoQuantizer()) == {IOCosine()}
-    assert dense_needs(method(compensation=UpdateU(upstream="dense", num_samples=None)), "compressed", NoQuantizer()) == {Gram()}
+    assert dense_needs(whole, "dense") == {Gram(), IOCosine()}
+    assert dense_needs(whole, "compressed") == {IOCosine()}
+    assert dense_needs(method(compensation=UpdateU(upstream="dense", num_samples=None)), "compressed") == {Gram()}
     with pytest.raises(UserError, match="num_samples=null"):
-        dense_needs(method(compensation=UpdateU(upstream="dense", num_samples=2)), "dense", NoQuantizer())
+        dense_needs(method(compensation=UpdateU(upstream="dense", num_samples=2)), "dense")
 
 
 # --- compressed upstream -------------------------------------------------------------------------------------------------------------
@@ -355,40 +401,40 @@ def observed(monkeypatch):
 
 
 @pytest.mark.parametrize("family_name", ["llama", "opt", "mistral"])
-def test_a_compression_that_keeps_everything_streams_the_dense_statistics(cache, observed, family_name):
-    setup = make_setup(family_name, cache, upstream="compressed", length=40)
-    dense_statistics(setup, {Gram()})
-    reports = run_method(setup, method(), ranks={x.name: full_rank(x) for x in setup.linears})
+def test_a_compression_that_keeps_everything_streams_the_calibrate(cache, observed, family_name):
+    run = make_run(family_name, cache, upstream="compressed", length=40)
+    calibrate(run, {Gram()})
+    reports = run_method(run, method(), ranks=full_ranks(run))
     assert all(x.dense for x in reports)
     found = {f"{index}/{name}": value for index, values in observed.items() for name, value in values.items()}
-    assert_close(found, all_values(setup, {Gram()}), 1e-5)
+    assert_close(found, all_values(run, {Gram()}), 1e-5)
 
 
-def test_an_exact_low_rank_compression_streams_the_dense_statistics(cache, observed):
+def test_an_exact_low_rank_compression_streams_the_calibrate(cache, observed):
     """Weights of rank 6 are cut at rank 6: modules are replaced and still nothing changes for the decoder layers behind them."""
-    setup = make_setup("llama_gqa", cache, upstream="compressed")
+    run = make_run("llama_gqa", cache, upstream="compressed")
     with torch.no_grad():
-        for x in setup.linears:
-            weight = setup.model.get_submodule(x.name).weight
+        for x in run.linears:
+            weight = run.model.get_submodule(x.name).weight
             U, s, Vt = torch.linalg.svd(weight, full_matrices=False)
             weight.copy_(U[:, :6] * s[:6] @ Vt[:6])
-        before = setup.model(input_ids=setup.samples.tokens).logits
-    dense_statistics(setup, {Gram()})
-    expected = all_values(setup, {Gram()})
-    reports = run_method(setup, method(compensation=ADACOMP), ranks=ranks_of(setup, 6))
+        before = run.model(input_ids=run.samples.tokens).logits
+    calibrate(run, {Gram()})
+    expected = all_values(run, {Gram()})
+    reports = run_method(run, method(compensation=ADACOMP), ranks=ranks_of(run, 6))
     assert not any(x.dense for x in reports)
-    assert all(isinstance(setup.model.get_submodule(x.name), LowRankLinear) for x in setup.linears)
+    assert all(isinstance(run.model.get_submodule(x.name), LowRankLinear) for x in run.linears)
     found = {f"{index}/{name}": value for index, values in observed.items() for name, value in values.items()}
     assert_close(found, expected, 1e-3)
     with torch.no_grad():
-        assert (setup.model(input_ids=setup.samples.tokens).logits - before).abs().max() < 1e-3 * before.abs().max()
+        assert (run.model(input_ids=run.samples.tokens).logits - before).abs().max() < 1e-3 * before.abs().max()
 
 
 def test_a_lossy_compression_streams_other_statistics_behind_the_first_decoder_layer(cache, observed):
-    setup = make_setup("llama", cache, upstream="compressed")
-    dense_statistics(setup, {Gram()})
-    expected = all_values(setup, {Gram()})
-    run_method(setup, method(), ranks=ranks_of(setup, 4))
+    run = make_run("llama", cache, upstream="compressed")
+    calibrate(run, {Gram()})
+    expected = all_values(run, {Gram()})
+    run_method(run, method(), ranks=ranks_of(run, 4))
     relative = {
         (index, name): float((value - expected[f"{index}/{name}"]).norm() / value.norm())
         for index, values in observed.items()
@@ -400,14 +446,14 @@ def test_a_lossy_compression_streams_other_statistics_behind_the_first_decoder_l
 
 def test_whitening_on_compressed_inputs_sees_what_the_compressed_model_feeds(cache, observed):
     """The Gram used for decoder layer 1 is that of the finished compressed model's own input to it."""
-    setup = make_setup("llama", cache, upstream="compressed")
-    run_method(setup, method(), ranks=ranks_of(setup, 5))
+    run = make_run("llama", cache, upstream="compressed")
+    run_method(run, method(), ranks=ranks_of(run, 5))
     seen = {}
-    linear = next(x for x in setup.linears if x.decoder_layer == 1)
-    module = setup.model.get_submodule(linear.name)
+    linear = next(x for x in run.linears if x.decoder_layer == 1)
+    module = run.model.get_submodule(linear.name)
     module.register_forward_pre_hook(lambda _, args: seen.update(x=args[0].flatten(0, 1)))
     with torch.no_grad():
-        setup.model(input_ids=setup.samples.tokens)
+        run.model(input_ids=run.samples.tokens)
     gram = seen["x"].T @ seen["x"]
     assert (observed[1][f"site{linear.site}:gram"] - gram).norm() <= 1e-5 * gram.norm()
 
@@ -415,24 +461,24 @@ def test_whitening_on_compressed_inputs_sees_what_the_compressed_model_feeds(cac
 def test_whitening_on_compressed_inputs_gives_other_weights_than_on_dense_ones(tmp_path):
     weights = {}
     for upstream in ("dense", "compressed"):
-        setup = make_setup("llama", Cache(tmp_path / upstream), upstream=upstream)
-        run_method(setup, method(), ranks=ranks_of(setup, 5))
-        weights[upstream] = [setup.model.get_submodule(x.name).merged_weight() for x in setup.linears]
-    pairs = list(zip(setup.linears, weights["dense"], weights["compressed"], strict=True))
+        run = make_run("llama", Cache(tmp_path / upstream), upstream=upstream)
+        run_method(run, method(), ranks=ranks_of(run, 5))
+        weights[upstream] = [run.model.get_submodule(x.name).merged_weight() for x in run.linears]
+    pairs = list(zip(run.linears, weights["dense"], weights["compressed"], strict=True))
     assert all(torch.allclose(a, b, atol=1e-5) for x, a, b in pairs if x.decoder_layer == 0 and x.site == 0)
     assert all((a - b).norm() > 1e-4 * a.norm() for x, a, b in pairs if x.decoder_layer > 0)
 
 
 def test_a_repair_reads_only_the_samples_it_asks_for(cache, observed):
     """SVD-LLM's update of U on two samples equals the same update with a calibration set of those two."""
-    setup = make_setup("llama", cache, num_samples=5)
-    run_method(setup, method(compensation=UpdateU(upstream="compressed", num_samples=2)), ranks=ranks_of(setup, 4))
+    run = make_run("llama", cache, num_samples=5)
+    run_method(run, method(compensation=UpdateU(upstream="compressed", num_samples=2)), ranks=ranks_of(run, 4))
     first = dict(observed)
     observed.clear()
-    setup = make_setup("llama", cache, num_samples=5)
-    run_method(setup, method(compensation=UpdateU(upstream="compressed", num_samples=None)), ranks=ranks_of(setup, 4))
+    run = make_run("llama", cache, num_samples=5)
+    run_method(run, method(compensation=UpdateU(upstream="compressed", num_samples=None)), ranks=ranks_of(run, 4))
     token_share = {
-        index: float(first[index]["site0:gram"].trace() / observed[index]["site0:gram"].trace()) for index in range(len(setup.layers))
+        index: float(first[index]["site0:gram"].trace() / observed[index]["site0:gram"].trace()) for index in range(len(run.layers))
     }
     assert all(share == pytest.approx(2 / 5, abs=0.05) for share in token_share.values())
 
@@ -449,22 +495,22 @@ def test_a_repair_reads_only_the_samples_it_asks_for(cache, observed):
     ],
 )
 def test_decoder_layers_run_once_for_dense_statistics_and_twice_along_the_stream(cache, chosen, upstream, streams):
-    setup = make_setup("llama", cache, upstream=upstream)
-    counts = count_layers(setup)
-    batches = len(setup.samples.predict_dataloader())
-    needs = dense_needs(chosen, upstream, NoQuantizer())
-    run_method(setup, chosen)
+    run = make_run("llama", cache, upstream=upstream)
+    counts = count_layers(run)
+    batches = len(run.samples.batches())
+    needs = dense_needs(chosen, upstream)
+    run_method(run, chosen)
     dense_passes = 1 if needs else 0
-    assert counts.total() <= (dense_passes + streams) * len(setup.layers) * batches
-    assert counts.total() >= (dense_passes + bool(streams)) * len(setup.layers) * batches - batches
+    assert counts.total() <= (dense_passes + streams) * len(run.layers) * batches
+    assert counts.total() >= (dense_passes + bool(streams)) * len(run.layers) * batches - batches
     assert max(counts.values(), default=0) - min(counts.values(), default=0) <= batches, "no decoder layer is favoured: no quadratic cost"
 
 
 @pytest.mark.parametrize("stack_of_batch", ["mean", "off"])
 def test_both_other_readings_of_stack_of_batch_run_on_the_stream(cache, stack_of_batch):
-    setup = make_setup("llama", cache)
+    run = make_run("llama", cache)
     repair = AdaComp(**{**vars(ADACOMP), "stack_of_batch": stack_of_batch})
-    reports = run_method(setup, method(compensation=repair), compression=0.6)
+    reports = run_method(run, method(compensation=repair), compression=0.6)
     gains = [x.compensation_gain for x in reports if not x.dense]
     assert gains
     # adaComp's U step alone is a least-squares optimum, so it cannot lose on what it was fitted to
@@ -480,11 +526,11 @@ class Damaged(Factors):
     def __init__(self, damage):
         object.__setattr__(self, "damage", damage)
 
-    def __call__(self, linear, factors):
-        module = super().__call__(linear, factors)
+    def module(self, linear, rank, evidence):
+        made = super().module(linear, rank, evidence)
         with torch.no_grad():
-            self.damage(module.u_proj.weight, module.v_proj.weight)
-        return module
+            self.damage(made.u_proj.weight, made.v_proj.weight)
+        return made
 
 
 DAMAGES = {
@@ -499,37 +545,37 @@ DAMAGES = {
 @pytest.mark.parametrize("damage", [None, *DAMAGES])
 def test_the_certificate_measures_what_is_stored(cache, damage):
     """Whatever is wrong with the stored factors, loss_over_bound rises by as much as outputs on the calibration set go wrong."""
-    setup = make_setup("llama_gqa", cache)
-    dense = dense_statistics(setup, {Gram()})
-    grams = {x.name: dense(x.name)[Gram()].double() for x in setup.linears}
-    weights = {x.name: setup.model.get_submodule(x.name).weight.detach().double().clone() for x in setup.linears}
-    reports = run_method(setup, method(packing=Damaged(DAMAGES[damage]) if damage else Factors()), ranks=ranks_of(setup, 5))
+    run = make_run("llama_gqa", cache)
+    dense = calibrate(run, {Gram()})
+    grams = {x.name: dense(x)[Gram()].double() for x in run.linears}
+    weights = {x.name: run.model.get_submodule(x.name).weight.detach().double().clone() for x in run.linears}
+    reports = run_method(run, method(packing=Damaged(DAMAGES[damage]) if damage else Factors()), ranks=ranks_of(run, 5))
     for report in reports:
         W, S = weights[report.name], torch.linalg.cholesky(grams[report.name] + 1e-9 * torch.eye(report.n, dtype=torch.float64))
-        stored = setup.model.get_submodule(report.name).merged_weight().double()
+        stored = run.model.get_submodule(report.name).merged_weight().double()
         bound = float(torch.linalg.svdvals(W @ S)[5:].norm())
         assert report.loss_over_bound == pytest.approx(float(((stored - W) @ S).norm()) / bound, rel=1e-3)
         assert report.loss_over_bound > 1.01 if damage else report.loss_over_bound == pytest.approx(1, abs=1e-3)
 
 
-def test_the_longest_linears_start_first_and_reports_keep_their_order(cache):
-    linears = make_setup("llama", cache).linears[:6]
+def test_the_longest_units_start_first_and_reports_keep_their_order(cache):
+    units = make_run("llama", cache).units[:6]
     together, started = threading.Barrier(2), []
 
-    def work(linear):
-        started.append((linear.name, torch.get_num_threads()))
+    def work(unit):
+        started.append((unit.name, torch.get_num_threads()))
         together.wait(timeout=60)
-        return linear.name
+        return unit.name
 
     threads = torch.get_num_threads()
     try:
         torch.set_num_threads(2)
-        with one_thread_each(linears, torch.device("cpu")) as run:
-            assert list(run(work, linears)) == [x.name for x in linears]
+        with one_thread_each(units, torch.device("cpu")) as side_by_side:
+            assert list(side_by_side(work, units)) == [x.name for x in units]
         assert torch.get_num_threads() == 2
     finally:
         torch.set_num_threads(threads)
-    sizes = {x.name: x.params for x in linears}
+    sizes = {x.name: x.params for x in units}
     assert len(set(sizes.values())) > 1
     assert [sizes[name] for name, _ in started] == sorted(sizes.values(), reverse=True)
     assert {count for _, count in started} == {1}
@@ -539,31 +585,31 @@ def test_the_longest_linears_start_first_and_reports_keep_their_order(cache):
 
 
 def test_the_second_call_computes_nothing(cache):
-    setup = make_setup("llama", cache)
-    dense_statistics(setup, {Gram(), Fisher("in")})
-    counts = count_layers(setup)
-    again = dense_statistics(setup, {Gram(), Fisher("in")})
-    assert again(setup.linears[0].name)[Gram()].shape == (32, 32)
+    run = make_run("llama", cache)
+    calibrate(run, {Gram(), Fisher("in")})
+    counts = count_layers(run)
+    again = calibrate(run, {Gram(), Fisher("in")})
+    assert again(run.linears[0])[Gram()].shape == (32, 32)
     assert counts.total() == 0
     assert cache.hits == {"statistics/gram": 1, "statistics/fisher_in": 1}
     assert cache.misses == {"statistics/gram": 1, "statistics/fisher_in": 1}
 
 
 def test_only_what_is_missing_is_computed(cache):
-    setup = make_setup("llama", cache)
-    dense_statistics(setup, {Gram()})
-    stamp = cache.path("statistics", statistic_key(setup, Gram()), part_name(0)).stat().st_mtime_ns
-    dense_statistics(setup, {Gram(), AbsMean()})
-    assert cache.path("statistics", statistic_key(setup, Gram()), part_name(0)).stat().st_mtime_ns == stamp
+    run = make_run("llama", cache)
+    calibrate(run, {Gram()})
+    stamp = cache.path("statistics", statistic_key(run, Gram()), part_name(0)).stat().st_mtime_ns
+    calibrate(run, {Gram(), AbsMean()})
+    assert cache.path("statistics", statistic_key(run, Gram()), part_name(0)).stat().st_mtime_ns == stamp
     assert cache.misses == {"statistics/gram": 1, "statistics/abs_mean": 1}
 
 
 @pytest.mark.parametrize("damage", ["truncate", "flip", "delete"])
 def test_a_damaged_entry_is_logged_and_made_again(cache, caplog, damage):
-    setup = make_setup("llama", cache)
-    dense_statistics(setup, {Gram()})
-    expected = all_values(setup, {Gram()})
-    path = cache.path("statistics", statistic_key(setup, Gram()), part_name(1))
+    run = make_run("llama", cache)
+    calibrate(run, {Gram()})
+    expected = all_values(run, {Gram()})
+    path = cache.path("statistics", statistic_key(run, Gram()), part_name(1))
     content = path.read_bytes()
     if damage == "truncate":
         path.write_bytes(content[: len(content) // 2])
@@ -571,20 +617,20 @@ def test_a_damaged_entry_is_logged_and_made_again(cache, caplog, damage):
         path.write_bytes(content[:-3] + bytes([content[-3] ^ 1]) + content[-2:])
     else:
         path.unlink()
-    counts = count_layers(setup)
-    dense = dense_statistics(setup, {Gram()})
+    counts = count_layers(run)
+    dense = calibrate(run, {Gram()})
     found = {f"{i}/{name}": value.clone() for i in range(3) for name, value in dense.layer(i).items()}
     assert_close(found, expected, 0.0)
     assert counts.total() > 0
-    assert cache.load("statistics", statistic_key(setup, Gram()), part_name(1)) is not None
+    assert cache.load("statistics", statistic_key(run, Gram()), part_name(1)) is not None
     if damage != "delete":
         assert f"{path} is damaged" in caplog.text
 
 
 def test_methods_that_need_the_same_statistic_share_it(tmp_path):
-    first = make_setup("llama", Cache(tmp_path))
+    first = make_run("llama", Cache(tmp_path))
     run_method(first, method())
-    second = make_setup("llama", Cache(tmp_path))
+    second = make_run("llama", Cache(tmp_path))
     counts = count_layers(second)
     run_method(second, method(name="other", allocation=UniformAllocation(exact_budget=True)), compression=0.7)
     assert counts.total() == 0
@@ -603,24 +649,24 @@ def test_methods_that_need_the_same_statistic_share_it(tmp_path):
         ({"accumulate": "float64"}, False),
         ({"family_name": "llama_gqa"}, False),
         ({"batch_size": 3}, True),
-        ({"window": 1}, True),
+        ({"layers_at_once": 1}, True),
         ({"upstream": "compressed"}, True),
     ],
 )
 def test_what_a_cached_statistic_depends_on(tmp_path, change, shared):
-    dense_statistics(make_setup("llama", Cache(tmp_path)), {Gram()})
-    other = make_setup(**{"family_name": "llama", "cache": Cache(tmp_path)} | change)
-    dense_statistics(other, {Gram()})
+    calibrate(make_run("llama", Cache(tmp_path)), {Gram()})
+    other = make_run(**{"family_name": "llama", "cache": Cache(tmp_path)} | change)
+    calibrate(other, {Gram()})
     assert other.cache.hits == ({"statistics/gram": 1} if shared else {})
 
 
 def test_other_tokens_of_the_same_shape_are_another_calibration_set(cache):
     keys = set()
     for seed in (0, 1):
-        setup = make_setup("llama", cache)
+        run = make_run("llama", cache)
         tokens = random_tokens(5, 24, seed=seed)
         samples = CalibrationSet(tokens, description={"tokenizer": {"sha256": "tiny"}}, batch_size=2)
-        keys.add(statistic_key(type(setup)(**{**vars(setup), "samples": samples}), Gram()))
+        keys.add(statistic_key(replace(run, samples=samples), Gram()))
     assert len(keys) == 2
 
 
@@ -628,9 +674,9 @@ def test_warm_and_cold_caches_give_the_same_bits(tmp_path):
     """A spectrum from the cache and a fresh one truncate to the same factors: nothing depends on what ran before."""
     states = []
     for _ in range(2):
-        setup = make_setup("opt", Cache(tmp_path))
-        run_method(setup, method(compensation=ADACOMP), compression=0.5)
-        states.append(setup.model.state_dict())
+        run = make_run("opt", Cache(tmp_path))
+        run_method(run, method(compensation=ADACOMP), compression=0.5)
+        states.append(run.model.state_dict())
     assert states[0].keys() == states[1].keys()
     assert all(torch.equal(value, states[1][name]) for name, value in states[0].items())
 
@@ -638,67 +684,85 @@ def test_warm_and_cold_caches_give_the_same_bits(tmp_path):
 # --- calibration only ----------------------------------------------------------------------------------------------------------------
 
 
-def test_neither_module_has_an_optimizer_or_parameters_of_its_own(cache):
-    setup = make_setup("llama", cache)
-    chosen = method(compensation=ADACOMP)
-    dense = dense_statistics(setup, {Gram()})
-    spectra = DenseSpectra(setup, chosen.target, chosen.whitening, dense)
-    for module in (
-        CalibrationModule(setup, [], range(1), gradients=True),
-        CompressionModule(setup, chosen, NoQuantizer(), ranks_of(setup, 4), spectra, dense),
-    ):
-        with pytest.warns(UserWarning, match="`configure_optimizers` must be implemented"):
-            assert module.configure_optimizers() is None
-        assert not {"training_step", "configure_optimizers"} & set(vars(type(module)))
-        assert list(module.parameters()) == []
+def test_the_module_has_no_optimizer_and_no_parameters_of_its_own(cache):
+    run = make_run("llama", cache, method=method(compensation=ADACOMP))
+    module = CalibrationOnlyModule(run)
+    with pytest.warns(UserWarning, match="`configure_optimizers` must be implemented"):
+        assert module.configure_optimizers() is None
+    assert not {"training_step", "configure_optimizers"} & set(vars(type(module)))
+    assert list(module.parameters()) == [] and list(module.children()) == []
+
+
+def test_the_module_does_what_the_plain_loops_do(tmp_path):
+    """Also where a warm cache leaves no batch to predict on."""
+    chosen = method(allocation=ADACR, compensation=ADACOMP)
+    plain = make_run("llama", Cache(tmp_path / "plain"))
+    expected = run_method(plain, chosen)
+    for _ in ("cold", "warm"):
+        run = make_run("llama", Cache(tmp_path / "module"), method=chosen)
+        module = CalibrationOnlyModule(run)
+        module.calibrate()
+        found = module.finish().linears
+        assert [replace(x, seconds=0.0) for x in found] == [replace(x, seconds=0.0) for x in expected]
+        state, other = run.model.state_dict(), plain.model.state_dict()
+        assert state.keys() == other.keys() and all(torch.equal(state[x], other[x]) for x in other)
 
 
 @pytest.mark.parametrize("chosen", [method(whitening=NoWhitening(solve="auto")), method(allocation=ADACR, compensation=ADACOMP)])
 def test_nothing_is_trainable_afterwards_whatever_the_cache_held(tmp_path, chosen):
     for _ in ("cold", "warm"):
-        setup = make_setup("llama", Cache(tmp_path))
-        run_method(setup, chosen)
-        assert not any(p.requires_grad or p.grad is not None for p in setup.model.parameters())
-        assert not setup.model.training
+        run = make_run("llama", Cache(tmp_path))
+        run_method(run, chosen)
+        assert not any(p.requires_grad or p.grad is not None for p in run.model.parameters())
+        assert not run.model.training
 
 
 def test_no_hook_stays_behind(cache):
-    setup = make_setup("llama", cache)
-    run_method(setup, method(allocation=ADACR, compensation=ADACOMP))
-    for module in setup.model.modules():
+    run = make_run("llama", cache)
+    run_method(run, method(allocation=ADACR, compensation=ADACOMP))
+    for module in run.model.modules():
         assert not module._forward_hooks
         assert not module._forward_pre_hooks
 
 
 def test_the_observer_removes_its_hooks_after_an_error(cache):
-    setup = make_setup("llama", cache)
-    layer = setup.layers[0]
-    with pytest.raises(RuntimeError, match="stop"), LayerObserver(layer, setup.family, {Gram(), Fisher("in")}, setup.precision, 5):
+    run = make_run("llama", cache)
+    layer = run.layers[0]
+    with pytest.raises(RuntimeError, match="stop"), LayerObserver(layer, run.family, {Gram(), Fisher("in")}, run.precision, 5):
         raise RuntimeError("stop")
     assert not any(module._forward_pre_hooks for module in layer.modules())
     assert not any(p.requires_grad for name, p in layer.named_parameters() if "proj" in name)
 
 
+def test_the_lightning_loop_removes_its_hooks_after_an_error(cache, monkeypatch):
+    run = make_run("llama", cache)
+    monkeypatch.setattr(type(run.samples), "batches", lambda _: [torch.full((1, 4), 10**6)])
+    with pytest.raises(IndexError):
+        by_lightning(run, {Gram(), Fisher("in"), OutputGradGram()})
+    assert not any(module._forward_pre_hooks or module._forward_hooks for module in run.model.modules())
+    assert not any(p.requires_grad for p in run.model.parameters())
+
+
 def test_the_probe_puts_the_linear_back(cache):
-    setup = make_setup("llama", cache)
-    chosen = method()
-    spectra = DenseSpectra(setup, chosen.target, chosen.whitening, dense_statistics(setup, {Gram()}))
-    probe = make_probe(setup, spectra, chosen.packing)
-    linear = setup.linears[3]
-    module = setup.model.get_submodule(linear.name)
-    whole, cut = probe("", 0), probe(linear.name, 1)
-    assert setup.model.get_submodule(linear.name) is module
-    assert probe("", 0) == whole
+    run = make_run("llama", cache)
+    spectra = spectra_of(run, method())
+    probe = Probe(run, spectra.statistics, DenseEvidence(run, spectra)).probe
+    unit = run.units[3]
+    module = run.model.get_submodule(unit.name)
+    whole, cut = probe(None, None), probe(unit, Choice(Factors(), 1))
+    assert run.model.get_submodule(unit.name) is module
+    assert probe(None, None) == whole
     assert cut != whole
     with torch.no_grad():
-        expected = [float(setup.model(input_ids=x, labels=x).loss) for x in setup.samples.tokens.split(1)]
+        expected = [float(run.model(input_ids=x, labels=x).loss) for x in run.samples.tokens.split(1)]
     assert whole == pytest.approx(sum(expected) / len(expected), rel=1e-5)
 
 
-def test_progress_is_logged_with_what_is_computed(cache, caplog):
-    setup = make_setup("llama", cache)
+@LOOPS
+def test_progress_is_logged_with_what_is_computed(cache, caplog, loop):
+    run = make_run("llama", cache)
     with caplog.at_level(logging.INFO, logger="specomp"):
-        dense_statistics(setup, {Gram()})
+        loop(run, {Gram()})
     assert "calibrate gram, decoder layers 0-2: 5 samples of 24 tokens" in caplog.text
 
 
@@ -707,28 +771,26 @@ def test_no_gpu_is_said_to_be_unused(cache, monkeypatch):
     monkeypatch.setattr("lightning.pytorch.accelerators.cuda.CUDAAccelerator.is_available", staticmethod(lambda: True))
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
-        dense_statistics(make_setup("llama", cache), {Gram()})
+        by_lightning(make_run("llama", cache), {Gram()})
     assert not [x for x in said if "GPU" in str(x.message)]
 
 
 def test_jobs_that_meet_at_a_linear_share_out_the_rest(tmp_path):
     """Where another process decomposes a linear, this one goes on from the other end until that is done."""
-    setup, chosen = make_setup("llama", Cache(tmp_path)), method()
-    dense = dense_statistics(setup, {Gram()})
-    spectra = DenseSpectra(setup, chosen.target, chosen.whitening, dense)
-    first, last = setup.linears[0].name, setup.linears[-1].name
-    lock = setup.cache.root / "locks" / f"spectra-{digest([spectra.key, first])[:24]}.lock"
+    run = make_run("llama", Cache(tmp_path))
+    spectra = spectra_of(run, method())
+    first, last = run.linears[0], run.linears[-1]
+    lock = run.cache.root / "locks" / f"spectra-{digest([spectra.key, first.name])[:24]}.lock"
     with other_process_locks(lock) as release, ThreadPoolExecutor(1) as pool:
         found = pool.submit(spectra, first)
-        wait_for(lambda: all(setup.cache.has("spectra", spectra.key, x.name) for x in setup.linears[1:]))
-        assert not found.done() and not setup.cache.has("spectra", spectra.key, first)
+        wait_for(lambda: all(run.cache.has("spectra", spectra.key, x.name) for x in run.linears[1:]))
+        assert not found.done() and not run.cache.has("spectra", spectra.key, first.name)
         release()
         spectrum = found.result(timeout=60)
-    assert setup.cache.misses["spectra"] == len(setup.linears)
-    alone = make_setup("llama", Cache(tmp_path / "alone"))
-    again = DenseSpectra(alone, chosen.target, chosen.whitening, dense_statistics(alone, {Gram()}))
-    for name, own in ((first, spectrum), (last, spectra(last))):
-        assert torch.equal(own.s, again(name).s) and torch.equal(own.U, again(name).U)
+    assert run.cache.misses["spectra"] == len(run.linears)
+    again = spectra_of(make_run("llama", Cache(tmp_path / "alone")), method())
+    for linear, own in ((first, spectrum), (last, spectra(last))):
+        assert torch.equal(own.s, again(linear).s) and torch.equal(own.U, again(linear).U)
 
 
 @contextmanager

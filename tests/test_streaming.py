@@ -13,14 +13,15 @@ from torch import nn
 
 import specomp
 from specomp.cache import Cache
+from specomp.compression.calibrate import calibrate
 from specomp.errors import UserError
-from specomp.models import export, hub
+from specomp.experiment.pipeline import build, load_dense, run, run_of
+from specomp.experiment.record import Record, point_of
+from specomp.models import hub
 from specomp.models.load import LoadedModel
+from specomp.models.save import Export
 from specomp.models.sources import HubModel, LocalModel
 from specomp.models.store import LayerStore, TensorFiles
-from specomp.experiment.pipeline import build, load_dense, run
-from specomp.experiment.record import Record, point_of
-from specomp.compression.calibrate import dense_statistics
 from specomp.numerics.statistics import Fisher
 
 IDS = random_tokens(3, 20)
@@ -234,9 +235,9 @@ def assert_same_run(whole, streamed, atol=1e-6, rtol=1e-5) -> None:
         assert json.loads((folder / file).read_text()) == json.loads((whole_folder / file).read_text())
     others = [{p.name for p in x.iterdir() if not p.name.startswith("model")} for x in (folder, whole_folder)]
     assert others[0] == others[1]
-    for part in ("dense", "compressed"):
-        assert record.ledger[part] == whole_record.ledger[part]
-    assert record.ledger["norm_error"] == pytest.approx(whole_record.ledger["norm_error"], rel=1e-4)
+    counted, expected = record.counted, whole_record.counted
+    assert (counted.dense, counted.compressed) == (expected.dense, expected.compressed)
+    assert counted.norm_error == pytest.approx(expected.norm_error, rel=1e-4)
     assert record.notes == whole_record.notes
 
 
@@ -341,7 +342,7 @@ def test_statistics_are_shared_with_runs_in_memory(folders, tmp_path):
 def test_an_interrupted_run_leaves_nothing_and_can_be_repeated(folders, tmp_path, monkeypatch, error):
     common = overrides(folders("llama"), True, "method=adasvd", "ratio=cr40")
     expected = compose_run(tmp_path / "other", *common)
-    add, models = export.Export.add, tmp_path / "outputs" / "models"
+    add, models = Export.add, tmp_path / "outputs" / "models"
 
     def interrupted(self, name, module):
         add(self, name, module)
@@ -351,7 +352,7 @@ def test_an_interrupted_run_leaves_nothing_and_can_be_repeated(folders, tmp_path
 
     cfg = compose_config(tmp_path, *common)
     with monkeypatch.context() as patch:
-        patch.setattr(export.Export, "add", interrupted)
+        patch.setattr(Export, "add", interrupted)
         with pytest.raises(error):
             run(cfg)
     assert not list(models.iterdir())
@@ -374,7 +375,7 @@ def test_an_older_folder_stays_until_the_new_one_is_whole(folders, tmp_path, mon
     [made] = (tmp_path / "outputs" / "models").iterdir()
     before = tensors(made)
     with monkeypatch.context() as patch:
-        patch.setattr(export.Export, "finish", lambda *_: 1 / 0)
+        patch.setattr(Export, "finish", lambda *_: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             compose_run(tmp_path, *common, "redo=true")
     assert all(torch.equal(tensor, tensors(made)[name]) for name, tensor in before.items())
@@ -413,6 +414,6 @@ def test_models_without_files_are_refused(tmp_path):
 def test_statistics_of_gradients_are_refused_by_the_stage_too(folders, tmp_path):
     cfg = compose_config(tmp_path, *overrides(folders("llama"), True, "method=svd_llm", "ratio=cr40"))
     experiment = build(cfg)
-    setup = load_dense(experiment, Record(key="0" * 64))
+    loaded = load_dense(experiment, Record(key="0" * 64))
     with pytest.raises(UserError, match="gradients need the whole model"):
-        dense_statistics(setup, {Fisher("in")})
+        calibrate(run_of(experiment, loaded), {Fisher("in")})

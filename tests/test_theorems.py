@@ -4,17 +4,30 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from problems import SHAPES, STORED, Problem, by_root, eigen_root, examples, make, optimum, problems, product, stats, symmetric_root
+from problems import (
+    SHAPES,
+    STORED,
+    Problem,
+    by_root,
+    eigen_root,
+    examples,
+    make,
+    optimum,
+    pays,
+    problems,
+    product,
+    stats,
+    symmetric_root,
+)
 from torch import Tensor
 
 import specomp.numerics.factors
-from specomp.numerics.factors import CholeskyNorm, GramNorm, LowRankFactors, Norm, TwoSidedNorm, truncate
 from specomp.methods.asvd import ActivationWhitening
 from specomp.methods.fwsvd import FisherWhitening
 from specomp.methods.kronecker import KroneckerWhitening
 from specomp.methods.svd import NoWhitening
 from specomp.methods.svd_llm import CholeskyWhitening, GramWhitening
-from specomp.numerics.ratio import is_low_rank
+from specomp.numerics.factors import CholeskyNorm, GramNorm, LowRankFactors, Norm, TwoSidedNorm, truncate
 from specomp.numerics.statistics import Fisher, Gram, OutputGradGram, Stats, TokenWeightedGram
 
 # The whitened truncation is the optimum, whichever root of the Gram whitens (SVD-LLM, Theorem 3.2).
@@ -53,9 +66,9 @@ def test_every_precision_attains_the_bound_as_far_as_it_can(problem, solve):
 @examples
 @given(problems())
 def test_auto_is_exact_at_every_rank_that_can_be_stored(problem):
-    if not is_low_rank(*problem.W.shape, problem.rank):
+    if not pays(*problem.W.shape, problem.rank):
         problem = Problem(problem.W, problem.X, 1)
-    if is_low_rank(*problem.W.shape, problem.rank):
+    if pays(*problem.W.shape, problem.rank):
         found = truncate(GramNorm(problem.gram, solve="auto").decompose(problem.W), problem.rank)
         assert problem.loss(found) == pytest.approx(problem.bound, rel=1e-3)
 
@@ -92,7 +105,7 @@ def test_auto_falls_to_float64_where_float32_cannot_resolve_the_loss(solved, m, 
         W = W - torch.outer(W @ massive, massive)
     spectrum = GramNorm(X @ X.T, solve="auto").decompose(W)
     assert solved == [torch.float32, torch.float64]
-    ranks = [rank for rank in range(1, min(m, n)) if is_low_rank(m, n, rank)]
+    ranks = [rank for rank in range(1, min(m, n)) if pays(m, n, rank)]
     for rank in ranks:
         problem = Problem(W, X, rank)
         assert problem.loss(truncate(spectrum, rank)) == pytest.approx(problem.bound, rel=1e-4)
@@ -205,7 +218,7 @@ def test_the_two_sided_norm_attains_the_bound(problem, tokens, damping, solve):
     norm = KroneckerWhitening(fit="independent", damping=damping, solve=solve)(Stats({Gram(): problem.gram, OutputGradGram(): H}))
     spectrum = norm.decompose(problem.W)
     found = truncate(spectrum, problem.rank)
-    tolerance = 1e-3 if solve == "auto" and is_low_rank(*problem.W.shape, problem.rank) else 1e-5
+    tolerance = 1e-3 if solve == "auto" and pays(*problem.W.shape, problem.rank) else 1e-5
     unresolved = (1e-3 if solve == "auto" else 5 * STORED) * size
     for loss in (float((D @ (product(found) - problem.W) @ problem.X).norm()), spectrum.tail(problem.rank)):
         assert loss == pytest.approx(bound, rel=tolerance, abs=unresolved)

@@ -6,9 +6,9 @@ from hypothesis import given
 from problems import SHAPES, STORED, Problem, examples, make, optimum, plain, problems, product, symmetric_root
 from torch import Tensor
 
-from specomp.numerics.factors import LowRankFactors, refit_left, refit_left_naive, refit_right
 from specomp.methods.adasvd import AdaComp
 from specomp.methods.svd_llm import UpdateU
+from specomp.numerics.factors import LowRankFactors, refit_left, refit_left_naive, refit_right
 from specomp.numerics.statistics import Gram, StackedGram, Stats
 
 

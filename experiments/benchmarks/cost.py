@@ -1,7 +1,6 @@
 """Cost of specomp against the published procedure, as ratios. See README.md in this folder."""
 
 import argparse
-import functools
 import json
 import logging
 import math
@@ -11,28 +10,25 @@ import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
-from typing import Any
+from dataclasses import replace
 
 import torch
-from hydra import compose, initialize_config_dir
-from hydra.utils import instantiate
 from published import factorize as published_factorize
 from published import profile as published_profile
+from published import rank_of
 
-from specomp.cache import Cache, digest
-from specomp.numerics.factors import GramNorm, truncate
-from specomp.slots import Method
-from specomp.models.modules import LowRankLinear, replace_linear
-from specomp.numerics.ratio import Ratio, break_even_rank, rank_for_retention
-from specomp.experiment.record import peak_memory
-from specomp.compression.calibrate import dense_statistics
+from specomp.cache import Cache
+from specomp.compression.calibrate import calibrate
 from specomp.compression.loop import compress
-from specomp.compression.spectra import DenseSpectra
-from specomp.compression.probe import make_probe
-from specomp.compression.run import Setup
+from specomp.compression.run import Run
+from specomp.experiment.config import typed
+from specomp.experiment.pipeline import run_of
+from specomp.experiment.record import peak_memory
+from specomp.forms.factors import LowRankLinear
+from specomp.models.modules import replace_linear
+from specomp.numerics.factors import GramNorm, truncate
+from specomp.numerics.ratio import break_even_rank, retained
 
-ROOT = Path(__file__).resolve().parents[2]
 seconds: dict[str, float] = {}
 
 
@@ -44,61 +40,42 @@ def timed(name: str) -> Iterator[None]:
     seconds[name] = seconds.get(name, 0.0) + time.perf_counter() - start
 
 
-def prepare(cache: Cache, overrides: list[str]) -> tuple[Setup, Method, Any]:
-    """SmolLM2 with its calibration set, as run.py builds them."""
-    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
-        cfg = compose("config", overrides=["method=svd_llm", *overrides])
-    source = instantiate(cfg.model)
-    converted = Cache(Path("~/.cache/specomp").expanduser()) if cfg.paths.cache is None else Cache(str(cfg.paths.cache))
-    loaded = source.load(converted)
-    calibration = instantiate(cfg.calibration)
-    setup = Setup(
-        model=loaded.model,
-        tokenizer=loaded.tokenizer,
-        family=loaded.family,
-        linears=loaded.family.linears(loaded.model),
-        calibration=calibration,
-        samples=calibration.build(loaded.tokenizer, max_length=source.max_length(converted)),
-        cache=cache,
-        model_key=digest(source.fingerprint(converted)),
-        trainer=functools.partial(instantiate(cfg.trainer)),
-    )
-    return setup, instantiate(cfg.method), instantiate(cfg.quantizer)
+def prepare(cache: Cache, overrides: list[str], compression: float = 0.2) -> Run:
+    """SVD-LLM on SmolLM2 with its calibration set, as run.py builds them, with statistics and spectra in this cache."""
+    experiment = typed("method=svd_llm", f"ratio.compression={compression}", *overrides)
+    return replace(run_of(experiment, experiment.source.load(experiment.cache)), cache=cache)
 
 
-def ours(setup: Setup, method: Method, quantizer: Any, compression: float, label: str) -> None:
+def ours(run: Run, label: str) -> None:
     """Calibrate, factorize and pack with specomp; the cache decides what has to be computed."""
     with timed(f"{label} calibrate"):
-        dense = dense_statistics(setup, method.whitening.needs)
-    spectra = DenseSpectra(setup, method.target, method.whitening, dense)
+        statistics = calibrate(run)
     with timed(f"{label} factorize"):
-        ranks = method.allocation(
-            setup.linears, Ratio(compression=compression), dense, spectra, method.packing.stored, make_probe(setup, spectra, method.packing)
-        )
-        compress(setup, method, quantizer, ranks, spectra, dense)
+        compress(run, statistics)
 
 
-def published(setup: Setup, compression: float, label: str) -> None:
+def published(run: Run, label: str) -> None:
     """The same by the published procedure."""
     with timed(f"{label} calibrate"):
-        batches = list(setup.samples.predict_dataloader())
-        grams = published_profile(setup.family.decoder(setup.model), setup.model, setup.linears, batches)
+        decoder = run.family.decoder(run.model)
+        grams = published_profile(decoder, run.model, run.linears, run.samples.batches())
     with timed(f"{label} factorize"):
-        for linear in setup.linears:
-            module = setup.model.get_submodule(linear.name)
-            rank = rank_for_retention(linear.m, linear.n, Ratio(compression=compression).retention)
+        for linear in run.linears:
+            module = run.model.get_submodule(linear.name)
+            rank = rank_of(linear.m, linear.n, run.budget.share(run.model.dtype))
             U, Vt = published_factorize(module.weight.detach(), grams[linear.name], rank)
-            packed = LowRankLinear.from_factors(U, Vt, module.bias, dtype=module.weight.dtype, device=module.weight.device)
-            replace_linear(setup.model, linear.name, packed)
+            place = {"dtype": module.weight.dtype, "device": module.weight.device}
+            packed = LowRankLinear.from_factors(U, Vt, module.bias, **place)
+            replace_linear(run.model, linear.name, packed)
 
 
 def smollm2(options: argparse.Namespace) -> None:
     """Everything on SmolLM2, each from a freshly loaded model, interleaved over the repeats."""
     for _ in range(options.repeats):
         with tempfile.TemporaryDirectory() as folder:
-            ours(*prepare(Cache(folder), options.overrides), compression=0.2, label="ours")
-            ours(*prepare(Cache(folder), options.overrides), compression=0.4, label="second ratio")
-        published(prepare(Cache("unused"), options.overrides)[0], compression=0.2, label="published")
+            ours(prepare(Cache(folder), options.overrides), "ours")
+            ours(prepare(Cache(folder), options.overrides, 0.4), "second ratio")
+        published(prepare(Cache("unused"), options.overrides), "published")
     total = {x: seconds[f"{x} calibrate"] + seconds[f"{x} factorize"] for x in ("ours", "second ratio", "published")}
     for name, value in seconds.items():
         print(f"{name:28s} {value / options.repeats:8.2f} s")
@@ -121,7 +98,7 @@ def llama7b_layer(options: argparse.Namespace) -> None:
     # One linear of each shape is timed; a decoder layer has that many of them.
     for name, count, m, n in (("q, k, v, o", 4, 4096, 4096), ("gate, up", 2, 11008, 4096), ("down", 1, 4096, 11008)):
         W = torch.randn(m, n, generator=generator) / n**0.5
-        rank = rank_for_retention(m, n, 0.8)
+        rank = rank_of(m, n, retained(0.2))
         for label in ("ours", "published"):
             start = time.perf_counter()
             if label == "ours":
@@ -139,7 +116,7 @@ def llama7b_layer(options: argparse.Namespace) -> None:
 def memory(options: argparse.Namespace) -> None:
     """Peak resident memory of one run each, in a fresh process, beside the model's own bytes."""
     for label in ("ours", "published"):
-        command = [sys.executable, __file__, "memory_of", label, "--threads", str(options.threads), *options.overrides]
+        command = [sys.executable, __file__, "--threads", str(options.threads), "memory_of", label, *options.overrides]
         print(label, subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip().splitlines()[-1])
 
 
@@ -148,14 +125,12 @@ def memory_of(options: argparse.Namespace) -> None:
     label, *overrides = options.overrides
     with tempfile.TemporaryDirectory() as folder:
         before = peak_memory()
-        setup, method, quantizer = prepare(Cache(folder), overrides)
-        own = sum(p.numel() * p.element_size() for p in setup.model.parameters())
+        run = prepare(Cache(folder), overrides)
+        own = sum(p.numel() * p.element_size() for p in run.model.parameters())
         loaded = peak_memory()
-        if label == "ours":
-            ours(setup, method, quantizer, 0.2, label)
-        else:
-            published(setup, 0.2, label)
-        figures = {"imports": before, "model": own, "loaded": loaded, "peak": peak_memory(), "peak_minus_model": peak_memory() - own}
+        (ours if label == "ours" else published)(run, label)
+        peak = peak_memory()
+        figures = {"imports": before, "model": own, "loaded": loaded, "peak": peak, "peak_minus_model": peak - own}
         print(json.dumps({name: f"{value / 2**20:.0f} MiB" for name, value in figures.items()}))
 
 

@@ -17,16 +17,16 @@ import torch
 from cost import prepare
 from gptqmodel.quantization import QuantizeConfig
 from gptqmodel.quantization.gptq import GPTQ
+from published import rank_of
 from torch import Tensor, nn
 
 from specomp.cache import Cache
+from specomp.compression.calibrate import calibrate
 from specomp.numerics.factors import GramNorm, truncate
 from specomp.numerics.linalg import congruence
+from specomp.numerics.statistics import Gram
 from specomp.quantization.gptq import gptq
 from specomp.quantization.rtn import Spacing, round_to_nearest
-from specomp.numerics.ratio import rank_for_retention
-from specomp.compression.calibrate import dense_statistics
-from specomp.numerics.statistics import Gram
 
 LINEARS = ("2.self_attn.q_proj", "15.self_attn.k_proj", "15.mlp.down_proj", "28.mlp.up_proj")
 # name: (group_size, symmetric, act_order); with act_order and groups, gptqmodel is told to keep static groups, as ours does
@@ -61,14 +61,14 @@ def error(rounded: Tensor, weight: Tensor, gram: Tensor) -> float:
 
 def main() -> None:
     """Print one line per linear, factor and setting."""
-    setup, method, _ = prepare(Cache(os.environ.get("SPECOMP_CACHE", "~/.cache/specomp")), sys.argv[1:])
-    dense = dense_statistics(setup, {Gram()})
+    run = prepare(Cache(os.environ.get("SPECOMP_CACHE", "~/.cache/specomp")), sys.argv[1:])
+    statistics = calibrate(run, {Gram()})
     quotients: dict[str, list[float]] = {name: [] for name in SETTINGS}
     print(f"{'linear, factor, setting':<72} {'gptqmodel':>10} {'ours':>10} {'ours/its':>9} {'nearest':>9}")
-    for linear in (x for x in setup.linears if x.name.removeprefix("model.layers.") in LINEARS):
-        gram = dense(linear.name)[Gram()]
-        weight = setup.model.get_submodule(linear.name).weight.detach()
-        factors = truncate(GramNorm(gram).decompose(weight), rank_for_retention(linear.m, linear.n, 0.6))
+    for linear in (x for x in run.linears if x.name.removeprefix("model.layers.") in LINEARS):
+        gram = statistics(linear)[Gram()]
+        weight = run.model.get_submodule(linear.name).weight.detach()
+        factors = truncate(GramNorm(gram).decompose(weight), rank_of(linear.m, linear.n, 0.6))
         problems: dict[str, tuple[Tensor, Tensor]] = {"Vt": (factors.Vt, gram), "U": (factors.U, congruence(factors.Vt.double(), gram))}
         for part, (factor, seen) in problems.items():
             for name, (group_size, symmetric, act_order) in SETTINGS.items():

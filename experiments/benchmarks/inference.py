@@ -17,9 +17,10 @@ import torch
 from torch import Tensor, nn
 
 from specomp.evaluation.efficiency import now
-from specomp.models.fuse import Factored, Stacked
-from specomp.models.modules import LowRankLinear, PivotedLinear
-from specomp.numerics.ratio import pair_cost, pivoted_cost
+from specomp.forms.factors import LowRankLinear
+from specomp.forms.pivoted import PivotedLinear
+from specomp.models.fuse import Stacked
+from specomp.models.modules import TwoStage
 
 SITES = {"q, k, v": ((4096, 4096),) * 3, "o": ((4096, 4096),), "gate, up": ((11008, 4096),) * 2, "down": ((4096, 11008),)}
 KINDS = ("factors", "fused", "pivoted")
@@ -72,10 +73,10 @@ def site(name: str, shapes: Sequence[tuple[int, int]], dtype: str, compression: 
             )
 
 
-def factored(kind: str, m: int, n: int, compression: float, place: dict[str, object]) -> Factored:
+def factored(kind: str, m: int, n: int, compression: float, place: dict[str, object]) -> TwoStage:
     """A compressed linear of the rank that the compression pays for."""
-    cost = pivoted_cost if kind == "pivoted" else pair_cost
-    rank = max(r for r in range(1, min(m, n)) if cost(m, n, r) <= (1 - compression) * m * n)
+    less = 1 if kind == "pivoted" else 0  # the r x r identity among pivot rows is not stored
+    rank = max(r for r in range(1, min(m, n)) if r * (m + n - less * r) <= (1 - compression) * m * n)
     made = (PivotedLinear if kind == "pivoted" else LowRankLinear)(n, m, rank, bias=False, **place)  # type: ignore[arg-type]
     if isinstance(made, PivotedLinear):  # outputs in an order as it comes
         made.order = torch.randperm(m, device=made.order.device).int()

@@ -8,13 +8,13 @@ import sys
 from typing import Any
 
 from cost import prepare
+from published import rank_of
 
 from specomp.cache import Cache
+from specomp.compression.calibrate import calibrate
 from specomp.numerics.factors import GramNorm, truncate
-from specomp.quantization.factors import FactorQuantizer
-from specomp.numerics.ratio import rank_for_retention
-from specomp.compression.calibrate import dense_statistics
 from specomp.numerics.statistics import Gram, Stats
+from specomp.quantization.factors import FactorQuantizer
 
 LINEARS = ("2.self_attn.q_proj", "8.self_attn.o_proj", "15.self_attn.k_proj", "15.mlp.down_proj", "28.mlp.up_proj")
 GROUPS = {"bits": 4, "group_size": 128, "symmetric": True, "act_order": True, "damping": 0.01}
@@ -32,17 +32,19 @@ WAYS: dict[str, dict[str, Any]] = {
 
 def main() -> None:
     """Print a table of means over a few linears."""
-    setup, _, _ = prepare(Cache(os.environ.get("SPECOMP_CACHE", "~/.cache/specomp")), sys.argv[1:])
-    dense = dense_statistics(setup, {Gram()})
+    run = prepare(Cache(os.environ.get("SPECOMP_CACHE", "~/.cache/specomp")), sys.argv[1:])
+    statistics = calibrate(run, {Gram()})
     errors: dict[tuple[str, str], list[float]] = {}
-    for linear in (x for x in setup.linears if x.name.removeprefix("model.layers.") in LINEARS):
-        gram, weight = dense(linear.name)[Gram()], setup.model.get_submodule(linear.name).weight.detach()
-        factors = truncate(GramNorm(gram).decompose(weight), rank_for_retention(linear.m, linear.n, 0.6))
+    for linear in (x for x in run.linears if x.name.removeprefix("model.layers.") in LINEARS):
+        gram, weight = statistics(linear)[Gram()], run.model.get_submodule(linear.name).weight.detach()
+        factors = truncate(GramNorm(gram).decompose(weight), rank_of(linear.m, linear.n, 0.6))
         norm, product = GramNorm(gram.double()), factors.product().double()
         for kind, grid in KINDS.items():
             for way, settings in WAYS.items():
-                found = FactorQuantizer(**grid, **settings)(factors, Stats({Gram(): gram}), weight.dtype)
-                errors.setdefault((way, kind), []).append(norm.loss(found.product().double() - product) / norm.loss(product))
+                quantizer, known = FactorQuantizer(**grid, **settings), Stats({Gram(): gram})
+                Vt, U = quantizer((factors.Vt, factors.U), known, weight.dtype, free_basis=True)
+                lost = norm.loss(U.values.double() @ Vt.values.double() - product)
+                errors.setdefault((way, kind), []).append(lost / norm.loss(product))
     print("| |", " | ".join(KINDS), "|")
     print("|---|" + "---|" * len(KINDS))
     for way in WAYS:

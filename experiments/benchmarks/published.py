@@ -33,6 +33,11 @@ def profile(decoder: nn.Module, model: nn.Module, linears: Iterable[LinearSpec],
     return grams
 
 
+def rank_of(m: int, n: int, retention: float) -> int:
+    """That two factors may have."""
+    return int(m * n * retention / (m + n))
+
+
 def cholesky(gram: Tensor) -> Tensor:
     """Lower factor in float64, after the published shift by the smallest eigenvalue where needed."""
     gram = gram.double()

@@ -24,11 +24,13 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from specomp.evaluation.perplexity import window_nll
-from specomp.numerics.factors import GramNorm
-from specomp.methods.global_loss import curve, least_loss
+from specomp.forms.factors import Factors
+from specomp.forms.options import options
 from specomp.forms.pivoted import pivot_rows
-from specomp.models.family import LinearSpec
-from specomp.numerics.ratio import pair_cost
+from specomp.forms.prices import Numbers
+from specomp.methods.global_loss import curve, least_loss
+from specomp.models.family import LinearSpec, Unit
+from specomp.numerics.factors import GramNorm, Spectrum
 
 SHAPES = {"q": (576, 576), "k": (192, 576), "v": (192, 576), "o": (576, 576), "gate": (1536, 576), "up": (1536, 576), "down": (576, 1536)}
 LAYERS = 30
@@ -52,11 +54,19 @@ def decompose() -> Pair:
 def allocate() -> Pair:
     """All linears of SmolLM2 at 40 % compression; the alternative ignores that a linear may be cheaper dense."""
     linears = [LinearSpec(f"{i}.{kind}", m, n, i, 0, kind) for i in range(LAYERS) for kind, (m, n) in SHAPES.items()]
+    units = [Unit(x.name, "linear", (x,)) for x in linears]
     values = {x.name: torch.rand(min(x.m, x.n)).sort(descending=True).values * float(torch.rand(1)) for x in linears}
     budget = int(0.6 * sum(x.params for x in linears))
 
-    def ours() -> dict[str, int]:
-        return least_loss({x.name: curve(x, values[x.name], pair_cost, 1, normalize=False) for x in linears}, budget)
+    class Known:
+        """Evidence of an allocation."""
+
+        def spectrum(self, linear: LinearSpec) -> Spectrum:
+            return Spectrum(torch.empty(0), values[linear.name], torch.empty(0))
+
+    def ours() -> dict[Unit, int]:
+        menu = options(units, [Factors()], Numbers(compression=0.4), torch.float32, Known(), None)  # type: ignore[arg-type]
+        return least_loss({x: curve(offered, 1, normalize=False) for x, offered in menu.items()}, budget)
 
     def heap() -> dict[str, int]:
         ranks, left = {x.name: 1 for x in linears}, float(budget - sum(x.m + x.n for x in linears))

@@ -24,9 +24,9 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 
 from specomp.cache import Cache
 from specomp.experiment.config import composed
-from specomp.models.export import Export
-from specomp.models.sources import byte_tokenizer
 from specomp.experiment.pipeline import run
+from specomp.models.save import Export
+from specomp.models.sources import byte_tokenizer
 
 LLAMA_7B = {
     "hidden_size": 4096,

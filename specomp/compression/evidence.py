@@ -187,6 +187,10 @@ class LayerEvidence(DenseEvidence):
         """dtype and device of what is stored."""
         return {"dtype": self.run.model.dtype, "device": self.run.device(linear.decoder_layer)} if self.trained else super().place(linear)
 
+    def hold(self, linear: LinearSpec, spectrum: Spectrum) -> None:
+        """Use this spectrum of it."""
+        self._spectra[linear.name] = spectrum
+
     def forget(self, linear: LinearSpec) -> None:
         """Free what was made of one linear."""
         self._norms.pop(linear.name, None)

@@ -136,7 +136,7 @@ def _compress_layer(
     sizes = {x.name: choice.size for unit, choice in choices.items() for x in unit.linears}
     evidence = LayerEvidence(run, spectra, statistics, whitening, repair, trained, sizes)
     with one_thread_each(list(choices), run.device(index)) as side_by_side:
-        found = [x for part in side_by_side(lambda unit: _store(run, unit, choices[unit], evidence), list(choices)) for x in part]
+        found = [x for part in side_by_side(lambda unit: store_unit(run, unit, choices[unit], evidence), list(choices)) for x in part]
     if refinement is not None and not all(x.dense for x in found):
         assert streams is not None and streams.own is not None and streams.dense is not None
         gain = refined(run, refinement, index, streams.own, streams.dense)
@@ -145,7 +145,7 @@ def _compress_layer(
 
 
 @torch.no_grad()
-def _store(run: Run, unit: Unit, choice: Choice, evidence: LayerEvidence) -> list[LinearReport]:
+def store_unit(run: Run, unit: Unit, choice: Choice, evidence: LayerEvidence) -> list[LinearReport]:
     """Fit one unit and put it in its place."""
     start, reports = time.perf_counter(), []
     modules = choice.form.fit(unit, choice.size, evidence)

@@ -51,7 +51,10 @@ class CalibrationOnlyModule(L.LightningModule):
         assert trainer is not None
         with lightning_loop() as terminable:
             loop = trainer(callbacks=[terminable], **({} if observation.job.shared else ALONE))
-            loop.predict(self, _Tracked(batches, observation.job.label), return_predictions=False)
+            try:
+                loop.predict(self, _Tracked(batches, observation.job.label), return_predictions=False)
+            finally:
+                observation.__exit__()  # Lightning calls teardown of a module only where nothing went wrong
 
     def on_predict_start(self) -> None:
         """Hooks are made here, inside each process: they cannot be sent to one."""
@@ -76,10 +79,6 @@ class CalibrationOnlyModule(L.LightningModule):
                 return self.trainer.strategy.reduce(value, reduce_op="sum")  # type: ignore[return-value]
 
         self._seen.keep(total, store=self.trainer.is_global_zero)
-
-    def teardown(self, stage: str) -> None:
-        """Also after an error."""
-        self._seen.__exit__()
 
     @property
     def _seen(self) -> Observation:

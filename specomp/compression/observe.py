@@ -115,14 +115,14 @@ class LayerObserver:
 
 def stats_of(linear: LinearSpec, values: Mapping[str, Tensor], statistics: Iterable[Statistic]) -> Stats:
     """The statistics of one linear out of its decoder layer's values. Raises KeyError when one was never collected."""
-    place = {
-        "site": f"site{linear.site}",
-        "pair": f"site{linear.site}",
-        "linear": linear.kind,
-        "output": linear.kind,
-        "decoder_layer": "layer",
-    }
-    return Stats({x: values[f"{place[x.scope]}:{x.name}"] for x in statistics})
+    return Stats({x: values[f"{place_of(linear, x)}:{x.name}"] for x in statistics})
+
+
+def place_of(linear: LinearSpec, statistic: Statistic) -> str:
+    """Where in a decoder layer a linear's statistic is taken, as observers name it."""
+    site = f"site{linear.site}"
+    places = {"site": site, "pair": site, "linear": linear.kind, "output": linear.kind, "decoder_layer": "layer"}
+    return places[statistic.scope]
 
 
 def hidden_input(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:

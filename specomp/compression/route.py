@@ -85,6 +85,8 @@ class Route:
         dense = method.allocation.needs | (gradients if normed else seen) | (NOTHING if repaired else repair.needs)
         if training.chooses or (upstream == "dense" and not by_repair):
             dense |= rounding.needs
+        if method.allocation.needs_spectra:  # of the dense model, whatever the norm sees later
+            dense |= method.whitening.needs
         carried = whitening.streamed | compensation.streamed
         stream_samples = 0
         if carried or refinement.active:

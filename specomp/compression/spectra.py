@@ -109,7 +109,7 @@ class Spectra:
         return False
 
     def _decompose(self, linear: LinearSpec, statistics: Statistics) -> Spectrum:
-        keep = None if self.complete else math.ceil(break_even_rank(linear.m, linear.n))
+        keep = None if self.complete else kept_components(linear, complete=False)
         stats = statistics(linear)
         with self.run.resident(linear.decoder_layer):
             W = self._weight(linear.name)
@@ -135,6 +135,12 @@ class StoredSpectra(Spectra):
     def _weight(self, name: str) -> Tensor | None:
         module = self.run.model.get_submodule(name)
         return module.merged_weight() if isinstance(module, Substitute) else super()._weight(name)
+
+
+def kept_components(linear: LinearSpec, *, complete: bool) -> int:
+    """Components whose vectors a cached spectrum has: all, or those that two factors can store."""
+    full = min(linear.m, linear.n)
+    return full if complete else min(full, math.ceil(break_even_rank(linear.m, linear.n)))
 
 
 def stores_more(run: Run) -> bool:

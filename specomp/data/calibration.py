@@ -46,6 +46,12 @@ class CalibrationSet:
         ids = hashlib.sha256(tokens.contiguous().numpy().astype("<i8").tobytes()).hexdigest()
         self.hash = digest({"ids": ids, "shape": list(tokens.shape), "tokenizer": description["tokenizer"]["sha256"]})
 
+    @classmethod
+    def of_shape(cls, num_samples: int, length: int, batch_size: int) -> "CalibrationSet":
+        """One without content, for a plan."""
+        tokens = cast(LongTensor, torch.zeros(num_samples, length, dtype=torch.int64))
+        return cls(tokens, description={"tokenizer": {"sha256": ""}}, batch_size=batch_size)
+
     def batches(self) -> list[Tensor]:
         """Batches (batch, length) of int64 ids in order; the last one may be smaller."""
         return list(self.tokens.split(self.batch_size))

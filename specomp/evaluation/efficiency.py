@@ -16,7 +16,9 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from specomp.errors import UserError
+from specomp.evaluation.metric import Metric
 from specomp.evaluation.perplexity import evaluating
+from specomp.evaluation.reading import Reading
 from specomp.models.fuse import fused
 from specomp.progress import track
 from specomp.settings import configurable
@@ -121,6 +123,18 @@ class Efficiency:
     def metric(self) -> str:
         """Decoding at the first batch size."""
         return f"decode_tokens_per_s_bs{self.batch_sizes[0]}"
+
+    @property
+    def metrics(self) -> dict[str, Metric]:
+        """Tokens a second, by batch size."""
+        names = (f"{what}_tokens_per_s_bs{batch}" for batch in self.batch_sizes for what in ("prefill", "decode"))
+        return dict.fromkeys(names, Metric("tokens/s", "higher"))
+
+    def reading(self) -> list[Reading]:
+        """One for each batch size."""
+        runs, steps, prompt = 1 + self.repeats, self.new_tokens, self.prompt_tokens
+        tokens = runs * (prompt + steps)
+        return [Reading(tokens=b * tokens, length=prompt, batch=b, sure="", decoded=runs * steps) for b in self.batch_sizes]
 
     def validate(self, max_length: int) -> None:
         """Raises UserError when prompt and new tokens exceed a context of `max_length` tokens."""

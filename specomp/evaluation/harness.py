@@ -18,7 +18,9 @@ from pydantic import NonNegativeInt, PositiveInt
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from specomp.errors import UserError
+from specomp.evaluation.metric import FRACTION, Metric
 from specomp.evaluation.perplexity import ForwardPrecision, evaluating, precision_mark
+from specomp.evaluation.reading import LONGEST, Reading, Sure, task_tokens
 from specomp.progress import track
 from specomp.settings import configurable
 
@@ -75,6 +77,20 @@ class HarnessTask:
     def limit_each(self) -> int | None:
         """Documents of each task of the group."""
         return None if self.limit is None else -(-self.limit // (MMLU_SUBJECTS if self.task == MMLU else 1))
+
+    @property
+    def metrics(self) -> dict[str, Metric]:
+        """The one that is quoted, and accuracies."""
+        named = Metric("", "lower") if "perplexity" in self.metric else Metric(FRACTION, "higher")
+        return {self.metric: named} | dict.fromkeys(("acc", "acc_norm"), Metric(FRACTION, "higher"))
+
+    def reading(self) -> list[Reading]:
+        """Its requests."""
+        tokens, length = task_tokens(self.task, self.limit_each, MMLU_SUBJECTS if self.task == MMLU else 1, self.num_fewshot or 0)
+        half, known = self.precision == "bfloat16", tokens is not None
+        sure: Sure = "estimate" if known else "unknown"
+        batch, longest = (self.batch_size, LONGEST * length) if known else (1, 0)
+        return [Reading(tokens=tokens, length=length, batch=batch, sure=sure, half=half, longest=longest)]
 
     def validate(self, max_length: int) -> None:
         """Raises UserError for an unknown task, a metric it is known to lack and, with a data root, for missing files.

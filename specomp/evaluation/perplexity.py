@@ -8,7 +8,7 @@ Differs from the reference: a window whose NLL is not finite counts and is repor
 import hashlib
 import logging
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +23,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from specomp.data.text import TextSource
 from specomp.data.token_ids import check_vocabulary, read_token_ids, tokenize
 from specomp.errors import UserError
+from specomp.evaluation.metric import Metric
+from specomp.evaluation.reading import Reading, text_tokens
 from specomp.progress import track
 from specomp.settings import configurable
 
@@ -30,6 +32,9 @@ log = logging.getLogger(__name__)
 CHUNK = 128  # positions of one sequence whose float32 logits and log-softmax exist at a time: 50 MB at a vocabulary of 49152
 MIN_WINDOW = 2  # one token to read, one to predict
 ForwardPrecision = Literal["float32", "bfloat16"]
+
+
+METRICS = {"ppl": Metric("", "lower"), "nonfinite_windows": Metric("windows", "lower")}
 
 
 @dataclass(frozen=True)
@@ -160,6 +165,7 @@ class Perplexity:
     """Perplexity of a text corpus. `window` is in tokens; `max_windows` None means the whole text."""
 
     metric: ClassVar[str] = "ppl"
+    metrics: ClassVar[Mapping[str, Metric]] = METRICS
     volatile: ClassVar[bool] = False
     name: str
     version: PositiveInt
@@ -179,6 +185,11 @@ class Perplexity:
     def protocol(self) -> str:
         """The id without the text, up to and with its colon."""
         return ":".join([f"{self.name}@{self.version}", f"{self.window}x{self.max_windows or 'all'}", *precision_mark(self.precision), ""])
+
+    def reading(self) -> list[Reading]:
+        """Windows of the text."""
+        tokens, sure = text_tokens(self.corpus, self.window, self.max_windows)
+        return [Reading(tokens=tokens, length=self.window, batch=self.batch_size, sure=sure, half=self.precision == "bfloat16")]
 
     def validate(self, max_length: int) -> None:
         """Raises UserError when a window does not fit a context of `max_length` tokens, or the text cannot be had."""
@@ -215,6 +226,7 @@ class TokenFilePerplexity:
     """Perplexity of prepared token ids; every row of the file is one window. The ids must come from the model's own tokenizer."""
 
     metric: ClassVar[str] = "ppl"
+    metrics: ClassVar[Mapping[str, Metric]] = METRICS
     volatile: ClassVar[bool] = False
     name: str
     version: PositiveInt
@@ -234,6 +246,12 @@ class TokenFilePerplexity:
     def protocol(self) -> str:
         """The id without the content, up to and with its colon."""
         return ":".join([f"{self.name}@{self.version}", f"x{self.max_windows or 'all'}", *precision_mark(self.precision), ""])
+
+    def reading(self) -> list[Reading]:
+        """Rows of the file."""
+        rows, length = self._windows()[: self.max_windows].shape
+        half = self.precision == "bfloat16"
+        return [Reading(tokens=rows * length, length=length, batch=self.batch_size, sure="", half=half)]
 
     def validate(self, max_length: int) -> None:
         """Raises UserError when the file cannot be read or its rows do not fit a context of `max_length` tokens."""

@@ -1,6 +1,7 @@
 """A suite: the benchmarks of one yaml in conf/benchmark, and the contract every benchmark keeps."""
 
 from collections import Counter
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -8,12 +9,17 @@ from pydantic import PositiveInt
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from specomp.errors import UserError
+from specomp.evaluation.metric import Metric
 from specomp.evaluation.perplexity import ForwardPrecision
+from specomp.evaluation.reading import Reading
 from specomp.settings import configurable
+from specomp.slots import check_protocol
 
 
 class Benchmark(Protocol):
-    """Something that turns a model into named numbers."""
+    """Something that turns a model into named numbers. volatile: they belong to the machine at that moment."""
+
+    volatile: bool
 
     @property
     def id(self) -> str:
@@ -26,6 +32,13 @@ class Benchmark(Protocol):
     @property
     def metric(self) -> str:
         """The metric that tables quote."""
+
+    @property
+    def metrics(self) -> Mapping[str, Metric]:
+        """What its numbers are, by name: at least of the one that tables quote, those worth a line on a terminal too."""
+
+    def reading(self) -> Sequence[Reading]:
+        """What it runs a model over; reads no text."""
 
     def validate(self, max_length: int) -> None:
         """Raise UserError when the benchmark cannot run on a model with a context of `max_length` tokens; loads no model."""
@@ -58,11 +71,7 @@ class Suite:
     def validate(self, max_length: int) -> None:
         """Check every part against a model context of `max_length` tokens. Raises UserError."""
         for label, part in self.parts.items():
-            # not isinstance: before Python 3.12 that evaluates `id`, which may read a corpus
-            if not (hasattr(type(part), "id") and hasattr(part, "validate") and callable(part)):
-                raise UserError(
-                    f"benchmark.parts.{label} of suite {self.name} is a {type(part).__name__}, not a benchmark: check its _target_."
-                )
+            check_protocol(part, Benchmark, f"benchmark.parts.{label}")
             part.validate(max_length)
         repeated = [identity for identity, count in Counter(part.id for part in self.benchmarks).items() if count > 1]
         if repeated:

@@ -23,6 +23,7 @@ from specomp.errors import UserError, first_line
 from specomp.evaluation.suite import Benchmark
 from specomp.experiment.checks import actionable
 from specomp.experiment.config import Experiment, ask, build
+from specomp.experiment.figures import training_figure
 from specomp.experiment.plan import show_plan
 from specomp.experiment.record import Record, point_of, provenance, record_key
 from specomp.experiment.summary import show
@@ -31,7 +32,6 @@ from specomp.models.load import LoadedModel, device_name
 from specomp.models.save import Export, exporting, remove_unfinished, save_compressed
 from specomp.models.save import load as load_folder
 from specomp.profiling import profiles
-from specomp.experiment.figures import training_figure
 
 log = logging.getLogger(__name__)
 

@@ -64,6 +64,12 @@ class Record:
     model_folder: str | None = None
     provenance: dict[str, Any] = field(default_factory=dict)
 
+    @property
+    def counted(self) -> Ledger:
+        """The ledger of a record that has come so far."""
+        assert self.ledger is not None, f"record {self.key[:12]} has no ledger"
+        return self.ledger
+
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
         """Time a stage and note the process's peak memory at its end."""

@@ -17,8 +17,7 @@ def show(record: Record, *, console: Console | None = None) -> None:
     """Print the comparison table of one record, its folder and its notes."""
     console = console or Console(width=None if sys.stdout.isatty() else FILE_WIDTH)
     choice = record.choices
-    ledger = record.ledger
-    assert ledger is not None
+    ledger = record.counted
     title = f"{choice['model']}, {choice['method']}, {asked_for(ledger)}"
     if choice.get("quantizer", "none") != "none":
         title += f", {choice['quantizer']}"
@@ -42,8 +41,7 @@ def show(record: Record, *, console: Console | None = None) -> None:
 
 def rows(record: Record) -> list[tuple[str, str, str, str]]:
     """(label, dense, compressed, quotient) for the sizes and every metric."""
-    assert record.ledger is not None
-    lines = size_rows(record.ledger)
+    lines = size_rows(record.counted)
     for name, values in record.metrics.items():
         for metric, value in values.items():
             if shown(metric):

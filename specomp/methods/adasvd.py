@@ -82,6 +82,7 @@ class AdaCR:
     budget: Literal["water_filling", "raw"]
     needs: ClassVar[frozenset[Statistic]] = frozenset({IOCosine()})
     compresses: ClassVar[bool] = True
+    needs_spectra: ClassVar[bool] = False
 
     def __call__(self, menu: Menu, share: float, reads: Reads) -> dict[Unit, Choice]:
         """Choices."""

@@ -48,6 +48,7 @@ class SensitivityAllocation:
     candidates: tuple[Annotated[float, Field(gt=0, lt=1)], ...]
     needs: ClassVar[frozenset[Statistic]] = frozenset()
     compresses: ClassVar[bool] = True
+    needs_spectra: ClassVar[bool] = True
 
     def __call__(self, menu: Menu, share: float, reads: Reads) -> dict[Unit, Choice]:
         """Choices. Raises UserError when even the deepest cuts miss the target."""

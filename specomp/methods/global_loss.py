@@ -34,6 +34,7 @@ class GlobalLossAllocation:
     round_to: Annotated[int, Field(ge=1)]
     needs: ClassVar[frozenset[Statistic]] = frozenset()
     compresses: ClassVar[bool] = True
+    needs_spectra: ClassVar[bool] = True
 
     def __call__(self, menu: Menu, share: float, reads: Reads) -> dict[Unit, Choice]:
         """Choices. Raises UserError when the budget cannot pay the smallest of them."""

@@ -35,6 +35,7 @@ class UniformAllocation:
     exact_budget: bool
     needs: ClassVar[frozenset[Statistic]] = frozenset()
     compresses: ClassVar[bool] = True
+    needs_spectra: ClassVar[bool] = False
 
     def __call__(self, menu: Menu, share: float, reads: Reads) -> dict[Unit, Choice]:
         """Choices."""
@@ -48,6 +49,7 @@ class FullRank:
 
     needs: ClassVar[frozenset[Statistic]] = frozenset()
     compresses: ClassVar[bool] = False
+    needs_spectra: ClassVar[bool] = False
 
     def __call__(self, menu: Menu, share: float, reads: Reads) -> dict[Unit, Choice]:
         """Choices."""

@@ -79,6 +79,7 @@ class TypeLossAllocation:
     exact_budget: bool
     needs: ClassVar[frozenset[Statistic]] = frozenset()
     compresses: ClassVar[bool] = True
+    needs_spectra: ClassVar[bool] = True
 
     def __call__(self, menu: Menu, share: float, reads: Reads) -> dict[Unit, Choice]:
         """Choices."""

@@ -246,7 +246,9 @@ def modelling_source(base: str, kinds: Collection[type]) -> str:
     try:
         copied = "\n\n".join(inspect.getsource(item) for item in (*dict.fromkeys(own), compressed_config, compressed_model))
     except (OSError, TypeError) as error:
-        raise UserError(f"The source of {', '.join(map(full_name, kinds))} cannot be copied into the folder: {first_line(error)}.") from error
+        raise UserError(
+            f"The source of {', '.join(map(full_name, kinds))} cannot be copied into the folder: {first_line(error)}."
+        ) from error
     named = "".join(f'    "{full_name(x)}": {x.__name__},\n' for x in dict.fromkeys(own))
     return f'''"""A {base} model in which other modules stand in the place of some linears: config.json, specomp_modules.
 

@@ -69,6 +69,11 @@ class Source:
         """The model in eval mode on its device."""
         raise AssertionError("abstract")
 
+    @property
+    def download(self) -> str | None:
+        """The repository that its weights come from, where they are not on this machine already."""
+        return None
+
     def unstreamable(self) -> str | None:
         """Why `stream` cannot be: what to do instead, or None."""
         if self.device_map is not None:
@@ -128,6 +133,11 @@ class HubModel(Source):
                 use_safetensors=self.weights == "safetensors",
             )
         return LoadedModel(model, tokenizer, family)
+
+    @property
+    def download(self) -> str | None:
+        """Its name on the hub."""
+        return self.repo
 
     def unstreamable(self) -> str | None:
         """Pickles can only be read whole."""

@@ -29,8 +29,8 @@ def curves(sweep: Sweep, column: Column, *, against: str) -> str | None:
     if RATIO not in sweep.keys:
         return None
     place: Callable[[Record], float] = {
-        "retention": lambda r: float(r.ledger["measured_retention"]),
-        "bytes": lambda r: float(r.ledger["compressed"]["model_bytes"]) / 1e6,
+        "retention": lambda r: r.counted.measured_retention,
+        "bytes": lambda r: r.counted.compressed.model_bytes / 1e6,
     }[against]
     lines: dict[str, list[tuple[float, float]]] = {}
     for point in sweep.points:

@@ -22,9 +22,10 @@ from specomp.cache import atomic_path, digest
 from specomp.errors import UserError
 from specomp.experiment.record import stored, stores
 from specomp.experiment.tracking import BYTES, LINEARS, POINTS, REPORT, RETENTION, SweepReport, WandbTracking
+from specomp.rows import CONF
 from specomp.tables.charts import STAGES, series
 from specomp.tables.report import report
-from specomp.tables.sweep import LEDGER, ROOT, Column, Sweep, load_sweep
+from specomp.tables.sweep import LEDGER, Column, Sweep, load_sweep
 
 AXES = {RETENTION: "retention", BYTES: "bytes"}
 TRAINING = ("train/kl", "train/soft", "train/hard")  # as stages/train.py logs them
@@ -34,8 +35,8 @@ def sweep_report(name: str, sweep: Sweep, html: str) -> SweepReport:
     """What a run shows of a whole sweep. Its id is the sweep's, so that a later call continues the same run."""
     points: list[dict[str, Any]] = [
         {"series": series(point), **point.keys, "record": point.done[0].key[:12]}
-        | {RETENTION: fmean(r.ledger["measured_retention"] for r in point.done)}
-        | {BYTES: fmean(r.ledger["compressed"]["model_bytes"] for r in point.done)}
+        | {RETENTION: fmean(r.counted.measured_retention for r in point.done)}
+        | {BYTES: fmean(r.counted.compressed.model_bytes for r in point.done)}
         | {c.label: mean(point.values(c)) for c in sweep.columns}
         for point in sweep.points
         if point.done
@@ -121,7 +122,7 @@ def tracking_of(overrides: Sequence[str]) -> WandbTracking:
     """conf/tracking/wandb.yaml with what was typed about it and about paths. Raises UserError."""
     typed = [x for x in overrides if about_tracking(x) or x.startswith("paths.")]
     try:
-        with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
+        with initialize_config_dir(str(CONF), version_base="1.3"):
             made = instantiate(compose("config", overrides=["tracking=wandb", *typed]).tracking)
     except HydraException as error:
         raise UserError(f"{' '.join(typed) or 'tracking=wandb'}: {str(error).splitlines()[0]}") from error

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from statistics import fmean
 
+from specomp.evaluation.metric import FRACTION
 from specomp.experiment.record import Record
 from specomp.tables.render import Bold, Cell, Form, render
 from specomp.tables.sweep import LEDGER, Column, Point, Sweep, mean_std
@@ -71,7 +72,7 @@ def _calibration(record: Record) -> str:
 
 def accuracies(sweep: Sweep) -> list[Column]:
     """The columns that a mean is printed of, where there are several."""
-    found = [c for c in sweep.columns if c.metric.startswith("acc")]
+    found = [c for c in sweep.columns if c.unit == FRACTION]
     return found if len(found) > 1 else []
 
 
@@ -151,7 +152,7 @@ def _collapsed(record: Record, column: Column) -> bool:
 
 
 def _retention(point: Point) -> str:
-    found = [r.ledger["measured_retention"] for r in point.done]
+    found = [r.counted.measured_retention for r in point.done]
     return f"{fmean(found):.4f}" if found else MISSING
 
 
@@ -159,7 +160,7 @@ def _number(column: Column, value: float | None) -> str:
     """Accuracies in percent, perplexities with two decimals while those mean something; other metrics as they are."""
     if value is None:
         return MISSING
-    if column.metric.startswith("acc"):
+    if column.unit == FRACTION:
         return f"{100 * value:.1f}"
     digits = 4 if column.protocol == LEDGER else 2
     return f"{value:.{digits}f}" if abs(value) < 1000 else f"{value:.0f}"

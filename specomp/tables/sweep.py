@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from hydra import compose, initialize_config_dir
 from hydra.core.override_parser.overrides_parser import OverridesParser
@@ -22,6 +22,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from specomp.errors import UserError
 from specomp.experiment.record import Record, point_of
+from specomp.rows import CONF
 
 ROOT = Path(__file__).resolve().parents[2]
 SEED = "seed"
@@ -36,11 +37,13 @@ class Column:
     label: str
     protocol: str
     metric: str
+    better: Literal["higher", "lower"] = "lower"
+    unit: str = ""
 
     @property
     def lower_is_better(self) -> bool:
         """Whether the best value is the smallest."""
-        return self.metric == "ppl" or self.protocol == LEDGER
+        return self.better == "lower"
 
     def matches(self, benchmark: str) -> bool:
         """Whether a benchmark's id is of this column's protocol."""
@@ -53,7 +56,7 @@ class Column:
     def result(self, record: Record, *, dense: bool = False) -> Mapping[str, Any]:
         """All that the benchmark says of a record; empty where it was not run."""
         if self.protocol == LEDGER:
-            return {} if dense else record.ledger
+            return {} if dense or record.ledger is None else record.ledger.as_dict()
         metrics = record.dense_metrics if dense else record.metrics
         found = [v for k, v in metrics.items() if self.matches(k)]
         if len(found) > 1:
@@ -143,7 +146,7 @@ def _same(typed: str, printed: str) -> bool:
 
 def names() -> list[str]:
     """Every experiment there is."""
-    return sorted(path.stem for path in (ROOT / "conf" / "experiment").glob("[!_]*.yaml"))
+    return sorted(path.stem for path in (CONF / "experiment").glob("[!_]*.yaml"))
 
 
 def load_sweep(name: str, overrides: Sequence[str], records: Iterable[Record]) -> Sweep:
@@ -155,7 +158,7 @@ def load_sweep(name: str, overrides: Sequence[str], records: Iterable[Record]) -
         for mark in record.points:
             by_point.setdefault(mark, []).append(record)
     try:
-        with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
+        with initialize_config_dir(str(CONF), version_base="1.3"):
             return _load(name, overrides, by_point)
     except HydraException as error:
         raise UserError(f"experiment={name} {' '.join(overrides)}: {str(error).splitlines()[0]}") from error
@@ -227,7 +230,8 @@ def columns_of(cfg: DictConfig) -> list[Column]:
     suite = instantiate(cfg.benchmark)
     counted = [Column(label=name.replace("_", " "), protocol=LEDGER, metric=name) for name in cfg.table.get("ledger") or []]
     return counted + [
-        Column(label=f"{label} {part.metric}", protocol=part.protocol, metric=part.metric) for label, part in suite.parts.items()
+        Column(label=f"{label} {part.metric}", protocol=part.protocol, metric=part.metric, **vars(part.metrics[part.metric]))
+        for label, part in suite.parts.items()
     ]
 
 

@@ -27,7 +27,12 @@ CONF = ROOT / "conf"
 DATA = Path(os.environ.get("SPECOMP_DATA", ROOT.parent / "shared" / "data"))
 needs_data = pytest.mark.skipif(not DATA.is_dir(), reason="no data root: set SPECOMP_DATA")
 CALIBRATIONS = sorted(path.stem for path in (CONF / "calibration").glob("[!_]*.yaml"))
-COMMON: dict[str, Any] = {"upstream": "dense", "window": None, "accumulate": "float32", "precision": "float32"}
+COMMON: dict[str, Any] = {
+    "upstream": "dense",
+    "layers_at_once": None,
+    "accumulate": "float32",
+    "precision": "float32",
+}
 
 
 def byte_tokenizer(shift: int = 0) -> PreTrainedTokenizerFast:
@@ -44,6 +49,8 @@ def byte_tokenizer(shift: int = 0) -> PreTrainedTokenizerFast:
 
 class Words:
     """A source of random words; the seed decides the text."""
+
+    split, max_documents = "train", None
 
     def __init__(self, seed: int = 0, origin: str = "here", letters: str = "abcdef ", characters: int = 4000) -> None:
         self.name, self.origin = f"words{seed}", origin
@@ -83,7 +90,7 @@ def composed(*overrides: str) -> Any:
 
 def test_batches_hold_the_samples_in_order(tokenizer: Any) -> None:
     calibration = build(spec(), tokenizer)
-    batches = list(calibration.predict_dataloader())
+    batches = calibration.batches()
     assert [tuple(batch.shape) for batch in batches] == [(4, 16), (2, 16)]
     assert torch.equal(torch.cat(batches), calibration.tokens)
     assert calibration.tokens.dtype == torch.int64
@@ -121,7 +128,12 @@ def test_hash_depends_on_the_tokenizer_even_at_equal_ids(tokenizer: Any) -> None
 
 @pytest.mark.parametrize(
     "changes",
-    [{"corpus": Words(0, origin="elsewhere")}, {"batch_size": 1}, {"upstream": "compressed"}, {"window": 2, "accumulate": "float64"}],
+    [
+        {"corpus": Words(0, origin="elsewhere")},
+        {"batch_size": 1},
+        {"upstream": "compressed"},
+        {"layers_at_once": 2, "accumulate": "float64"},
+    ],
 )
 def test_hash_does_not_depend_on(changes: dict[str, Any], tokenizer: Any) -> None:
     assert build(spec(**changes), tokenizer).hash == build(spec(), tokenizer).hash
@@ -172,7 +184,7 @@ def test_samples_longer_than_the_context(tokenizer: Any) -> None:
         {"num_samples": 0},
         {"length": 1},
         {"batch_size": 0},
-        {"window": 0},
+        {"layers_at_once": 0},
         {"upstream": "both"},
         {"accumulate": "float16"},
         {"precision": "low"},
@@ -275,7 +287,8 @@ def test_ids_must_be_in_the_vocabulary(tmp_path: Path, tokenizer: Any) -> None:
 def test_yaml(name: str) -> None:
     settings = composed(f"+calibration={name}", "+paths.data=null", *(["calibration.path=ids.npy"] if name == "token_ids" else []))
     assert isinstance(settings, CalibrationSpec)
-    assert (settings.upstream, settings.window, settings.accumulate, settings.precision) == ("dense", None, "float32", "float32")
+    assert (settings.upstream, settings.layers_at_once) == ("dense", None)
+    assert (settings.accumulate, settings.precision) == ("float32", "float32")
 
 
 def test_yaml_of_the_papers() -> None:

@@ -7,16 +7,18 @@ import sys
 from pathlib import Path
 
 import pytest
+from ledgers import made_ledger
 from wandb_server import Server
 
 from specomp.errors import UserError
+from specomp.evaluation.metric import FRACTION
+from specomp.experiment.record import Record
 from specomp.tables import dashboard
 from specomp.tables.dashboard import chart, main, metric_key, sweep_report, tracking_of, view
-from specomp.experiment.record import Record
 from specomp.tables.sweep import LEDGER, Column, Point, Sweep
 
 PPL = Column(label="wikitext2 ppl", protocol="wikitext2@1:512x24:", metric="ppl")
-PIQA = Column(label="piqa acc", protocol="piqa@1", metric="acc")
+PIQA = Column(label="piqa acc", protocol="piqa@1", metric="acc", better="higher", unit=FRACTION)
 LOSS = Column(label="norm error", protocol=LEDGER, metric="norm_error")
 PPL_KEY = "wikitext2@1:512x24:696cca6b/ppl"
 
@@ -26,7 +28,11 @@ def record(key: str, retention: float, ppl: float) -> Record:
         key=key * 16,
         status="ok",
         choices={"model": "tiny_llama", "method": "svd"},
-        ledger={"measured_retention": retention, "norm_error": 0.5, "compressed": {"model_bytes": int(1000 * retention)}},
+        ledger=made_ledger(
+            measured_retention=retention,
+            norm_error=0.5,
+            compressed={"model_bytes": int(1000 * retention)},
+        ),
         metrics={"wikitext2@1:512x24:696cca6b": {"ppl": ppl, "tokens": 12264.0}},
     )
 

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from specomp.slots import OURS, describe
 from specomp.methods.svd_llm import GramWhitening
+from specomp.slots import OURS, describe
 
 PACKAGE = Path(sys.modules["specomp"].__path__[0])
 OWN = """
@@ -32,7 +32,8 @@ def own(tmp_path, monkeypatch):
 
 
 def test_our_files_are_listed():
-    present = {path.stem for folder in ("methods", "quantization") for path in (PACKAGE / folder).glob("*.py")}
+    folders = ("methods", "forms", "quantization")
+    present = {path.stem for folder in folders for path in (PACKAGE / folder).glob("*.py")}
     assert present >= OURS
 
 

@@ -11,16 +11,18 @@ import torch
 from safetensors import safe_open
 from tiny import CONTEXT, VOCAB, tiny_model, tiny_tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer
+from units import Known
 
 import specomp
 from specomp.errors import UserError
-from specomp.numerics.factors import LowRankFactors
-from specomp.forms.pivoted import Pivoted
-from specomp.models.export import low_rank_linears, save_compressed
+from specomp.forms.factors import Factors, LowRankLinear
+from specomp.forms.pivoted import Pivoted, PivotedLinear
 from specomp.models.families import family_of
 from specomp.models.load import cast_weights
-from specomp.models.registration import register
-from specomp.models.modules import LowRankLinear, PivotedLinear, replace_linear
+from specomp.models.modules import replace_linear
+from specomp.models.registration import full_name, register
+from specomp.models.save import save_compressed, substitutes
+from specomp.numerics.factors import LowRankFactors
 
 INFO = {"method": "svd", "ratio": 0.5, "record": "abc"}
 IDS = torch.arange(3, 23)[None]
@@ -34,11 +36,9 @@ def compress(model, *, every: int = 1, dtype: torch.dtype = torch.float32, pivot
         if index % every == 0:
             linear = model.get_submodule(spec.name)
             U, s, Vt = torch.linalg.svd(linear.weight.detach().float(), full_matrices=False)
-            rank = 4 + index % 5
-            module = LowRankLinear.from_factors(U[:, :rank] * s[:rank], Vt[:rank], linear.bias, dtype=dtype, device="cpu")
-            if pivoted and index // every % 2 == 0:
-                module = Pivoted(max_growth=1.5)(linear, LowRankFactors(U[:, :rank] * s[:rank], Vt[:rank]))
-            replace_linear(model, spec.name, module)
+            form = Pivoted(max_growth=1.5) if pivoted and index // every % 2 == 0 else Factors()
+            evidence = Known(pair=LowRankFactors(U * s, Vt), own_bias=linear.bias, dtype=dtype)
+            replace_linear(model, spec.name, form.module(spec, 4 + index % 5, evidence))
     return model
 
 
@@ -67,11 +67,11 @@ def test_factors_reload_bit_for_bit_with_plain_transformers(tiny_any, export, dt
     assert not info["missing_keys"] and not info["unexpected_keys"] and not info["mismatched_keys"]
     assert reloaded.dtype == dtype
     assert (logits(reloaded) - logits(model)).abs().max() == 0.0
-    assert {name: (type(module), module.rank) for name, module in low_rank_linears(reloaded).items()} == {
-        name: (type(module), module.rank) for name, module in low_rank_linears(model).items()
+    assert {name: (type(module), module.rank) for name, module in substitutes(reloaded).items()} == {
+        name: (type(module), module.rank) for name, module in substitutes(model).items()
     }
-    assert pivoted is any(isinstance(module, PivotedLinear) for module in reloaded.modules())
-    assert pivoted is ("lowrank_pivoted" in json.loads((folder / "config.json").read_text()))
+    kinds = {LowRankLinear, PivotedLinear} if pivoted else {LowRankLinear}
+    assert {type(module) for module in substitutes(reloaded).values()} == kinds
     tied = model.config.tie_word_embeddings
     assert (reloaded.get_output_embeddings().weight.data_ptr() == reloaded.get_input_embeddings().weight.data_ptr()) is tied
 
@@ -82,10 +82,10 @@ def test_dense_form_equals_factors_and_is_an_ordinary_model(tiny_any, export, pi
     model = compress(tiny_any, every=2, pivoted=pivoted)
     folder = export(model, "dense")
     config = json.loads((folder / "config.json").read_text())
-    assert config["model_type"] == base and "lowrank_ranks" not in config and "auto_map" not in config
+    assert config["model_type"] == base and "specomp_modules" not in config and "auto_map" not in config
     assert not list(folder.glob("*.py"))
     reloaded = AutoModelForCausalLM.from_pretrained(folder)
-    assert not low_rank_linears(reloaded)
+    assert not substitutes(reloaded)
     assert type(reloaded).__module__.startswith("transformers.")
     torch.testing.assert_close(logits(reloaded), logits(model), atol=1e-5, rtol=0)
 
@@ -122,7 +122,7 @@ def test_device_map(export, device_map):
 def test_training_mode_reload_has_gradients(export):
     reloaded = AutoModelForCausalLM.from_pretrained(export(compress(tiny_model("llama")))).train()
     reloaded(IDS, labels=IDS).loss.backward()
-    assert all(module.u_proj.weight.grad is not None for module in low_rank_linears(reloaded).values())
+    assert all(module.u_proj.weight.grad is not None for module in substitutes(reloaded).values())
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -222,12 +222,43 @@ def test_info_and_ranks_are_readable_json(export):
     folder = export(model)
     assert json.loads((folder / "specomp.json").read_text()) == {"specomp": specomp.__version__, "form": "factors", **INFO}
     config = json.loads((folder / "config.json").read_text())
-    assert config["lowrank_ranks"] == {name: module.rank for name, module in low_rank_linears(model).items()}
+    entries = {name: (kind, arguments["rank"]) for name, (kind, arguments) in config["specomp_modules"].items()}
+    assert entries == {name: (full_name(LowRankLinear), module.rank) for name, module in substitutes(model).items()}
     assert config["model_type"] == "specomp_llama"
 
 
+@pytest.mark.parametrize("name", ["opt", "llama"])
+def test_a_folder_of_the_first_format_still_loads(export, name):
+    """Which said by three lists which linears have a rank, pivots, and a bias that the architecture has not."""
+    model = compress(tiny_model(name), every=2, pivoted=True)
+    linears, low = family_of(model.config).linears(model), substitutes(model)
+    plain = next(x.name for x in linears if x.name not in low)
+    biased = [] if name == "opt" else [next(iter(low)), plain]
+    for key in biased:
+        module = low.get(key, model.get_submodule(key))
+        owner = module.u_proj if isinstance(module, LowRankLinear) else module
+        owner.bias = torch.nn.Parameter(torch.randn(module.out_features))
+    folder = export(model)
+    config = json.loads((folder / "config.json").read_text())
+    found = config.pop("specomp_modules")
+    assert set(found) == {*low, *biased}
+    config["lowrank_ranks"] = {key: module.rank for key, module in low.items()}
+    config["lowrank_pivoted"] = [key for key, x in low.items() if isinstance(x, PivotedLinear)]
+    if biased:
+        config["lowrank_biases"] = biased
+    (folder / "config.json").write_text(json.dumps(config))
+    reloaded = specomp.load(folder).model
+    assert torch.equal(logits(reloaded), logits(model))
+    export(reloaded, folder="again")
+    again = folder.parent / "again"
+    config = json.loads((again / "config.json").read_text())
+    assert config["specomp_modules"] == found
+    assert not [key for key in config if key.startswith("lowrank")]
+    assert torch.equal(logits(specomp.load(again).model), logits(model))
+
+
 def test_sharded_folders_reload(export, monkeypatch):
-    monkeypatch.setattr("specomp.models.export.MAX_SHARD", "50KB")
+    monkeypatch.setattr("specomp.models.save.MAX_SHARD", "50KB")
     model = compress(tiny_model("llama"))
     folder = export(model)
     assert len(list(folder.glob("*.safetensors"))) > 2

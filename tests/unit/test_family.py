@@ -8,8 +8,9 @@ from tiny import FAMILY_NAMES, VOCAB, tiny_model
 from torch import nn
 
 from specomp.errors import UserError
+from specomp.forms.factors import LowRankLinear
 from specomp.models.families import FAMILY_OF_TYPE, base_model_type, family_of
-from specomp.models.modules import LowRankLinear, replace_linear
+from specomp.models.modules import replace_linear
 
 
 def test_lists_every_linear_of_the_decoder_layers_once(tiny_any):
@@ -65,8 +66,17 @@ def test_decoder_runs_every_decoder_layer_but_not_the_head(tiny_any):
 @pytest.mark.parametrize(
     ("size", "expected"), [(None, [range(3)]), (1, [range(1), range(1, 2), range(2, 3)]), (2, [range(2), range(2, 3)]), (9, [range(3)])]
 )
-def test_windows_cover_the_model(tiny_llama, size, expected):
-    assert list(family_of(tiny_llama.config).windows(tiny_llama, size)) == expected
+def test_ranges_cover_the_model(tiny_llama, size, expected):
+    assert list(family_of(tiny_llama.config).layer_ranges(tiny_llama, size)) == expected
+
+
+def test_every_linear_is_a_unit_of_its_own(tiny_any):
+    family = family_of(tiny_any.config)
+    units, specs = family.units(tiny_any), family.linears(tiny_any)
+    assert [x.linears for x in units] == [(spec,) for spec in specs]
+    assert [(x.name, x.decoder_layer, x.params) for x in units] == [
+        (spec.name, spec.decoder_layer, spec.m * spec.n) for spec in specs
+    ]
 
 
 def test_accepts_low_rank_linears(tiny_llama):
@@ -81,7 +91,7 @@ def test_refuses_other_modules_by_name_and_type(tiny_llama, module):
     if isinstance(module, nn.Linear):  # as 4-bit libraries do: a subclass of nn.Linear with packed integers inside
         module.weight = nn.Parameter(torch.zeros(512, 1, dtype=torch.uint8), requires_grad=False)
     replace_linear(tiny_llama, "model.layers.1.mlp.up_proj", module)
-    with pytest.raises(UserError, match=r"model\.layers\.1\.mlp\.up_proj is a torch\.nn\..*LowRankLinear") as error:
+    with pytest.raises(UserError, match=r"model\.layers\.1\.mlp\.up_proj is a torch\.nn\..*supported are torch\.nn\.Linear") as error:
         family_of(tiny_llama.config).linears(tiny_llama)
     assert "\n" not in str(error.value)
 

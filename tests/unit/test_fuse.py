@@ -6,9 +6,11 @@ from safetensors.torch import load_file
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from specomp.forms.factors import LowRankLinear
+from specomp.forms.pivoted import PivotedLinear
 from specomp.models.families import family_of
-from specomp.models.fuse import first_factor, fuse, fused, unfuse
-from specomp.models.modules import LowRankLinear, PivotedLinear, replace_linear
+from specomp.models.fuse import fuse, fused, unfuse
+from specomp.models.modules import TwoStage, replace_linear
 
 
 def compressed(kind: str, *, rank: int = 5) -> LlamaForCausalLM:
@@ -50,8 +52,8 @@ def count_products(model: nn.Module) -> list[str]:
     """Names of the first factors that run as modules, from now on."""
     seen: list[str] = []
     for name, module in model.named_modules():
-        if isinstance(module, LowRankLinear | PivotedLinear):
-            first_factor(module).register_forward_hook(lambda *_, name=name: seen.append(name))
+        if isinstance(module, TwoStage):
+            module.first.register_forward_hook(lambda *_, name=name: seen.append(name))
     return seen
 
 

@@ -6,12 +6,16 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from specomp.numerics.gates import MAPPINGS, GateBudget
+from specomp.forms.factors import Factors
+from specomp.forms.pivoted import Pivoted
 from specomp.models.family import LinearSpec
-from specomp.numerics.ratio import is_low_rank, pivoted_cost
+from specomp.numerics.gates import MAPPINGS, GateBudget
+from specomp.slots import Form
+from specomp.training.gated import price_of
 
 examples = settings(deadline=None, max_examples=60, derandomize=True, database=None)
 THRESHOLD = 0.5
+PIVOTED = Pivoted(max_growth=2.0)
 # start score, S there, the open range that scores can reach
 DOCUMENTED = {
     "two_sigmoid": (0.0, 1.0, (0.0, 2.0)),
@@ -33,9 +37,19 @@ def counts_of(linears: list[LinearSpec]) -> list[int]:
     return [min(x.m, x.n) for x in linears]
 
 
+def budget_of(linears: list[LinearSpec], counts: list[int], form: Form | None = None) -> GateBudget:
+    """Of two factors, unless another form is given."""
+    return GateBudget([(x.m, x.n) for x in linears], counts, price_of(form or Factors()))
+
+
+def pays(x: LinearSpec, rank: int) -> bool:
+    """Whether two factors of this rank are fewer numbers than the matrix."""
+    return rank * (x.m + x.n) < x.m * x.n
+
+
 def by_hand(linears: list[LinearSpec], ranks: list[int]) -> float:
     """Stored over dense parameters; a linear at or above break-even is stored dense."""
-    stored = sum(r * (x.m + x.n) if is_low_rank(x.m, x.n, r) else x.m * x.n for x, r in zip(linears, ranks, strict=True))
+    stored = sum(r * (x.m + x.n) if pays(x, r) else x.m * x.n for x, r in zip(linears, ranks, strict=True))
     return stored / sum(x.m * x.n for x in linears)
 
 
@@ -55,7 +69,7 @@ def problems(draw: st.DrawFn, *, ties: bool = False) -> tuple[list[LinearSpec], 
     gates = 2 * (torch.randperm(total, generator=generator).float() + 1) / (total + 1)
     if ties:
         gates = gates.round()
-    return linears, GateBudget(linears, counts), gates
+    return linears, budget_of(linears, counts), gates
 
 
 # --- mappings ------------------------------------------------------------------------------------------------------------------------
@@ -112,7 +126,7 @@ def test_the_soft_count_becomes_the_hard_one_without_the_dense_cap(problem):
 def test_another_packing_prices_its_components_one_by_one():
     """Pivoted: r (m + n - r), the same soft as hard, and the gradient of the soft count is that price."""
     linears = specs([(4, 6), (7, 5)])
-    budget = GateBudget(linears, counts_of(linears), cost=pivoted_cost)
+    budget = budget_of(linears, counts_of(linears), PIVOTED)
     gates = torch.tensor([1.5, 1.2, 0.1, 0.2] + [1.4, 1.3, 1.1, 0.0, 0.2])
     expected = (2 * (10 - 2) + 3 * (12 - 3)) / (24 + 35)
     assert budget.hard_retention(gates, THRESHOLD) == pytest.approx(expected)
@@ -131,14 +145,14 @@ def test_another_packing_prices_its_components_one_by_one():
 
 def test_the_soft_count_of_a_gate_at_the_threshold_is_a_half():
     linears = specs([(4, 6)])
-    budget = GateBudget(linears, [4])
+    budget = budget_of(linears, [4])
     assert float(budget.soft_retention(torch.full((4,), THRESHOLD), THRESHOLD, 0.1)) == pytest.approx(2 * 10 / 24)
 
 
 def test_the_soft_count_may_exceed_one():
     """methods.md 1.4: with every component kept, LLaMA-7B's seven linears cost 1.58 times the dense ones."""
     linears = specs([(4096, 4096)] * 4 + [(11008, 4096)] * 2 + [(4096, 11008)])
-    budget = GateBudget(linears, counts_of(linears))
+    budget = budget_of(linears, counts_of(linears))
     gates = torch.ones(sum(counts_of(linears)))
     assert float(budget.soft_retention(gates, THRESHOLD, 0.02)) == pytest.approx(1.58, abs=0.005)
     assert budget.hard_retention(gates, THRESHOLD) == 1.0
@@ -147,7 +161,7 @@ def test_the_soft_count_may_exceed_one():
 @pytest.mark.parametrize("temperature", [0.3, 0.1])
 def test_gradient_of_the_soft_count_against_finite_differences(temperature):
     linears = specs([(4, 6), (5, 5), (3, 8)])
-    budget = GateBudget(linears, counts_of(linears))
+    budget = budget_of(linears, counts_of(linears))
     gates = torch.linspace(0.1, 1.4, sum(counts_of(linears))).requires_grad_()
     budget.soft_retention(gates, THRESHOLD, temperature).backward()
     assert gates.grad is not None
@@ -164,7 +178,7 @@ def test_gradient_of_the_soft_count_against_finite_differences(temperature):
 @pytest.mark.parametrize("gate", [0.0, 0.4999, 0.5, 1.9])
 def test_ranks_are_at_least_one(gate):
     linears = specs([(4, 6), (5, 5)])
-    budget = GateBudget(linears, counts_of(linears))
+    budget = budget_of(linears, counts_of(linears))
     ranks = budget.ranks(torch.full((9,), gate), THRESHOLD)
     assert ranks.tolist() == ([4, 5] if gate >= THRESHOLD else [1, 1])
 
@@ -182,13 +196,13 @@ def test_hard_retention_is_counted_with_the_dense_cap(problem, threshold):
 @pytest.mark.parametrize(("rank", "stored"), [(1, 10), (2, 20), (3, 24), (4, 24)])
 def test_from_break_even_on_a_linear_costs_m_n(rank, stored):
     """4 x 6 breaks even at 2.4."""
-    budget = GateBudget(specs([(4, 6)]), [4])
+    budget = budget_of(specs([(4, 6)]), [4])
     assert budget.retention_of(torch.tensor([rank], dtype=torch.float64)) == pytest.approx(stored / 24)
 
 
 def test_exactly_at_break_even_is_dense():
     """6 x 6 breaks even at 3, where both ways cost the same."""
-    budget = GateBudget(specs([(6, 6)]), [6])
+    budget = budget_of(specs([(6, 6)]), [6])
     gates = torch.tensor([1.0, 1.0, 1.0, 0.1, 0.1, 0.1])
     assert budget.hard_retention(gates, THRESHOLD) == 1.0
     assert budget.kept(gates, THRESHOLD).all(), "stored dense: nothing is gained by dropping"
@@ -232,7 +246,7 @@ def test_everything_fits(problem, retention):
 
 def test_everything_fits_after_components_were_dropped():
     linears = specs([(8, 8), (8, 8)])
-    budget = GateBudget(linears, [2, 3])
+    budget = budget_of(linears, [2, 3])
     gates = torch.tensor([1.0, 0.9, 0.001, 1.2, 0.3])
     assert budget.threshold_for(gates, 5 * 16 / 128) == 0.0
     assert budget.threshold_for(gates, 5 * 16 / 128 - 1e-6) == pytest.approx((0.001 + 0.3) / 2, rel=1e-5), "between dropped and kept"
@@ -248,7 +262,7 @@ def test_a_budget_below_one_component_each_keeps_one_each(problem):
 
 def test_components_of_negative_gate_are_never_kept_by_a_budget():
     """How the pipeline marks components that no longer exist."""
-    budget = GateBudget(specs([(8, 8)]), [4])
+    budget = budget_of(specs([(8, 8)]), [4])
     gates = torch.tensor([1.0, -1.0, 0.2, -1.0])
     assert budget.threshold_for(gates, 0.6) == 0.0
     assert budget.ranks(gates, 0.0).tolist() == [2]
@@ -264,7 +278,7 @@ def test_what_stays_is_what_is_counted(problem, threshold):
     ranks = [int(x) for x in budget.ranks(gates, threshold)]
     keep = budget.kept(gates, threshold).split(budget.counts)
     for linear, rank, mask, part in zip(linears, ranks, keep, gates.split(budget.counts), strict=True):
-        if is_low_rank(linear.m, linear.n, rank):
+        if pays(linear, rank):
             assert int(mask.sum()) == rank
             assert set(part.topk(rank).indices.tolist()) == set(mask.nonzero().flatten().tolist()), "the best ones"
         else:
@@ -272,19 +286,19 @@ def test_what_stays_is_what_is_counted(problem, threshold):
 
 
 def test_each_linear_keeps_its_best():
-    budget = GateBudget(specs([(8, 8), (8, 8)]), [3, 3])
+    budget = budget_of(specs([(8, 8), (8, 8)]), [3, 3])
     keep = budget.kept(torch.tensor([0.1, 0.3, 0.2, 0.9, 0.1, 0.8]), THRESHOLD)
     assert keep.tolist() == [False, True, False, True, False, True]
 
 
 def test_a_linear_stored_dense_keeps_all():
-    budget = GateBudget(specs([(4, 4), (8, 8)]), [4, 8])
+    budget = budget_of(specs([(4, 4), (8, 8)]), [4, 8])
     gates = torch.tensor([0.9, 0.8, 0.1, 0.1] + [0.9, 0.8, 0.1, 0.1, 0.1, 0.1, 0.1, 0.1])
     assert kept_counts(budget, gates, THRESHOLD) == [4, 2]
 
 
 def test_what_stays_has_no_gradient():
-    budget = GateBudget(specs([(8, 8)]), [4])
+    budget = budget_of(specs([(8, 8)]), [4])
     gates = torch.tensor([0.1, 0.6, 0.7, 0.2], requires_grad=True)
     assert not budget.kept(gates, THRESHOLD).requires_grad
     assert not budget.ranks(gates, THRESHOLD).requires_grad
@@ -292,7 +306,7 @@ def test_what_stays_has_no_gradient():
 
 def test_of_equal_gates_below_the_threshold_one_stays():
     """Equal gates are real: all of them before the first step, and those whose score is below 0 under the clamped identity."""
-    budget = GateBudget(specs([(8, 8), (8, 8)]), [3, 3])
+    budget = budget_of(specs([(8, 8), (8, 8)]), [3, 3])
     gates = torch.tensor([0.0, 0.0, 0.0, 0.9, 0.1, 0.8])
     assert budget.ranks(gates, THRESHOLD).tolist() == [1, 2]
     assert kept_counts(budget, gates, THRESHOLD) == [1, 2]
@@ -308,7 +322,7 @@ def test_equal_gates_stay_as_counted(problem, threshold):
 
 def test_of_equal_gates_the_larger_singular_values_stay():
     """All scores tied, as after AdamW's first steps: the budget is met still, and every linear gives up the same share."""
-    budget = GateBudget(specs([(8, 8), (16, 16)]), [8, 16])
+    budget = budget_of(specs([(8, 8), (16, 16)]), [8, 16])
     gates = torch.full((24,), 0.75)
     threshold = budget.threshold_for(gates, 0.5)
     first, second = budget.kept(gates, threshold).split([8, 16])

@@ -8,18 +8,23 @@ from problems import make
 from torch import Tensor
 
 from specomp.errors import UserError
-from specomp.numerics.factors import GramNorm, LowRankFactors, QuantizedFactors, truncate
+from specomp.numerics.factors import GramNorm, LowRankFactors, truncate
+from specomp.numerics.statistics import Gram, Stats
 from specomp.quantization.factors import FactorQuantizer, rebalanced
 from specomp.quantization.gptq import gptq, inverse_factor
+from specomp.quantization.none import NoQuantizer
 from specomp.quantization.rtn import Spacing, round_to_nearest
-from specomp.numerics.statistics import Gram, Stats
+from specomp.slots import Rounded, Rounding
 
 SHAPES = [(24, 40), (40, 24), (7, 33)]
 GROUPS = [None, 16, 8]
 
 
 def spacing(**changes) -> Spacing:
-    return Spacing(**{"bits": 4, "group_size": None, "symmetric": False, "scale_dtype": torch.float16} | changes)
+    return Spacing(
+        **{"bits": 4, "group_size": None, "symmetric": False, "scale_dtype": torch.float16}
+        | changes
+    )
 
 
 def problem(m: int = 24, n: int = 40, seed: int = 0) -> tuple[Tensor, Tensor]:
@@ -53,11 +58,15 @@ def test_the_grid_is_what_the_published_code_computes():
     """gptq/quant.py: scale (max - min) / 15, zero round(-min / scale), min <= 0 <= max; symmetric: the range is +-max|w|."""
     weight = torch.tensor([[-1.0, 0.5, 2.0, 0.1], [1.0, 2.0, 3.0, 1.5], [0.0, 0.0, 0.0, 0.0]])
     grid = spacing().fit(weight)
-    assert torch.allclose(grid.scales.float().flatten(), torch.tensor([3 / 15, 3 / 15, 1.0]), rtol=1e-3)
+    assert torch.allclose(
+        grid.scales.float().flatten(), torch.tensor([3 / 15, 3 / 15, 1.0]), rtol=1e-3
+    )
     assert grid.zeros is not None
     assert (grid.zeros.flatten() + 8).tolist() == [5, 0, 0]
     symmetric = spacing(symmetric=True).fit(weight)
-    assert torch.allclose(symmetric.scales.float().flatten(), torch.tensor([4 / 15, 6 / 15, 1.0]), rtol=1e-3)
+    assert torch.allclose(
+        symmetric.scales.float().flatten(), torch.tensor([4 / 15, 6 / 15, 1.0]), rtol=1e-3
+    )
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -65,7 +74,13 @@ def test_the_grid_is_what_the_published_code_computes():
 def test_integers_are_recovered_from_values_held_in_the_dtype_of_a_model(dtype, bits):
     weight, gram = problem()
     scale_dtype = torch.float16 if dtype == torch.float32 else dtype
-    rounded = gptq(weight, gram, spacing(bits=bits, group_size=16, scale_dtype=scale_dtype), act_order=True, damping=0.01)
+    rounded = gptq(
+        weight,
+        gram,
+        spacing(bits=bits, group_size=16, scale_dtype=scale_dtype),
+        act_order=True,
+        damping=0.01,
+    )
     assert torch.equal(rounded.grid.integers(rounded.values().to(dtype)), rounded.integers)
 
 
@@ -73,7 +88,9 @@ def test_integers_are_recovered_from_values_held_in_the_dtype_of_a_model(dtype, 
 @pytest.mark.parametrize("group_size", GROUPS)
 def test_eight_bits_lose_nearly_nothing(group_size, act_order):
     weight, gram = problem()
-    rounded = gptq(weight, gram, spacing(bits=8, group_size=group_size), act_order=act_order, damping=0.01)
+    rounded = gptq(
+        weight, gram, spacing(bits=8, group_size=group_size), act_order=act_order, damping=0.01
+    )
     assert loss(rounded, weight, gram) < 0.01 * GramNorm(gram).loss(weight)
 
 
@@ -107,7 +124,9 @@ def test_gptq_equals_its_definition(act_order):
     weight, gram = problem(5, 12)
     settings = spacing()
     rounded = gptq(weight, gram, settings, act_order=act_order, damping=0.01)
-    damped = gram.double() + 0.01 * gram.diagonal().double().mean() * torch.eye(12, dtype=torch.float64)
+    damped = gram.double() + 0.01 * gram.diagonal().double().mean() * torch.eye(
+        12, dtype=torch.float64
+    )
     order = gram.diagonal().argsort(descending=True).tolist() if act_order else list(range(12))
     grid, current, fixed = settings.fit(weight), weight.double(), []
     for j in order:
@@ -115,7 +134,9 @@ def test_gptq_equals_its_definition(act_order):
         rest = [k for k in order if k not in fixed and k != j]
         delta = (column - current[:, j])[:, None]
         if rest:
-            current[:, rest] -= delta @ torch.linalg.solve(damped[rest][:, rest], damped[rest, j])[None]
+            current[:, rest] -= (
+                delta @ torch.linalg.solve(damped[rest][:, rest], damped[rest, j])[None]
+            )
         current[:, j] = column
         fixed.append(j)
     assert torch.allclose(rounded.values().double(), current, atol=1e-4)
@@ -147,8 +168,12 @@ def test_inputs_that_never_occur_are_rounded_to_zero_and_disturb_nothing():
     rounded = gptq(weight, gram, spacing(), act_order=True, damping=0.01)
     assert (rounded.values()[:, 3] == 0).all()
     others = [j for j in range(40) if j != 3]
-    alone = gptq(weight[:, others], gram[others][:, others], spacing(), act_order=True, damping=0.01)
-    assert loss(rounded, weight, gram) == pytest.approx(loss(alone, weight[:, others], gram[others][:, others]), rel=0.05)
+    alone = gptq(
+        weight[:, others], gram[others][:, others], spacing(), act_order=True, damping=0.01
+    )
+    assert loss(rounded, weight, gram) == pytest.approx(
+        loss(alone, weight[:, others], gram[others][:, others]), rel=0.05
+    )
 
 
 def test_what_is_not_finite_is_refused():
@@ -160,7 +185,14 @@ def test_what_is_not_finite_is_refused():
 
 
 def quantizer(**changes) -> FactorQuantizer:
-    settings = {"algorithm": "gptq", "bits": 4, "group_size": 16, "symmetric": True, "act_order": True, "damping": 0.01}
+    settings = {
+        "algorithm": "gptq",
+        "bits": 4,
+        "group_size": 16,
+        "symmetric": True,
+        "act_order": True,
+        "damping": 0.01,
+    }
     return FactorQuantizer(**settings | {"order": "faithful", "rebalance": False} | changes)
 
 
@@ -168,39 +200,92 @@ def factors(rank: int = 21) -> tuple[LowRankFactors, Stats]:
     """Unbalanced factors of a 24 x 40 weight, and the statistics of its inputs."""
     made = make(24, 40, rank, 1, 200)
     U, s, Vt = torch.linalg.svd(made.W.float(), full_matrices=False)
-    return LowRankFactors(U[:, :rank] * s[:rank] * torch.logspace(0, 1, rank), Vt[:rank]), Stats({Gram(): made.gram.float()})
+    return LowRankFactors(U[:, :rank] * s[:rank] * torch.logspace(0, 1, rank), Vt[:rank]), Stats(
+        {Gram(): made.gram.float()}
+    )
 
 
-def product_loss(found: LowRankFactors, exact: LowRankFactors, stats: Stats) -> float:
-    return GramNorm(stats[Gram()].double()).loss((found.product() - exact.product()).double())
+def pair_rounded(
+    exact: LowRankFactors,
+    stats: Stats,
+    dtype: torch.dtype = torch.float32,
+    *,
+    by: Rounding | None = None,
+    **changes,
+) -> tuple[Rounded, Rounded]:
+    """(Vt, U), as a form of two factors has them rounded."""
+    by = by or quantizer(**changes)
+    return by((exact.Vt, exact.U), stats, dtype, free_basis=True)
+
+
+def product_loss(found: tuple[Rounded, Rounded], exact: LowRankFactors, stats: Stats) -> float:
+    Vt, U = found
+    return GramNorm(stats[Gram()].double()).loss((U.values @ Vt.values - exact.product()).double())
 
 
 def test_factors_are_rounded_each_with_what_it_sees():
     exact, stats = factors()
-    found = quantizer()(exact, stats, torch.float32)
-    assert isinstance(found, QuantizedFactors)
+    Vt, U = pair_rounded(exact, stats)
     G, V = stats[Gram()].double(), exact.Vt.double().T
-    for part, weight, gram in ((found.U, exact.U, V.T @ G @ V), (found.Vt, exact.Vt, G)):
-        alone = gptq(weight, gram, spacing(group_size=16, symmetric=True), act_order=True, damping=0.01)
-        assert torch.allclose(part, alone.values(), atol=1e-5)
-    assert found.grids[0].scales.shape == (24, 2) and found.grids[1].scales.shape == (21, 3)
-    assert found.damping == 0.01
+    for part, weight, gram in ((U, exact.U, V.T @ G @ V), (Vt, exact.Vt, G)):
+        alone = gptq(
+            weight, gram, spacing(group_size=16, symmetric=True), act_order=True, damping=0.01
+        )
+        assert torch.allclose(part.values, alone.values(), atol=1e-5)
+        assert part.damping == 0.01
+        assert part.values.dtype == torch.float32
+        assert torch.equal(part.grid.values(part.grid.integers(part.values)), part.values)
+    assert U.grid.scales.shape == (24, 2) and Vt.grid.scales.shape == (21, 3)
+    assert U.grid.spec == Vt.grid.spec == quantizer().grid
+
+
+def test_a_matrix_alone_and_a_chain_of_three_see_what_comes_before():
+    """Whatever is applied one after the other: the first sees the inputs, each other one what the one
+    before gives."""
+    exact, stats = factors()
+    third = torch.randn(5, 24, generator=torch.Generator().manual_seed(0))
+    chain = (exact.Vt, exact.U, third)
+    found = quantizer()(chain, stats, torch.float32, free_basis=False)
+    alone = quantizer()((exact.Vt,), stats, torch.float32, free_basis=False)
+    assert torch.equal(found[0].values, alone[0].values)
+    seen = stats[Gram()].double()
+    for part, weight in zip(found, chain, strict=True):
+        expected = gptq(
+            weight, seen, spacing(group_size=16, symmetric=True), act_order=True, damping=0.01
+        )
+        assert torch.allclose(part.values, expected.values(), atol=1e-5)
+        seen = weight.double() @ seen @ weight.double().T
+
+
+def test_only_a_free_basis_is_rebalanced():
+    """Pivot rows and coefficients are what they are: in another basis they would be other rows."""
+    exact, stats = factors()
+    settings = {"algorithm": "rtn", "rebalance": True}
+    free = pair_rounded(exact, stats, **settings)
+    fixed = quantizer(**settings)((exact.Vt, exact.U), stats, torch.float32, free_basis=False)
+    plain = pair_rounded(exact, stats, algorithm="rtn")
+    assert all(torch.equal(a.values, b.values) for a, b in zip(fixed, plain, strict=True))
+    assert not torch.equal(free[0].values, plain[0].values)
+    best = pair_rounded(rebalanced(exact), stats, algorithm="rtn")
+    assert all(torch.equal(a.values, b.values) for a, b in zip(free, best, strict=True))
 
 
 def test_whitened_factors_leave_gptq_nothing_to_do_for_u():
     """Components that are orthogonal in the Gram norm do not mix: the Hessian of U is diagonal."""
     made = make(24, 40, 11, 1, 200)
     exact, stats = truncate(GramNorm(made.gram).decompose(made.W), 11), Stats({Gram(): made.gram})
-    found = {x: quantizer(algorithm=x)(exact, stats, torch.float32) for x in ("gptq", "rtn")}
-    assert torch.equal(found["gptq"].U, found["rtn"].U)
-    assert not torch.equal(found["gptq"].Vt, found["rtn"].Vt)
+    (Vt, U), (nearest_Vt, nearest_U) = (
+        pair_rounded(exact, stats, algorithm=x) for x in ("gptq", "rtn")
+    )
+    assert torch.equal(U.values, nearest_U.values)
+    assert not torch.equal(Vt.values, nearest_Vt.values)
 
 
 def test_sequential_shows_u_what_the_rounded_vt_gives():
     exact, stats = factors()
-    faithful, sequential = (quantizer(order=x)(exact, stats, torch.float32) for x in ("faithful", "sequential"))
-    assert torch.equal(faithful.Vt, sequential.Vt)
-    assert not torch.equal(faithful.U, sequential.U)
+    faithful, sequential = (pair_rounded(exact, stats, order=x) for x in ("faithful", "sequential"))
+    assert torch.equal(faithful[0].values, sequential[0].values)
+    assert not torch.equal(faithful[1].values, sequential[1].values)
 
 
 def test_rebalanced_factors_have_the_same_product_and_equal_sides():
@@ -209,25 +294,52 @@ def test_rebalanced_factors_have_the_same_product_and_equal_sides():
     assert torch.allclose(found.product(), exact.product(), rtol=1e-4, atol=1e-4)
     assert torch.allclose(found.U.norm(dim=0), found.Vt.norm(dim=1), rtol=1e-4)
     left = found.U.T @ found.U
-    assert torch.allclose(left, torch.diag(left.diagonal()), atol=1e-3 * float(left.diagonal().max()))
+    assert torch.allclose(
+        left, torch.diag(left.diagonal()), atol=1e-3 * float(left.diagonal().max())
+    )
     assert (left.diagonal().diff() <= 1e-3).all()
 
 
 @pytest.mark.parametrize("rebalance", [True, False])
 def test_gptq_of_factors_beats_the_nearest(rebalance):
     exact, stats = factors()
-    found = {x: quantizer(algorithm=x, rebalance=rebalance)(exact, stats, torch.float32) for x in ("gptq", "rtn")}
+    found = {
+        x: pair_rounded(exact, stats, algorithm=x, rebalance=rebalance) for x in ("gptq", "rtn")
+    }
     assert product_loss(found["gptq"], exact, stats) < product_loss(found["rtn"], exact, stats)
 
 
-def test_scales_are_in_the_16_bits_of_the_model():
+@pytest.mark.parametrize(
+    ("dtype", "expected"),
+    [
+        (torch.float32, torch.float16),
+        (torch.float16, torch.float16),
+        (torch.bfloat16, torch.bfloat16),
+    ],
+)
+def test_scales_are_in_the_16_bits_of_the_model(dtype, expected):
     exact, stats = factors()
-    for dtype, expected in ((torch.float32, torch.float16), (torch.float16, torch.float16), (torch.bfloat16, torch.bfloat16)):
-        assert {x.scales.dtype for x in quantizer()(exact, stats, dtype).grids} == {expected}
+    assert {x.grid.scales.dtype for x in pair_rounded(exact, stats, dtype)} == {expected}
 
 
 def test_only_gptq_needs_inputs():
     assert quantizer().needs == {Gram()}
     assert quantizer(algorithm="rtn").needs == frozenset()
     exact, _ = factors()
-    assert isinstance(quantizer(algorithm="rtn")(exact, Stats({}), torch.float32), QuantizedFactors)
+    for part in pair_rounded(exact, Stats({}), algorithm="rtn"):
+        assert part.grid is not None
+        assert part.damping == 0
+
+
+def test_without_a_quantizer_every_number_stays():
+    exact, _ = factors()
+    assert NoQuantizer().grid is None and NoQuantizer().needs == frozenset()
+    Vt, U = pair_rounded(exact, Stats({}), by=NoQuantizer())
+    assert Vt.values is exact.Vt and U.values is exact.U
+    assert [(x.grid, x.damping) for x in (Vt, U)] == [(None, 0), (None, 0)]
+
+
+def test_more_damping_than_asked_for_is_said():
+    assert quantizer().notes([0.01, 0.01]) == []
+    (note,) = quantizer().notes([0.01, 0.011, 0.02])
+    assert note.startswith("GPTQ of 2 linears needed more damping than 0.01, at most 2.0e-02")

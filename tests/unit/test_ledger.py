@@ -6,9 +6,11 @@ import pytest
 import torch
 from tiny import FAMILY_NAMES, tiny_model
 
-from specomp.compression.ledger import ledger, measure
+from specomp.compression.ledger import Ledger, ledger, measure
+from specomp.forms.factors import LowRankLinear
+from specomp.forms.prices import Bits, Numbers
 from specomp.models.families import family_of
-from specomp.models.modules import LowRankLinear, replace_linear
+from specomp.models.modules import replace_linear
 
 
 def counted(model) -> tuple[int, int]:
@@ -77,18 +79,49 @@ def test_bytes_follow_the_dtype():
     single, half = measure(model, linears), measure(model.to(torch.bfloat16), linears)
     assert half.model_params == single.model_params
     assert 2 * half.model_bytes == single.model_bytes
+    assert 2 * half.linear_bits == single.linear_bits == 32 * single.linear_params
 
 
-def test_ledger_compares_and_serializes():
+def compressed():
+    """Counts of a dense model and of the same with every linear at rank 4, and its linears."""
     model = tiny_model("llama")
     linears = family_of(model.config).linears(model)
     dense = measure(model, linears)
     for x in linears:
         U, Vt = torch.randn(x.m, 4), torch.randn(4, x.n)
         replace_linear(model, x.name, LowRankLinear.from_factors(U, Vt, None, dtype=torch.float32, device="cpu"))
-    result = ledger(0.3, dense, measure(model, linears))
+    return dense, measure(model, linears), linears
+
+
+def test_ledger_compares_and_serializes():
+    dense, small, linears = compressed()
+    result = ledger(Numbers(compression=0.7), dense, small)
     retention = sum(4 * (x.m + x.n) for x in linears) / sum(x.m * x.n for x in linears)
+    assert result.target_retention == pytest.approx(0.3)
+    assert (result.target_compression, result.target_bits) == (0.7, None)
     assert result.measured_retention == pytest.approx(retention)
     assert result.deviation == pytest.approx(retention / 0.3 - 1)
     assert result.measured_retention < result.measured_retention_model < 1
-    assert json.loads(json.dumps(result.as_dict()))["compressed"]["linear_params"] == result.compressed.linear_params
+    stored = json.loads(json.dumps(result.as_dict()))
+    assert stored["compressed"]["linear_params"] == result.compressed.linear_params
+    assert "target_bits" not in stored, "what is unknown is left out"
+    assert Ledger.from_dict(stored) == result
+
+
+def test_a_budget_of_bits_is_compared_in_bits():
+    dense, small, linears = compressed()
+    result = ledger(Bits(bits=10), dense, small)
+    spent = 32 * sum(4 * (x.m + x.n) for x in linears) / sum(x.m * x.n for x in linears)
+    assert result.target_retention == pytest.approx(10 / 32)
+    assert (result.target_bits, result.target_compression) == (10, None)
+    assert result.measured_bits == pytest.approx(spent)
+    assert result.deviation == pytest.approx(spent / 10 - 1)
+    assert Ledger.from_dict(json.loads(json.dumps(result.as_dict()))) == result
+
+
+def test_without_a_budget_everything_is_kept():
+    dense, _, _ = compressed()
+    result = ledger(None, dense, dense, num_linears=3, num_dense=3)
+    assert result.target_retention == result.measured_retention == 1
+    assert (result.target_compression, result.deviation) == (0, 0)
+    assert (result.num_linears, result.num_dense) == (3, 3)

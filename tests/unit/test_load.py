@@ -11,11 +11,12 @@ from tiny import CONTEXT, tiny_model, tiny_tokenizer
 
 from specomp.cache import Cache
 from specomp.errors import UserError
+from specomp.forms.factors import LowRankLinear
 from specomp.models import files
-from specomp.models.export import save_compressed
 from specomp.models.families import family_of
+from specomp.models.modules import replace_linear
+from specomp.models.save import save_compressed
 from specomp.models.sources import LocalModel
-from specomp.models.modules import LowRankLinear, replace_linear
 
 PLACE = {"device": "cpu", "device_map": None}
 

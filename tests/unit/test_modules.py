@@ -1,11 +1,16 @@
-"""LowRankLinear and replace_linear."""
+"""LowRankLinear, what every substitute has, and replace_linear."""
+
+import json
 
 import pytest
 import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from specomp.models.modules import GatedLinear, LowRankLinear, replace_linear
+from specomp.forms.factors import LowRankLinear
+from specomp.forms.pivoted import PivotedLinear
+from specomp.models.modules import replace_linear, weight_of
+from specomp.training.gated import GatedLinear
 
 M, N, RANK = 6, 10, 3
 
@@ -59,6 +64,33 @@ def test_merged_weight_multiplies_in_float32():
 
 def test_repr_says_the_rank():
     assert "in_features=10, out_features=6, rank=3, bias=True" in repr(LowRankLinear(N, M, RANK, bias=True))
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("kind", [LowRankLinear, PivotedLinear])
+def test_its_arguments_make_a_module_of_the_same_shapes(kind, bias):
+    module = kind(N, M, RANK, bias=bias)
+    again = kind(**module.arguments(), dtype=torch.float32, device="cpu")
+    again.load_state_dict(module.state_dict())
+    x = torch.randn(2, N)
+    assert torch.equal(again(x), module(x))
+    assert json.loads(json.dumps(module.arguments())) == module.arguments()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
+def test_the_weight_as_it_acts_is_that_of_the_outputs(dtype):
+    wide = torch.promote_types(dtype, torch.float32)
+    eye = torch.eye(N, dtype=dtype)
+    for module in (
+        nn.Linear(N, M, dtype=dtype),
+        LowRankLinear(N, M, RANK, bias=True, dtype=dtype),
+        PivotedLinear(N, M, RANK, bias=True, dtype=dtype),
+    ):
+        weight = weight_of(module)
+        assert weight.dtype == wide
+        assert not weight.requires_grad
+        out = (module(eye) - module(0 * eye)).T.to(wide)
+        assert torch.allclose(weight, out, atol=5e-2 if dtype == torch.bfloat16 else 1e-6)
 
 
 @pytest.mark.parametrize("training", [True, False])

@@ -8,19 +8,20 @@ import torch
 from safetensors import safe_open
 from tiny import tiny_model, tiny_tokenizer
 from transformers import AutoModelForCausalLM
+from units import Known
 
 import specomp
-from specomp.errors import UserError
-from specomp.numerics.factors import LowRankFactors
 from specomp.compression.ledger import measure
-from specomp.methods.svd import Factors
-from specomp.models.export import low_rank_linears, save_compressed
+from specomp.errors import UserError
+from specomp.forms.factors import Factors
+from specomp.forms.pivoted import Pivoted
 from specomp.models.families import family_of
 from specomp.models.load import cast_weights
-from specomp.models.packed import grid_linears
 from specomp.models.modules import replace_linear
+from specomp.models.packed import grid_linears
+from specomp.models.save import save_compressed, substitutes
+from specomp.numerics.factors import LowRankFactors
 from specomp.quantization.factors import FactorQuantizer
-from specomp.numerics.statistics import Stats
 
 IDS = torch.arange(3, 23)[None]
 KINDS = {
@@ -34,8 +35,8 @@ KINDS = {
 }
 
 
-def quantized(name: str, *, dtype: torch.dtype = torch.float32, every: int = 1, **changes):
-    """A tiny model with rounded factors of odd ranks."""
+def quantized(name: str, *, dtype: torch.dtype = torch.float32, every: int = 1, form=Factors(), **changes):
+    """A tiny model with rounded factors of odd ranks, or with another form of them."""
     settings = {"algorithm": "rtn", "bits": 4, "act_order": False, "damping": 0.0, "order": "faithful", "rebalance": False}
     quantizer = FactorQuantizer(**settings | changes)
     model = cast_weights(tiny_model(name), dtype)
@@ -43,8 +44,10 @@ def quantized(name: str, *, dtype: torch.dtype = torch.float32, every: int = 1, 
         if index % every == 0:
             linear, rank = model.get_submodule(spec.name), 7 + index % 4
             U, s, Vt = torch.linalg.svd(linear.weight.detach().float(), full_matrices=False)
-            factors = quantizer(LowRankFactors(U[:, :rank] * s[:rank], Vt[:rank]), Stats({}), dtype)
-            replace_linear(model, spec.name, Factors()(linear, factors))
+            evidence = Known(
+                pair=LowRankFactors(U * s, Vt), own_bias=linear.bias, rounding=quantizer, dtype=dtype
+            )
+            replace_linear(model, spec.name, form.module(spec, rank, evidence))
     return model
 
 
@@ -71,9 +74,11 @@ def bytes_on_disk(folder) -> int:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("name", ["llama_gqa", "opt"])
-def test_reloads_bit_for_bit_and_is_as_large_as_counted(export, name, kind, dtype):
-    model = quantized(name, dtype=dtype, every=2, **KINDS[kind])
+@pytest.mark.parametrize(
+    ("name", "form"), [("llama_gqa", Factors()), ("opt", Factors()), ("opt", Pivoted(max_growth=1.5))]
+)
+def test_reloads_bit_for_bit_and_is_as_large_as_counted(export, name, form, kind, dtype):
+    model = quantized(name, dtype=dtype, every=2, form=form, **KINDS[kind])
     linears = family_of(model.config).linears(model)
     folder, size = export(model), measure(model, linears)
     assert size.model_bytes == bytes_on_disk(folder)
@@ -86,7 +91,7 @@ def test_reloads_bit_for_bit_and_is_as_large_as_counted(export, name, kind, dtyp
     assert by_specomp.dtype == dtype
     assert measure(by_specomp, linears) == size
     before, after = grid_linears(model), grid_linears(by_specomp)
-    assert before.keys() == after.keys() and len(before) == 2 * len(low_rank_linears(model))
+    assert before.keys() == after.keys() and len(before) == 2 * len(substitutes(model))
     for key, module in before.items():
         assert torch.equal(module.grid.scales, after[key].grid.scales)
         assert torch.equal(module.weight, after[key].weight)

@@ -35,6 +35,8 @@ class CharacterTokenizer:
 class FakeText:
     """A corpus in memory."""
 
+    split, max_documents = "test", None
+
     def __init__(self, text: str) -> None:
         self.name, self._text = "fake", text
 
@@ -204,7 +206,7 @@ def test_token_file_messages(model: LlamaForCausalLM, tmp_path: Path) -> None:
 def test_suite_checks_its_parts() -> None:
     with pytest.raises(UserError, match="measures fake@1:32xall:.* twice"):
         Suite(name="s", parts={"a": make(), "b": make()}).validate(64)
-    with pytest.raises(UserError, match=r"benchmark.parts.a of suite s is a int, not a benchmark"):
+    with pytest.raises(UserError, match=r"benchmark.parts.a is a int, which is no Benchmark: it lacks"):
         Suite(name="s", parts={"a": 3}).validate(64)
     with pytest.raises(UserError, match="do not fit"):
         Suite(name="s", parts={"a": make()}).validate(16)

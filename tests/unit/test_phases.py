@@ -8,7 +8,8 @@ import pytest
 from pydantic import ValidationError
 
 from specomp.methods.soco import Recovery
-from specomp.training.phases import Convergence, Cosine, Phase, PhaseSchedule
+from specomp.training.phases import Convergence, Cosine, Phase
+from specomp.training.schedule import PhaseSchedule
 
 RATES = {"scores": 0.05, "deviation": 0.002}
 

@@ -6,13 +6,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny import tiny_model
 from torch import Tensor, nn
+from units import Known, unit
 
-from specomp.numerics.factors import LowRankFactors
 from specomp.compression.ledger import measure
-from specomp.forms.pivoted import Pivoted, pivot_rows
-from specomp.methods.svd import Factors
+from specomp.forms.factors import Factors
+from specomp.forms.pivoted import Pivoted, PivotedLinear, pivot_rows
+from specomp.forms.prices import numbers
 from specomp.models.families import family_of
-from specomp.models.modules import PivotedLinear, replace_linear
+from specomp.models.modules import Substitute, replace_linear
+from specomp.numerics.factors import LowRankFactors
+from specomp.slots import Form
 
 PACK = Pivoted(max_growth=1.5)
 examples = settings(deadline=None, max_examples=60, derandomize=True, database=None)
@@ -22,12 +25,28 @@ def randn(*shape: int, seed: int = 0) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
-def pack(U: Tensor, Vt: Tensor, *, dtype: torch.dtype = torch.float64, bias: bool = False) -> PivotedLinear:
-    linear = nn.Linear(Vt.shape[1], len(U), bias=bias, dtype=dtype)
-    packed = PACK(linear, LowRankFactors(U, Vt))
+def stored(
+    form: Form,
+    U: Tensor,
+    Vt: Tensor,
+    *,
+    dtype: torch.dtype = torch.float64,
+    bias: Tensor | None = None,
+) -> Substitute:
+    """What a form makes of these factors."""
+    x = unit("x", len(U), Vt.shape[1])
+    evidence = Known(pair=LowRankFactors(U, Vt), own_bias=bias, dtype=dtype)
+    return form.fit(x, U.shape[1], evidence)["x"]
+
+
+def pack(
+    U: Tensor, Vt: Tensor, *, dtype: torch.dtype = torch.float64, bias: bool = False
+) -> PivotedLinear:
+    own = randn(len(U), seed=7).to(dtype) if bias else None
+    packed = stored(PACK, U, Vt, dtype=dtype, bias=own)
     assert isinstance(packed, PivotedLinear)
-    assert (packed.bias is None) is (linear.bias is None)
-    assert not bias or torch.equal(packed.bias, linear.bias)
+    assert (packed.bias is None) is (own is None)
+    assert own is None or torch.equal(packed.bias, own)
     return packed
 
 
@@ -36,7 +55,9 @@ def factors(draw) -> tuple[Tensor, Tensor]:
     m, n = draw(st.integers(2, 40)), draw(st.integers(1, 40))
     rank, seed = draw(st.integers(1, min(m - 1, n))), draw(st.integers(0, 999))
     # Components of very unequal size, as factors of activations are.
-    U = randn(m, rank, seed=seed) * torch.logspace(0, -draw(st.integers(0, 7)), rank, dtype=torch.float64)
+    U = randn(m, rank, seed=seed) * torch.logspace(
+        0, -draw(st.integers(0, 7)), rank, dtype=torch.float64
+    )
     return U, randn(rank, n, seed=seed + 1)
 
 
@@ -47,15 +68,17 @@ def test_exact_in_as_many_numbers_as_there_are_degrees_of_freedom(pair):
     (m, rank), n = U.shape, Vt.shape[1]
     packed = pack(U, Vt)
     assert float((packed.merged_weight() - U @ Vt).norm()) <= 1e-12 * float((U @ Vt).norm())
-    assert sum(p.numel() for p in packed.parameters()) == rank * (m + n - rank) == PACK.stored(m, n, rank)
+    count = sum(p.numel() for p in packed.parameters())
+    assert count == rank * (m + n - rank) == numbers(PACK.parts(unit("x", m, n), rank))
     assert packed.growth() <= 1.5
+    assert PACK.facts(packed) == {"growth": packed.growth()}
     assert sorted(packed.order.tolist()) == list(range(m))
 
 
 @examples
 @given(factors())
 def test_every_component_is_kept_to_its_own_precision(pair):
-    """Small components matter where inputs excite them: the rows of W' span exactly the rows of Vt."""
+    """Small components matter where inputs excite them: W' has exactly the rows of Vt."""
     U, Vt = pair
     packed = pack(U, torch.eye(U.shape[1], dtype=torch.float64))
     assert bool(((packed.merged_weight() - U).norm(dim=0) <= 1e-11 * float(U.norm())).all())
@@ -86,17 +109,19 @@ def test_forward_is_the_merged_weight(bias):
 @pytest.mark.parametrize("m", [40, 400])
 def test_low_precision_costs_about_what_it_costs_two_factors(m):
     U, Vt = randn(m, m // 4), randn(m // 4, 60, seed=1)
-    linear, errors = nn.Linear(60, m, bias=False, dtype=torch.bfloat16), {}
-    for packing in (Factors(), PACK):
-        weight = packing(linear, LowRankFactors(U, Vt)).merged_weight().double()
-        errors[type(packing).__name__] = float((weight - U @ Vt).norm() / (U @ Vt).norm())
+    errors = {}
+    for form in (Factors(), PACK):
+        weight = stored(form, U, Vt, dtype=torch.bfloat16).merged_weight().double()
+        errors[type(form).__name__] = float((weight - U @ Vt).norm() / (U @ Vt).norm())
     assert errors["Pivoted"] <= 4 * errors["Factors"] <= 0.02
 
 
 def test_lu_alone_would_grow_and_exchanges_do_not():
     """Kahan-like rows: |C| of partial pivoting grows with the rank."""
     rank = 12
-    lower = torch.eye(rank, dtype=torch.float64) - torch.ones(rank, rank, dtype=torch.float64).tril(-1)
+    lower = torch.eye(rank, dtype=torch.float64) - torch.ones(rank, rank, dtype=torch.float64).tril(
+        -1
+    )
     U = torch.cat([lower, torch.ones(3, rank, dtype=torch.float64)])
     for limit in (1.01, 1.5, 4.0):
         pivots, others, C = pivot_rows(U, limit)
@@ -130,12 +155,23 @@ def test_the_ledger_counts_the_index_in_bytes(name):
     model = tiny_model(name)
     linears = family_of(model.config).linears(model)
     before, x = measure(model, linears), linears[0]
-    packed = Pivoted(max_growth=1.5)(model.get_submodule(x.name), LowRankFactors(randn(x.m, 3), randn(3, x.n)))
+    bias = model.get_submodule(x.name).bias
+    packed = stored(PACK, randn(x.m, 3), randn(3, x.n), dtype=torch.float32, bias=bias)
     replace_linear(model, x.name, packed)
     after, saved = measure(model, linears), x.m * x.n - 3 * (x.m + x.n - 3)
-    assert before.linear_params - after.linear_params == before.model_params - after.model_params == saved
+    assert (
+        before.linear_params - after.linear_params
+        == before.model_params - after.model_params
+        == saved
+    )
     assert before.macs_per_token - after.macs_per_token == saved
     assert before.model_bytes - after.model_bytes == 4 * saved - 4 * x.m
+    assert before.linear_bits - after.linear_bits == 8 * (4 * saved - 4 * x.m)
     state = {value.data_ptr(): value for value in model.state_dict().values()}.values()
     assert after.model_bytes == sum(value.numel() * value.element_size() for value in state)
     assert [y.name for y in family_of(model.config).linears(model)] == [y.name for y in linears]
+
+
+def test_a_note_says_how_large_the_coefficients_became():
+    facts = {"a": {"growth": 1.25}, "b": {"growth": 1.5}}
+    assert PACK.notes(facts, 3) == ["2 of 3 linears are pivoted, with coefficients up to 1.50"]

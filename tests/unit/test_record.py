@@ -7,6 +7,7 @@ import math
 import time
 
 import pytest
+from ledgers import HALF, SIZE, made_ledger
 
 from specomp.errors import UserError
 from specomp.experiment.record import SCHEMA, Record, RecordStore, peak_memory, provenance, read_record, record_key
@@ -22,7 +23,7 @@ def full_record(**changes) -> Record:
         "identity": {"model": {"source": "random"}, "compression": 0.4},
         "config": {"overrides": ["method=svd"]},
         "calibration": {"hash": "h"},
-        "ledger": {"target_retention": 0.6, "measured_retention": 0.5875},
+        "ledger": made_ledger(measured_retention=0.5875, norm_error=1 / 3),
         "metrics": {"wikitext2@1": {"ppl": 14.75, "tokens": 100.0}, "piqa@1": {"acc": 1 / 3}},
         "dense_metrics": {"wikitext2@1": {"ppl": 7.0}},
         "seconds": {"compress": 1.5},
@@ -43,6 +44,32 @@ def test_round_trip_keeps_everything_to_the_last_bit(store):
     assert store.load(KEY) == record
     assert store.all() == [record]
     assert store.path(KEY).name == f"{KEY[:12]}.json"
+
+
+def test_a_ledger_is_stored_as_names_and_numbers(store):
+    """What is unknown is left out; a record without one has none, and says so where one is needed."""
+    store.save(full_record())
+    content = json.loads(store.path(KEY).read_text())["ledger"]
+    assert content["dense"] == SIZE | {"linear_bits": 0}
+    assert content["norm_error"] == 1 / 3
+    assert not {"target_bits", "compensation_gain"} & set(content)
+    store.save(full_record(ledger=None))
+    assert json.loads(store.path(KEY).read_text())["ledger"] == {}
+    assert store.load(KEY) == full_record(ledger=None)
+    with pytest.raises(AssertionError, match=f"{KEY[:12]} has no ledger"):
+        _ = store.load(KEY).counted
+
+
+def test_a_ledger_of_the_first_records_is_read(store):
+    """They did not tell what was held in memory from what a folder stores, nor count bits."""
+    store.save(full_record())
+    content = json.loads(store.path(KEY).read_text())
+    for size in ("dense", "compressed"):
+        del content["ledger"][size]["held_bytes"], content["ledger"][size]["linear_bits"]
+    store.path(KEY).write_text(json.dumps(content))
+    found = store.load(KEY).counted
+    assert found.compressed.held_bytes == HALF["model_bytes"]
+    assert found == made_ledger(measured_retention=0.5875, norm_error=1 / 3)
 
 
 def test_a_perplexity_that_overflowed_survives_the_round_trip(store):

@@ -15,7 +15,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
 
 from specomp.numerics.gates import two_sigmoid
-from specomp.models.modules import GatedLinear
+from specomp.training.gated import GatedLinear
 from specomp.training.sharded import Shards, restorer
 
 WIDTH, INNER, RANK = 6, 9, 5  # shares of 5 and 9 rows are uneven

@@ -8,11 +8,18 @@ from pydantic import ValidationError
 from running import CONF
 from torch import Tensor, nn
 
+from specomp.methods.soco import (
+    AlternatingOptimization,
+    CoarseCompression,
+    Recovery,
+    Sparsification,
+    excess,
+    polarization,
+)
+from specomp.methods.spectrum import SpectrumTraining
 from specomp.numerics.factors import GramNorm
 from specomp.numerics.gates import MAPPINGS
-from specomp.methods.soco import AlternatingOptimization, CoarseCompression, Recovery, Sparsification, excess, polarization
-from specomp.methods.spectrum import SpectrumTraining
-from specomp.models.modules import GatedLinear
+from specomp.training.gated import GatedLinear
 from specomp.training.phases import LossTerms
 
 PLAIN = {"steps": 10, "until": None, "prune_margin": None}

@@ -4,21 +4,18 @@ import io
 import math
 
 import pytest
+from ledgers import made_ledger
 from rich.console import Console
 
 from specomp.experiment.record import Record
 from specomp.experiment.summary import label, rows, show, shown
-
-SIZE = {"linear_params": 1000, "model_params": 2000, "model_bytes": 8000, "macs_per_token": 1500}
-HALF = {"linear_params": 588, "model_params": 1588, "model_bytes": 6352, "macs_per_token": 1088}
 
 
 def record(**changes) -> Record:
     fields = {
         "key": "abcdef0123456789",
         "choices": {"model": "tiny_llama", "method": "svd"},
-        "ledger": {"target_retention": 0.6, "target_compression": 0.4, "measured_retention": 0.588, "num_linears": 21}
-        | {"dense": SIZE, "compressed": HALF},
+        "ledger": made_ledger(),
         "metrics": {"wikitext2@1": {"ppl": 14.756, "nll": 2.69, "tokens": 2048.0}},
         "dense_metrics": {"wikitext2@1": {"ppl": 7.378}},
         "seconds": {"load": 0.1, "compress": 12.4},

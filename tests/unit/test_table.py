@@ -7,6 +7,7 @@ import subprocess
 import sys
 
 import pytest
+from ledgers import made_ledger
 
 from specomp.errors import UserError
 from specomp.experiment.record import Record, RecordStore, record_key
@@ -20,12 +21,12 @@ def record(method="svd", compression=0.4, ppl=12.345, *, model="llama", override
         status=status,
         choices={"model": model, "method": method, "calibration": "wikitext2"},
         config={"overrides": list(overrides)},
-        ledger={
-            "target_retention": 1 - compression,
-            "measured_retention": 0.98 * (1 - compression),
-            "target_compression": compression,
-            "compressed": {"model_bytes": 1000},
-        },
+        ledger=made_ledger(
+            target_retention=1 - compression,
+            measured_retention=0.98 * (1 - compression),
+            target_compression=compression,
+            compressed={"model_bytes": 1000},
+        ),
         metrics=metrics,
         seconds={"load": 100.0, "calibrate": 2.0, "allocate": 0.5, "compress": 3.0, "evaluate": 50.0},
     )
@@ -74,7 +75,7 @@ def test_a_training_is_priced_even_where_it_came_from_the_cache():
 
 def test_packings_are_never_beside_each_other_without_a_label():
     pivoted = record("specomp")
-    pivoted.ledger["packing"] = "pivoted"
+    pivoted.ledger = made_ledger(packing="pivoted")
     rows = [flatten(record()), flatten(pivoted)]
     assert [cell(row, "packing") for row in rows] == ["factors", "pivoted"]
     assert "packing" in default_columns(rows)

@@ -4,7 +4,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from running import make_setup
+from running import make_run
 from tiny import FAMILY_NAMES
 from torch import Tensor, nn
 
@@ -126,41 +126,41 @@ def test_the_soft_cap_bounds_the_logits():
 
 @pytest.mark.parametrize("family_name", FAMILY_NAMES)
 def test_its_states_and_head_are_the_dense_models(cache, family_name):
-    setup = make_setup(family_name, cache, num_samples=3, batch_size=2)
-    teacher = TeacherStates(setup)
+    run = make_run(family_name, cache, num_samples=3, batch_size=2)
+    teacher = TeacherStates(run)
     with torch.no_grad():
         for index in range(3):
-            ids = setup.samples.tokens[index : index + 1]
-            hidden = setup.family.decoder(setup.model)(input_ids=ids, use_cache=False).last_hidden_state
+            ids = run.samples.tokens[index : index + 1]
+            hidden = run.family.decoder(run.model)(input_ids=ids, use_cache=False).last_hidden_state
             assert (teacher([index]) - hidden).abs().max() <= 1e-5
-            logits = setup.model(input_ids=ids).logits
-            assert (head_of(setup.model)(teacher([index])) - logits).abs().max() <= 1e-4
+            logits = run.model(input_ids=ids).logits
+            assert (head_of(run.model)(teacher([index])) - logits).abs().max() <= 1e-4
     assert teacher([2, 0]).shape == (2, 24, 32)
     assert torch.equal(teacher([2, 0])[1], teacher([0])[0]), "in the order asked for"
 
 
 def test_it_is_computed_once(cache):
-    setup = make_setup("llama", cache)
-    first = TeacherStates(setup)([0, 4])
-    replace_linear(setup.model, setup.linears[0].name, nn.Identity())  # no longer dense: nothing may be computed
-    again = TeacherStates(setup)
+    run = make_run("llama", cache)
+    first = TeacherStates(run)([0, 4])
+    replace_linear(run.model, run.linears[0].name, nn.Identity())  # no longer dense: nothing may be computed
+    again = TeacherStates(run)
     assert torch.equal(again([0, 4]), first)
     assert (cache.hits["teacher"], cache.misses["teacher"]) == (1, 1)
 
 
 def test_it_depends_on_model_and_text(tmp_path):
-    keys = {TeacherStates(make_setup("llama", Cache(tmp_path))).key}
+    keys = {TeacherStates(make_run("llama", Cache(tmp_path))).key}
     for change in ({"seed": 1}, {"num_samples": 4}, {"length": 20}, {"precision": "bfloat16"}):
-        keys.add(TeacherStates(make_setup("llama", Cache(tmp_path), **change)).key)
+        keys.add(TeacherStates(make_run("llama", Cache(tmp_path), **change)).key)
     assert len(keys) == 5
-    assert TeacherStates(make_setup("llama", Cache(tmp_path), batch_size=5)).key in keys
+    assert TeacherStates(make_run("llama", Cache(tmp_path), batch_size=5)).key in keys
 
 
 def test_what_the_cache_lost_is_said(cache):
-    setup = make_setup("llama", cache)
-    teacher = TeacherStates(setup)
+    run = make_run("llama", cache)
+    teacher = TeacherStates(run)
     cache.path("teacher", teacher.key, part_name(1)).unlink()
     assert teacher([0]).shape == (1, 24, 32)
     with pytest.raises(RuntimeError, match=r"lost the teacher's states of samples \[1\]"):
         teacher([0, 1])
-    assert TeacherStates(setup)([1]).shape == (1, 24, 32), "the next one makes it again"
+    assert TeacherStates(run)([1]).shape == (1, 24, 32), "the next one makes it again"

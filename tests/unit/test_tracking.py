@@ -9,10 +9,11 @@ import types
 from dataclasses import replace
 
 import pytest
+from ledgers import made_ledger
 from lightning.pytorch.loggers import WandbLogger
 from pydantic import ValidationError
 
-from specomp.tables import tracking
+from specomp.experiment import tracking
 from specomp.experiment.record import Record
 from specomp.experiment.tracking import NoTracking, SweepReport, WandbTracking
 
@@ -22,7 +23,7 @@ RECORD = Record(
     status="ok",
     choices={"model": "tiny_llama", "method": "svd", "ratio": "cr40"},
     config={"seed": 0},
-    ledger={"measured_retention": 0.5875, "num_linears": 21},
+    ledger=made_ledger(measured_retention=0.5875, compensation_gain=0.5),
     metrics={"wikitext2@1": {"ppl": 14.76}},
     seconds={"compress": 1.5},
 )
@@ -133,7 +134,9 @@ def test_one_run_per_record(fake):
     assert str(options["dir"]) == SETTINGS["folder"]
     assert options["dir"].is_dir()
     summary, table = run.logged
-    assert summary == {"wikitext2@1/ppl": 14.76, "seconds/compress": 1.5, "measured_retention": 0.5875}
+    counted = {"target_retention": 0.6, "target_compression": 0.4, "measured_retention": 0.5875}
+    counted |= {"measured_retention_model": 0.794, "compensation_gain": 0.5, "model_bytes": 6352}
+    assert summary == {"wikitext2@1/ppl": 14.76, "seconds/compress": 1.5} | counted
     assert table["linears"] == {"columns": ["name", "rank", "compensation_gain"], "data": [["q", 3, None], ["k", 4, 0.5]]}
     assert run.finished
 
