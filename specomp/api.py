@@ -81,7 +81,7 @@ def compress(
     with ExitStack() as stack:
         root = stack.enter_context(tempfile.TemporaryDirectory(prefix="specomp-")) if cache is None else cache
         stack.callback(model.train, model.training)
-        model.eval()
+        model.eval()  # type: ignore[no-untyped-call]
         run = Run(
             model=model,
             family=family,

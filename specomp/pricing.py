@@ -76,7 +76,9 @@ class Stage:
 class Plan:
     """What a run will take. The run in it has a skeleton for a model and no data."""
 
-    def __init__(self, run: Run, *, readings: Mapping[str, Sequence[Reading]] | None = None, reference: bool = False, save: bool = True) -> None:
+    def __init__(
+        self, run: Run, *, readings: Mapping[str, Sequence[Reading]] | None = None, reference: bool = False, save: bool = True
+    ) -> None:
         """readings: what benchmarks run the model over, by label; reference: also the dense one; save: a folder is written."""
         self.run, self.method, self.route = run, run.method, run.route
         self.readings, self.reference, self.save = dict(readings or {}), reference, save
@@ -267,7 +269,8 @@ class Plan:
         run = Run(**{**vars_of(self.run), "model": box})
         keep = kept_components(linear, complete=self.complete)
         with Counter() as decomposing:
-            evidence = LayerEvidence(run, spectra=None, statistics=lambda x: stats_of(x, values, needs), whitening=values, compensation=values)  # type: ignore[arg-type]
+            no_cache: Any = lambda x: stats_of(x, values, needs)  # noqa: E731
+            evidence = LayerEvidence(run, spectra=no_cache, statistics=no_cache, whitening=values, compensation=values)
             spectrum = decompose(evidence.norm(linear), evidence.weight(linear), "linear", keep)
         evidence.hold(linear, spectrum)
         with Counter() as storing:
@@ -350,7 +353,13 @@ class Plan:
         total, detail = self.spectra(), f"{len(self.decomposed)} eigenproblems"
         held = self.activations(1, self.run.samples.length) + self.workspace
         trials = self.asked == "trials"
-        return Stage(name="allocate", detail=f"{detail}; trials of {self.tokens:,} tokens each" * trials or detail, work=total, held=held, unknown=trials)
+        return Stage(
+            name="allocate",
+            detail=f"{detail}; trials of {self.tokens:,} tokens each" * trials or detail,
+            work=total,
+            held=held,
+            unknown=trials,
+        )
 
     def compress(self) -> Stage:
         """Decomposing what is not decomposed yet, storing, and the hidden states that travel."""
@@ -425,8 +434,13 @@ class Plan:
             # Logits in the dtype of the products, and in a harness task all of them in float32 beside that.
             logits = x.batch * longest * self.vocabulary * (dtype.itemsize + (FLOAT if x.longest else 0))
             held = max(held, self.activations(x.batch, longest) + logits)
-        sure, unknown = all(x.sure in ("", "at most") for x in read), [k for k, v in self.readings.items() if any(x.tokens is None for x in v)]
-        detail = f"{'' if sure else 'about '}{sum(x.tokens or 0 for x in read):,} tokens" + (f"; unknown: {', '.join(unknown)}" if unknown else "")
+        sure, unknown = (
+            all(x.sure in ("", "at most") for x in read),
+            [k for k, v in self.readings.items() if any(x.tokens is None for x in v)],
+        )
+        detail = f"{'' if sure else 'about '}{sum(x.tokens or 0 for x in read):,} tokens" + (
+            f"; unknown: {', '.join(unknown)}" if unknown else ""
+        )
         held += size.held_bytes - self.size.held_bytes
         if self.method.training.active and name == "evaluate":
             held += self.train().held  # a process keeps the memory of its training: measured on SmolLM2
@@ -496,7 +510,9 @@ def plan(
     return planned(config, kind, chosen, api.budget_of(ratio), settings, num_samples, length)
 
 
-def planned(config: PreTrainedConfig, dtype: str, method: Method, budget: Budget, calibration: Any, num_samples: int, length: int, **more: Any) -> Plan:
+def planned(
+    config: PreTrainedConfig, dtype: str, method: Method, budget: Budget, calibration: Any, num_samples: int, length: int, **more: Any
+) -> Plan:
     """The same, of choices that are made. Raises UserError for an unsupported architecture, and for what a run would refuse."""
     from specomp.compression.checks import check_budget, check_method
 

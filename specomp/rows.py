@@ -36,7 +36,8 @@ def method(name: str = "adasvd", **slots: Any) -> Method:
     For example method("adasvd", allocation="uniform", compensation={"iterations": 3}); `quantizer` is one of them. Raises
     UserError for a name or a setting that there is not.
     """
-    row, given = load("method", name), {}
+    row: Any = load("method", name)
+    given: dict[str, Any] = {}
     row["rounding"] = load("quantizer", "none")
     for slot, change in slots.items():
         key, group = ("rounding", "quantizer") if slot in ("quantizer", "rounding") else (slot, f"method/{slot}")

@@ -82,7 +82,7 @@ class Form(Protocol):
     def sizes(self, unit: Unit) -> Sequence[int]:
         """Those it comes in, for ranks 1, 2, ..."""
 
-    def parts(self, unit: Unit, size: int, grid: GridSpec | None = None) -> Mapping[str, Any]:
+    def parts(self, unit: Unit, size: Any, grid: GridSpec | None = None) -> Mapping[str, Any]:
         """Every tensor that is stored (specomp.forms.prices.Part), by name; arithmetic alone, for tensors of sizes too."""
 
     def losses(self, unit: Unit, sizes: Tensor, evidence: Evidence) -> Tensor:
@@ -243,7 +243,9 @@ class Training(Protocol):
 class Rounding(Protocol):
     """Puts stored numbers on a grid (None: leaves them in the model's dtype)."""
 
-    grid: GridSpec | None
+    @property
+    def grid(self) -> GridSpec | None:
+        """What it rounds to."""
 
     @property
     def needs(self) -> frozenset[Statistic]:
@@ -312,32 +314,12 @@ def _fields(made: Any) -> set[str]:
     return {x.name for x in fields(made)} if is_dataclass(made) else set()
 
 
-# Files of specomp/methods, forms and quantization whose formulas are pinned by tests; one beside them is somebody's own.
-OURS = frozenset(
-    [
-        "adasvd",
-        "anchored",
-        "asvd",
-        "block_refine",
-        "fwsvd",
-        "global_loss",
-        "kronecker",
-        "lora",
-        "soco",
-        "spectrum",
-        "svd",
-        "svd_llm",
-        "dense",
-        "factors",
-        "options",
-        "pivoted",
-        "prices",
-        "ranked",
-        "gptq",
-        "none",
-        "rtn",
-    ]
-)
+# Files whose formulas are pinned by tests; one beside them is somebody's own.
+OURS = {
+    "methods": "adasvd anchored asvd block_refine fwsvd global_loss kronecker lora soco spectrum svd svd_llm",
+    "forms": "dense factors pivoted ranked",
+    "quantization": "factors gptq none rtn",
+}
 
 
 def describe(slot: Any) -> dict[str, Any]:
@@ -349,7 +331,7 @@ def describe(slot: Any) -> dict[str, Any]:
 def _origin(kind: type) -> dict[str, str]:
     """Module and source of somebody's own class: a name that specomp has too, or an edited formula, must not find what another one left."""
     package, *rest = kind.__module__.split(".")
-    if package == "specomp" and (rest[0] not in ("methods", "forms", "quantization") or rest[-1] in OURS):
+    if package == "specomp" and (rest[0] not in OURS or rest[-1] in OURS[rest[0]].split()):
         return {}
     try:
         source = inspect.getsource(sys.modules[kind.__module__])

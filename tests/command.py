@@ -28,8 +28,12 @@ def hear_ctrl_c() -> None:
 
 
 def finish(process: subprocess.Popen[str]) -> subprocess.CompletedProcess[str]:
-    """Wait for it."""
-    stdout, stderr = process.communicate(timeout=120)
+    """Wait for it; one that takes too long does not go on behind the test's back."""
+    try:
+        stdout, stderr = process.communicate(timeout=300)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        raise
     return subprocess.CompletedProcess(process.args, process.returncode, stdout, stderr)
 
 

@@ -8,21 +8,20 @@ import textwrap
 
 import pytest
 import torch
-from running import CONF, compose_config, compose_run, make_setup
+from running import CONF, compose_config, compose_run
 from safetensors import safe_open
 from test_methods import IDS, MODELS, compressed, logits
 
 import specomp
-from specomp.experiment.checks import find_spec
+from specomp.compression.route import Route
 from specomp.errors import UserError
+from specomp.experiment.checks import find_spec
+from specomp.experiment.config import build
 from specomp.methods.adasvd import AdaComp
-from specomp.models.export import low_rank_linears
 from specomp.models.packed import grid_linears
-from specomp.experiment.pipeline import build
-from specomp.quantization.factors import FactorQuantizer
-from specomp.quantization.none import NoQuantizer
-from specomp.compression.loop import dense_needs, quantizer_reads
+from specomp.models.save import substitutes
 from specomp.numerics.statistics import Gram
+from specomp.quantization.factors import FactorQuantizer
 
 QUANTIZERS = sorted(path.stem for path in (CONF / "quantizer").glob("*.yaml") if path.stem != "none")
 SMALL_GROUPS = "quantizer.group_size=16"
@@ -34,23 +33,30 @@ def bytes_on_disk(folder) -> int:
     return sum(x.numel() * x.element_size() for x in tensors)
 
 
+@pytest.mark.parametrize("packing", ["factors", "pivoted"])
 @pytest.mark.parametrize("quantizer", QUANTIZERS)
 @pytest.mark.parametrize("model_name", ["llama_gqa", "opt"])
-def test_contract(tmp_path, model_name, quantizer):
+def test_contract(tmp_path, model_name, quantizer, packing):
     """Finite, counted, stored as counted, reloaded bit for bit; ranks as without quantization."""
-    plain = compressed(tmp_path, *MODELS[model_name], "method=svd_llm", "ratio=cr40")
-    _, record, model, _, linears = compressed(tmp_path, *MODELS[model_name], "method=svd_llm", "ratio=cr40", f"quantizer={quantizer}")
-    found, sizes = logits(model), record.ledger["compressed"]
+    options = (*MODELS[model_name], "method=svd_llm", "ratio=cr40", f"method/packing={packing}")
+    _, plain_record, plain, _, plain_linears = compressed(tmp_path, *options)
+    _, record, model, _, linears = compressed(tmp_path, *options, f"quantizer={quantizer}")
+    found, sizes, before = logits(model), record.counted.compressed, plain_record.counted.compressed
     assert torch.isfinite(found).all()
-    assert not torch.equal(found, logits(plain[2]))
-    assert record.key != plain[1].key
-    assert [x["rank"] for x in linears] == [x["rank"] for x in plain[4]]
-    assert sizes["linear_params"] == plain[1].ledger["compressed"]["linear_params"]
-    assert sizes["held_bytes"] == plain[1].ledger["compressed"]["model_bytes"]
-    assert sizes["model_bytes"] == bytes_on_disk(record.model_folder) < sizes["held_bytes"]
+    assert not torch.equal(found, logits(plain))
+    assert record.key != plain_record.key
+    assert [x.rank for x in linears] == [x.rank for x in plain_linears]
+    assert sizes.linear_params == before.linear_params
+    assert sizes.held_bytes == before.model_bytes
+    assert sizes.model_bytes == bytes_on_disk(record.model_folder) < sizes.held_bytes
+    assert sizes.linear_bits < before.linear_bits
+    assert before.linear_bits - sizes.linear_bits == 8 * (before.model_bytes - sizes.model_bytes)
     assert torch.equal(logits(specomp.load(record.model_folder).model), found)
-    assert all(0 < x["quantization_error"] < 0.5 for x in linears if not x["dense"])
-    assert all(x["quantization_damping"] == (0.01 if "gptq" in quantizer else 0.0) for x in linears if not x["dense"])
+    low = [x for x in linears if not x.dense]
+    assert len(grid_linears(model)) == 2 * len(low) > 0
+    assert all(0 < x.quantization_error < 0.5 for x in low)
+    asked = 0.01 if "gptq" in quantizer else 0.0
+    assert all(x.quantization_damping == asked for x in low)
     assert any("4 bits" in note and "simulated" in note for note in record.notes)
 
 
@@ -58,11 +64,10 @@ def test_contract(tmp_path, model_name, quantizer):
 def test_the_gram_is_there_for_every_method(tmp_path, method):
     """Methods that read no Gram get one; gptq beats the nearest in the loss it minimizes or comes close in another norm."""
     errors = {}
+    options = (f"method={method}", "ratio=cr40", "quantizer=gptq_int4", SMALL_GROUPS)
     for algorithm in ("gptq", "rtn"):
-        _, _, _, _, linears = compressed(
-            tmp_path, f"method={method}", "ratio=cr40", "quantizer=gptq_int4", SMALL_GROUPS, f"quantizer.algorithm={algorithm}"
-        )
-        errors[algorithm] = sum(x["quantization_error"] for x in linears if not x["dense"])
+        linears = compressed(tmp_path, *options, f"quantizer.algorithm={algorithm}")[-1]
+        errors[algorithm] = sum(x.quantization_error for x in linears if not x.dense)
     if method in ("svd_llm_update", "adasvd"):
         assert errors["gptq"] < errors["rtn"]
 
@@ -70,28 +75,42 @@ def test_the_gram_is_there_for_every_method(tmp_path, method):
 def test_trained_methods_are_quantized_too(tmp_path):
     options = ("method=soco", "method.training.steps_factor=0.02", "ratio=cr40", "quantizer=gptq_int4", SMALL_GROUPS)
     _, record, model, _, linears = compressed(tmp_path, *options)
-    assert len(grid_linears(model)) == 2 * sum(not x["dense"] for x in linears) > 0
+    assert len(grid_linears(model)) == 2 * sum(not x.dense for x in linears) > 0
     assert torch.equal(logits(specomp.load(record.model_folder).model), logits(model))
-    assert record.ledger["compressed"]["model_bytes"] == bytes_on_disk(record.model_folder)
+    assert record.counted.compressed.model_bytes == bytes_on_disk(record.model_folder)
 
 
-def test_whose_inputs_the_quantizer_sees(cache):
+def test_whose_inputs_the_quantizer_sees():
     """Those of the compressed model where the method looks at them, else the dense model's."""
-    gptq = FactorQuantizer(
-        algorithm="gptq", bits=4, group_size=None, symmetric=False, act_order=True, damping=0.01, order="faithful", rebalance=False
-    )
-    from test_stages import method
+    settings = {"bits": 4, "group_size": None, "symmetric": False, "act_order": True, "damping": 0.01}
+    gptq = FactorQuantizer(algorithm="gptq", order="faithful", rebalance=False, **settings)
+    settings = {"iterations": 1, "update": "pseudo_inverse", "stack_of_batch": "gram", "num_buckets": 4}
+    repair = AdaComp(upstream="compressed", **settings)
 
-    repaired = method(
-        compensation=AdaComp(iterations=1, update="pseudo_inverse", stack_of_batch="gram", num_buckets=4, upstream="compressed")
-    )
-    assert quantizer_reads(method(), "dense", gptq) == "dense"
-    assert quantizer_reads(method(), "compressed", gptq) == "whitening"
-    assert quantizer_reads(repaired, "dense", gptq) == "repair"
-    assert quantizer_reads(repaired, "compressed", NoQuantizer()) == "dense"
-    assert Gram() in dense_needs(method(), "dense", gptq)
-    assert Gram() not in dense_needs(method(), "compressed", gptq)
-    assert make_setup("llama", cache).linears
+    def route(upstream: str, **slots) -> Route:
+        return Route.of(specomp.method("svd", **slots), upstream, 8)
+
+    plain = route("dense", quantizer=gptq)
+    assert plain.rounds == "whitening"
+    assert plain.dense == {Gram()}
+    assert not plain.whitening.streamed and not plain.stream_samples
+    streamed = route("compressed", quantizer=gptq)
+    assert streamed.rounds == "whitening"
+    assert streamed.whitening.streamed == {Gram()}
+    assert streamed.dense == frozenset()
+    repaired = route("dense", quantizer=gptq, compensation=repair)
+    assert repaired.rounds == "compensation"
+    assert repaired.compensation.streamed == {Gram()}
+    assert repaired.dense == frozenset()
+    both = route("compressed", quantizer=gptq, compensation=repair)
+    assert both.rounds == "whitening"
+    assert both.whitening.streamed == {Gram()}
+    trained = Route.of(specomp.method("soco", quantizer=gptq), "dense", 8)
+    assert Gram() in trained.dense
+    assert not trained.stream_samples
+    unrounded = route("compressed", compensation=repair)
+    assert not unrounded.whitening.streamed
+    assert unrounded.dense == frozenset()
 
 
 def test_streamed_and_dense_inputs_round_differently(tmp_path):
@@ -100,7 +119,7 @@ def test_streamed_and_dense_inputs_round_differently(tmp_path):
     for upstream in ("dense", "compressed"):
         options = ("method=svd", "ratio=cr60", "quantizer=gptq_int4", SMALL_GROUPS, f"calibration.upstream={upstream}")
         _, _, model, _, _ = compressed(tmp_path, *options)
-        found[upstream] = {name: x.merged_weight() for name, x in low_rank_linears(model).items()}
+        found[upstream] = {name: x.merged_weight() for name, x in substitutes(model).items()}
     moved = {x: float((found["dense"][x] - found["compressed"][x]).norm() / found["dense"][x].norm()) for x in found["dense"]}
     first, last = ([v for x, v in moved.items() if f"layers.{i}." in x] for i in (0, 2))
     # The first decoder layer sees the same inputs, up to the order of summation, which may move a number across a rounding edge.
@@ -163,4 +182,4 @@ def test_a_wrong_value_is_one_line_with_its_key(tmp_path, override):
 
 def test_a_dense_row_says_that_it_is_not_quantized(tmp_path, caplog):
     build(compose_config(tmp_path, "method=dense", "quantizer=gptq_int4"))
-    assert "no factors" in caplog.text
+    assert "quantizer is not used" in caplog.text

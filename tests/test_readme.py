@@ -7,8 +7,9 @@ import types
 
 import pytest
 from hydra import compose, initialize_config_dir
-from hydra.utils import instantiate
 from running import CONF, ROOT, compose_run
+
+from specomp.experiment.checks import make
 
 README = (ROOT / "README.md").read_text()
 CARDS = (ROOT / "specomp" / "methods" / "README.md").read_text()
@@ -37,8 +38,9 @@ def overrides(command: str) -> list[str]:
 def test_commands_compose(command: str) -> None:
     with initialize_config_dir(str(CONF), version_base="1.3"):
         cfg = compose("config", overrides=[*overrides(command), "paths.data=null"], return_hydra_config=True)
-    for group in ("method", "ratio", "calibration", "benchmark", "quantizer", "options"):
-        assert instantiate(cfg[group]) is not None
+    assert make(cfg, "method", rounding=cfg.quantizer) is not None
+    for group in ("ratio", "calibration", "benchmark", "quantizer", "options"):
+        assert make(cfg, group) is not None
 
 
 def test_commands_were_found() -> None:
@@ -65,4 +67,4 @@ def test_example_method_runs(tmp_path, monkeypatch) -> None:
     record = compose_run(tmp_path, f"hydra.searchpath=[file://{tmp_path / 'conf'}]", "method=clipped", "ratio=cr20")
     assert record.status == "ok"
     assert record.choices["method"] == "clipped"
-    assert 0.75 < record.ledger["measured_retention"] <= 0.8
+    assert 0.75 < record.counted.measured_retention <= 0.8

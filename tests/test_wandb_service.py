@@ -15,6 +15,7 @@ SETTINGS = {"project": "specomp", "entity": None, "group": None, "mode": "online
 # Works through its arguments: `train KEY` begins the run of a record, `publish KEY` shows the record, `pause` waits for a line.
 CHILD = """
 import json, logging, sys, time
+from ledgers import made_ledger
 from specomp.experiment.record import Record
 from specomp.experiment.tracking import WandbTracking
 
@@ -24,7 +25,7 @@ for step in sys.argv[2:]:
     name, _, key = step.partition(" ")
     record = Record(
         key=key, status="ok", choices={"model": "tiny_llama", "method": "svd", "ratio": "cr40"}, config={"table": {"caption": "Table 1"}},
-        ledger={"measured_retention": 0.5875, "num_linears": 21, "compressed": {"model_bytes": 172608}},
+        ledger=made_ledger(measured_retention=0.5875, compressed={"model_bytes": 172608}),
         metrics={"wikitext2@1": {"ppl": 14.75}}, seconds={"compress": 1.5},
     )
     start = time.monotonic()
@@ -44,7 +45,9 @@ GROUP = "Table 1"
 def environment(home: Path, **variables: str) -> dict[str, str]:
     """This one, without what it knows of W&B and of proxies, and another home."""
     kept = {k: v for k, v in os.environ.items() if not k.startswith("WANDB") and "proxy" not in k.lower()}
-    kept |= {"HOME": str(home), "PYTHONPATH": str(Path(__file__).parents[1]), "WANDB_HTTP_TIMEOUT": "1"}
+    here = Path(__file__).parent
+    path = os.pathsep.join(map(str, (here.parent, here)))
+    kept |= {"HOME": str(home), "PYTHONPATH": path, "WANDB_HTTP_TIMEOUT": "1"}
     return kept | variables
 
 

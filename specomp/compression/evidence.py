@@ -152,8 +152,6 @@ class LayerEvidence(DenseEvidence):
     ) -> tuple[Rounded, ...]:
         """On the inputs that the route says. Raises UserError where that is numerically impossible."""
         rounding = self.run.method.rounding
-        if rounding.grid is None:
-            return tuple(map(Rounded, matrices))
         stats = self._repair_stats(linear) if self.run.route.rounds == "compensation" else self.stats(linear)
         try:
             found = rounding(matrices, stats, self.place(linear)["dtype"], free_basis=free_basis)
@@ -161,6 +159,8 @@ class LayerEvidence(DenseEvidence):
             raise UserError(
                 f"{linear.name}, quantizing its factors: {error}: calibrate on more tokens, or raise quantizer.damping."
             ) from error
+        if all(x.grid is None for x in found):
+            return found
         account, norm = self.account(linear), self.norm(linear)
         before, after = assemble(*(x.float() for x in matrices)), assemble(*(x.values for x in found))
         account.quantization_error = relative(norm.loss(after - before), norm.loss(before))
@@ -180,7 +180,7 @@ class LayerEvidence(DenseEvidence):
         whole = nn.Linear(linear.n, linear.m, bias=False, device="meta")
         whole.weight = nn.Parameter(factors.product().to(dtype))
         bias = self.bias(linear)
-        whole.bias = None if bias is None else nn.Parameter(bias.to(whole.weight.device, dtype))
+        whole.register_parameter("bias", None if bias is None else nn.Parameter(bias.to(whole.weight.device, dtype)))
         return whole
 
     def place(self, linear: LinearSpec) -> dict[str, Any]:

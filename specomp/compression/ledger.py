@@ -77,6 +77,13 @@ class Ledger:
         return self.measured_retention / self.target_retention - 1
 
     @property
+    def spent(self) -> str:
+        """What was measured beside what was asked for, in the budget's currency."""
+        if self.target_bits is not None:
+            return f"measured {self.measured_bits:.4f} bits a weight, target {self.target_bits:.4f}"
+        return f"measured retention {self.measured_retention:.4f}, target {self.target_retention:.4f}"
+
+    @property
     def measured_bits(self) -> float:
         """Stored bits a weight of the linears."""
         return self.compressed.linear_bits / self.dense.linear_params

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from specomp.compression.calibrate import Observation, Statistics, calibrate
-from specomp.compression.loop import Report, compress
+from specomp.compression.loop import compress
+from specomp.compression.report import Report
 from specomp.compression.run import Run
 from specomp.progress import track
 

@@ -139,8 +139,7 @@ def explained(run: Run, report: Report, chosen: Mapping[Unit, Choice], trained: 
     for note in [*linear_notes(run, report.linears, chosen, trained), *rounding_notes(run, low, len(report.linears))]:
         run.progress.note(note)
     if abs(balance.deviation) > 1e-3:
-        measured, target = balance.measured_retention, balance.target_retention
-        run.progress.note(f"measured retention {measured:.4f}, target {target:.4f} ({balance.deviation:+.2%}): {by}")
+        run.progress.note(f"{balance.spent} ({balance.deviation:+.2%}): {by}")
     return replace(report, ledger=balance)
 
 

@@ -22,7 +22,7 @@ LATER: dict[str, dict[str, Any]] = {}
 # themselves (shape); what of a calibration only says how fast.
 WEIGHTS = ("model", "method", "ratio", "calibration", "quantizer", "seed")
 MACHINE = {"device", "device_map", "stream", "data_root", "local", "partial", "shape"}
-MEMORY = {"batch_size", "layers_at_once"}
+MEMORY = {"batch_size", "layers_at_once", "window"}  # the last is what the second was called
 
 
 def method_identity(method: Method) -> dict[str, Any]:

@@ -63,7 +63,8 @@ class RecordProgress(Progress):
         """Draw what can be drawn of it."""
         if figure is not None:
             path = self.experiment.records.companion(self.record.key, "training.png")
-            training_figure(path, *figure, account)
+            linears, gates, kept = figure
+            training_figure(path, linears, gates, kept, account)
             log.info("Figure of the training: %s", path)
 
     @property

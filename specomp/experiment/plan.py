@@ -74,7 +74,9 @@ def show_plan(request: Request, *, console: Console | None = None) -> None:
     console.print(f"calibration set: {samples.num_samples} samples of {samples.length} tokens", markup=False)
     more = " or more" if any(x.unknown for x in found.stages) else ""
     total, where = sum(seconds(x.work, rates) for x in found.stages), f"{device_name(device)}, {torch.get_num_threads()} threads"
-    console.print(f"altogether ~{duration(total)}{more}, peak memory ~{size(held + max(x.held for x in found.stages))}, on {where}", markup=False)
+    console.print(
+        f"altogether ~{duration(total)}{more}, peak memory ~{size(held + max(x.held for x in found.stages))}, on {where}", markup=False
+    )
     speeds = (f"{kind} {rate / 1e9:,.0f} {UNITS[kind]} {dtype}".strip() for (kind, dtype), rate in rates.items() if kind in UNITS)
     console.print(f"speed measured now: {', '.join(speeds)}", markup=False)
     for note in notes(found, request):

@@ -67,8 +67,13 @@ def parts_of(module: nn.Module) -> dict[str, Part]:
 class Budget(Protocol):
     """How much may be stored, in which currency (parameters, bits); setting and remedy: words for a message."""
 
-    currency: str
-    remedy: str
+    @property
+    def currency(self) -> str:
+        """What is counted."""
+
+    @property
+    def remedy(self) -> str:
+        """What to change where it does not suffice."""
 
     @property
     def setting(self) -> str:

@@ -34,7 +34,7 @@ class LoadedModel:
     """A model in eval mode on its device, with what is needed to feed it and to find its linears."""
 
     model: PreTrainedModel
-    tokenizer: PreTrainedTokenizerBase
+    tokenizer: Any  # of transformers; None where a folder has none
     family: ModelFamily
     store: LayerStore | None = None  # of a streamed model: where its decoder layers are
 
@@ -85,7 +85,7 @@ def open_streamed(
 ) -> tuple[PreTrainedModel, LayerStore]:
     """The model of a checked folder without its decoder layers, which come in when they are called. Raises UserError as `open_model`."""
     # What surrounds the decoder layers is what a model of none consists of: transformers loads, ties and initializes it.
-    none = {"num_hidden_layers": 0, "layer_types": [], **dict.fromkeys(OWN_FIELDS)}
+    none: dict[str, Any] = {"num_hidden_layers": 0, "layer_types": [], **dict.fromkeys(OWN_FIELDS)}
     changed = {name: value for name, value in none.items() if getattr(config, name, None) is not None}
     hollow = copy.deepcopy(config)
     for name, value in changed.items():

@@ -4,6 +4,8 @@ The source of `Substitute` and of its subclasses is copied into every folder of 
 torch and each other alone.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -70,7 +72,8 @@ def weight_of(module: nn.Module) -> Tensor:
     """(m n) as it acts, in at least float32: of an nn.Linear or what stands in its place."""
     if isinstance(module, Substitute):
         return module.merged_weight()
-    weight = module.weight.detach()
+    weight: Any = module.weight
+    weight = weight.detach()
     return weight.to(torch.promote_types(weight.dtype, torch.float32))  # type: ignore[arg-type, operator, union-attr, call-overload]
 
 

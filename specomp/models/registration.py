@@ -48,7 +48,7 @@ class Kinds:
         module, _, _ = name.rpartition(".")
         if module.split(".")[0] == "specomp":
             importlib.import_module(module)
-        known = {full_name(x): x for x in (nn.Linear, *_subclasses(Substitute))}
+        known: dict[str, type] = {full_name(x): x for x in [nn.Linear, *_subclasses(Substitute)]}
         if name not in known:
             raise UserError(
                 f"This folder holds modules of the class {name}, which is not known here: import what defines it first, or load it "
@@ -63,7 +63,8 @@ def full_name(kind: type) -> str:
 
 
 def _subclasses(kind: type) -> list[type]:
-    return [y for x in kind.__subclasses__() for y in (x, *_subclasses(x))]
+    found: list[type] = list(kind.__subclasses__())
+    return found + [y for x in found for y in _subclasses(x)]
 
 
 def modules_of(config: Any, model: Any) -> dict[str, list[Any]]:

@@ -243,8 +243,9 @@ def modelling_source(base: str, kinds: Collection[type]) -> str:
     """
     config, model = _class_names(base)
     own = [x for kind in sorted(kinds, key=full_name) for x in reversed(kind.__mro__) if issubclass(x, Substitute)]
+    copied_items: list[Any] = [*dict.fromkeys(own), compressed_config, compressed_model]
     try:
-        copied = "\n\n".join(inspect.getsource(item) for item in (*dict.fromkeys(own), compressed_config, compressed_model))
+        copied = "\n\n".join(inspect.getsource(item) for item in copied_items)
     except (OSError, TypeError) as error:
         raise UserError(
             f"The source of {', '.join(map(full_name, kinds))} cannot be copied into the folder: {first_line(error)}."

@@ -242,7 +242,7 @@ class RandomModel(Source):
             raise UserError(f"model.architecture={self.architecture} with this model.config is refused: {one_line(error)}") from error
 
 
-def streamed(folder: Path, config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase, **options: Any) -> LoadedModel:
+def streamed(folder: Path, config: PreTrainedConfig, tokenizer: Any, **options: Any) -> LoadedModel:
     """The model of a checked folder whose decoder layers come in one at a time; see `open_streamed`."""
     family = family_of(config)
     model, store = open_streamed(folder, config, family, **options)

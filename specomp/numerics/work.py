@@ -87,7 +87,7 @@ class Counter(TorchDispatchMode):
     """Counts what runs inside, on any device, meta included: products, factorizations, and the bytes that all else moves."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.work = Work()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

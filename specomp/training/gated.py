@@ -5,6 +5,7 @@ The module computes the loss terms once per step; the current phase weighs them.
 
 import logging
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -72,13 +73,13 @@ class GatedLinear(nn.Module):
 
 
 def price_of(form: Form) -> Price:
-    """What a form stores of m x n matrices at ranks, all of which may be tensors."""
+    """What a form stores of m x n matrices at ranks, all of which may be tensors; it can be sent to another process."""
+    return partial(_price, form)
 
-    def price(m: Tensor, n: Tensor, rank: Tensor) -> Tensor:
-        linear = LinearSpec("", m, n, 0, 0, "")  # type: ignore[arg-type]
-        return numbers(form.parts(Unit("", "linear", (linear,)), rank))  # type: ignore[arg-type, return-value]
 
-    return price
+def _price(form: Form, m: Tensor, n: Tensor, rank: Tensor) -> Tensor:
+    linear = LinearSpec("", m, n, 0, 0, "")  # type: ignore[arg-type]
+    return numbers(form.parts(Unit("", "linear", (linear,)), rank))  # type: ignore[arg-type, return-value]
 
 
 class SpectrumModule(DistillationModule):
