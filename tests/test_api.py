@@ -65,9 +65,7 @@ def test_the_whole_round(tmp_path, tokens):
     again = specomp.load(folder)
     assert again.tokenizer is None  # none was saved
     assert specomp.perplexity(again.model, tokens) == specomp.perplexity(model, tokens)
-    assert specomp.perplexity(AutoModelForCausalLM.from_pretrained(folder), tokens) == pytest.approx(
-        specomp.perplexity(model, tokens)
-    )
+    assert specomp.perplexity(AutoModelForCausalLM.from_pretrained(folder), tokens) == pytest.approx(specomp.perplexity(model, tokens))
     frame = report.to_frame()
     assert list(frame["name"]) == [x.name for x in report.linears]
     assert set(report.to_dict()) == {"ledger", "linears", "training", "seconds", "notes"}
@@ -93,9 +91,7 @@ def test_bits_are_a_budget(tokens):
     model = tiny_model("llama")
     method = specomp.method("svd_llm", quantizer="rtn_int4", allocation="global_loss")
     report = specomp.compress(model, tokens, method, specomp.Bits(bits=3.0))
-    stored = sum(
-        bits(parts_of(model.get_submodule(x.name)), torch.float32) for x in report.linears
-    )
+    stored = sum(bits(parts_of(model.get_submodule(x.name)), torch.float32) for x in report.linears)
     assert stored == report.ledger.compressed.linear_bits
     assert report.ledger.measured_bits <= 3.0
     assert report.ledger.measured_bits == pytest.approx(3.0, rel=0.05)
@@ -104,12 +100,8 @@ def test_bits_are_a_budget(tokens):
 
 def test_training_may_read_other_tokens(tmp_path, tokens):
     lora = specomp.method("svd", training="lora")
-    lora = specomp.Method(
-        **{**vars(lora), "training": specomp.rows.slot("training", "lora", steps=2, rank=2)}
-    )
-    report = specomp.compress(
-        tiny_model("llama"), tokens, lora, 0.4, training_tokens=random_tokens(9, 32, seed=3)
-    )
+    lora = specomp.Method(**{**vars(lora), "training": specomp.rows.slot("training", "lora", steps=2, rank=2)})
+    report = specomp.compress(tiny_model("llama"), tokens, lora, 0.4, training_tokens=random_tokens(9, 32, seed=3))
     assert report.training["samples"] == 9
     assert report.training["steps"] == 2
 
@@ -160,16 +152,19 @@ def test_a_compressed_model_is_not_compressed_again(tokens):
 
 
 def test_an_unknown_family_is_named_with_what_to_write(tokens):
-    model = AutoModelForCausalLM.from_config(
-        __import__("transformers").GPT2Config(n_layer=1, n_head=2, n_embd=8, vocab_size=64)
-    )
+    model = AutoModelForCausalLM.from_config(__import__("transformers").GPT2Config(n_layer=1, n_head=2, n_embd=8, vocab_size=64))
     with pytest.raises(specomp.UserError, match=r"'gpt2'.*ModelFamily"):
         specomp.compress(model, tokens, "svd", 0.4)
 
 
 def test_a_plan_needs_a_config_alone():
     config = tiny_model.__globals__["RandomModel"](
-        name="x", dtype="float32", device="cpu", device_map=None, architecture="llama", seed=0,
+        name="x",
+        dtype="float32",
+        device="cpu",
+        device_map=None,
+        architecture="llama",
+        seed=0,
         config={"hidden_size": 32, "num_attention_heads": 4, "intermediate_size": 88, "num_hidden_layers": 2},
     ).config_for_plan(None)
     found = specomp.plan(config, "svd_llm", 0.4, num_samples=4, length=16, dtype="float32")

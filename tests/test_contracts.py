@@ -3,24 +3,20 @@
 import subprocess
 import sys
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import pytest
 import torch
-from hydra.utils import get_class
-from running import ROOT, compose_config, compose_run, random_tokens
-from safetensors.torch import load_file
+from running import ROOT, compose_run, random_tokens
 from strangers import Halves, HalvesForm
 from tiny import tiny_model
-from torch import nn
 from transformers import AutoModelForCausalLM
 
 import specomp
-from specomp.forms.options import DENSE
-from specomp.forms.prices import Part, bits, numbers, parts_of
+from specomp.forms.prices import bits, numbers, parts_of
 from specomp.models.modules import Substitute
 from specomp.numerics.factors import GramNorm, LowRankFactors
-from specomp.slots import SLOTS, Choice, Rounded
+from specomp.slots import SLOTS, Rounded
 
 TOKENS = random_tokens(5, 24)
 NONE = frozenset()
@@ -28,9 +24,7 @@ NONE = frozenset()
 
 def compressed(name="svd", ratio=0.4, **slots):
     model = tiny_model("llama")
-    report = specomp.compress(
-        model, TOKENS, specomp.method(name, **slots), ratio, calibration={"batch_size": 2}
-    )
+    report = specomp.compress(model, TOKENS, specomp.method(name, **slots), ratio, calibration={"batch_size": 2})
     return model, report
 
 
@@ -186,9 +180,7 @@ def test_a_training():
     model, report = compressed(training=Told())
     plain, _ = compressed()
     name = report.linears[0].name
-    assert torch.equal(
-        model.get_submodule(name).merged_weight(), -plain.get_submodule(name).merged_weight()
-    )
+    assert torch.equal(model.get_submodule(name).merged_weight(), -plain.get_submodule(name).merged_weight())
     assert report.training == {"told": "prepared"}
 
 

@@ -8,6 +8,7 @@ import types
 import pytest
 from hydra import compose, initialize_config_dir
 from running import CONF, ROOT, compose_run
+from tiny import tiny_model, tiny_tokenizer
 
 from specomp.experiment.checks import make
 
@@ -68,3 +69,16 @@ def test_example_method_runs(tmp_path, monkeypatch) -> None:
     assert record.status == "ok"
     assert record.choices["method"] == "clipped"
     assert 0.75 < record.counted.measured_retention <= 0.8
+
+
+def test_notebook_example_runs(tmp_path, monkeypatch, capsys) -> None:
+    source = re.search(r"## In a notebook\n\n```python\n(.*?)```", README, re.S)
+    assert source
+    folder = tmp_path / "model"
+    tiny_model("llama").save_pretrained(folder)
+    tiny_tokenizer().save_pretrained(folder)
+    monkeypatch.chdir(tmp_path)
+    names = {"FOLDER": str(folder), "TEXT": "The words of a text. " * 1000}
+    shorter = source.group(1).replace("64 * 512", "8 * 64").replace("512", "64").replace("64)  #", "64)  #")
+    exec(shorter.replace("view(64, 64)", "view(8, 64)").replace("num_samples=64", "num_samples=8"), names)
+    assert "retention of the linears" in capsys.readouterr().out

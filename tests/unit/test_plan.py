@@ -162,9 +162,7 @@ def test_work_adds_up_and_seconds_are_amounts_over_rates():
 
 
 def test_layers_at_once_repeat_the_forward_pass(tmp_path):
-    whole, halves = (
-        plan_of(asked(tmp_path, "method=svd_llm", f"calibration.layers_at_once={n}")) for n in (3, 2)
-    )
+    whole, halves = (plan_of(asked(tmp_path, "method=svd_llm", f"calibration.layers_at_once={n}")) for n in (3, 2))
     assert len(halves.passes) == 2 * len(whole.passes)
     assert halves.calibrate().work.flops > 1.5 * whole.calibrate().work.flops
     assert halves.calibrate().held < whole.calibrate().held
