@@ -107,16 +107,16 @@ def test_training_may_read_other_tokens(tmp_path, tokens):
 
 
 REFUSALS = [
-    (dict(ratio=1.0), "ratio=1.0"),
-    (dict(ratio=0.99999), "keeps"),
-    (dict(method="adasvdd"), "did you mean adasvd"),
-    (dict(tokens=torch.zeros(3, dtype=torch.int64)), "int64 ids"),
-    (dict(tokens=torch.full((2, 8), 10_000)), "embedding"),
-    (dict(tokens=torch.zeros(1, 4096, dtype=torch.int64)), "context"),
-    (dict(calibration={"window": 3}), "calibration.window"),
-    (dict(calibration={"precision": "half"}), "calibration.precision"),
-    (dict(method="soco", ratio=specomp.Bits(bits=4.0)), "parameters"),
-    (dict(method="specomp", calibration={"upstream": "compressed"}, quantizer="nf4"), "quantizer"),
+    ({"ratio": 1.0}, "ratio=1.0"),
+    ({"ratio": 0.99999}, "keeps"),
+    ({"method": "adasvdd"}, "did you mean adasvd"),
+    ({"tokens": torch.zeros(3, dtype=torch.int64)}, "int64 ids"),
+    ({"tokens": torch.full((2, 8), 10_000)}, "embedding"),
+    ({"tokens": torch.zeros(1, 4096, dtype=torch.int64)}, "context"),
+    ({"calibration": {"window": 3}}, "calibration.window"),
+    ({"calibration": {"precision": "half"}}, "calibration.precision"),
+    ({"method": "soco", "ratio": specomp.Bits(bits=4.0)}, "parameters"),
+    ({"method": "specomp", "calibration": {"upstream": "compressed"}, "quantizer": "nf4"}, "quantizer"),
 ]
 
 

@@ -13,10 +13,12 @@ from hydra.errors import ConfigCompositionException
 from omegaconf import DictConfig, OmegaConf
 from running import CONF, compose_config
 
-from specomp.experiment.checks import make
+from specomp import rows
 from specomp.errors import UserError
-from specomp.experiment.pipeline import build
-from specomp.numerics.ratio import Ratio
+from specomp.experiment.checks import make
+from specomp.experiment.config import build
+from specomp.forms.prices import Bits, Numbers
+from specomp.slots import Method, describe
 
 FILES = sorted(CONF.rglob("*.yaml"))
 # What a choice cannot do without on the command line.
@@ -38,6 +40,11 @@ def name(path: Path) -> str:
 def composed(*overrides: str) -> DictConfig:
     with initialize_config_dir(str(CONF), version_base="1.3"):
         return compose("config", overrides=["paths.data=null", *overrides])
+
+
+def made(cfg: DictConfig, group: str) -> Any:
+    """One group as a run makes it: a method with the quantizer that was chosen."""
+    return make(cfg, group, **({"rounding": cfg.quantizer} if group == "method" else {}))
 
 
 def targets(node: Any, path: str = "") -> list[tuple[str, dict[str, Any]]]:
@@ -121,16 +128,17 @@ def test_every_choice_composes_and_builds_without_a_network(group, choice, no_we
     cfg = composed(f"{group}={choice}", *REQUIRED.get((group, choice), []))
     for place, node in targets(OmegaConf.to_container(cfg[group], resolve=False), group):
         if node["_target_"] != "specomp.evaluation.suite.Suite":
-            check_parameters(place, node)
-    made = make(cfg, group)
-    assert made is not None
-    assert type(made).__name__ != "DictConfig"
+            more = {"rounding": {}} if place == "method" else {}
+            check_parameters(place, node | more)
+    found = made(cfg, group)
+    assert found is not None
+    assert type(found).__name__ != "DictConfig"
 
 
 def alone_of(slot, choice):
     """A slot's choice by itself, with the choices that it is a variant of."""
     own = OmegaConf.load(CONF / "method" / slot / f"{choice}.yaml")
-    order = own.pop("defaults", ["_self_"])
+    order = [x for x in own.pop("defaults", ["_self_"]) if isinstance(x, str)]
     parts = [own if name == "_self_" else alone_of(slot, name) for name in order]
     return OmegaConf.to_container(OmegaConf.merge(*parts))
 
@@ -143,7 +151,94 @@ def test_every_slot_choice_fits_into_every_method(slot, choice):
         node = OmegaConf.to_container(cfg.method[slot])
         check_parameters(f"method.{slot}", node)
         assert node == alone_of(slot, choice)
-        assert make(cfg, "method").name == method
+        assert made(cfg, "method").name == method
+
+
+@pytest.mark.parametrize("method", ["svd", "adasvd"])
+def test_the_old_name_of_a_refinement_sets_both_slots(method):
+    """Also beside a refinement of one's own: what is typed about it wins."""
+    cfg = composed(f"method={method}", "method/compensation=block_refine", "method.refinement.steps=3")
+    assert OmegaConf.to_container(cfg.method.compensation) == alone_of("compensation", "none")
+    assert OmegaConf.to_container(cfg.method.refinement) == alone_of("refinement", "block_refine") | {"steps": 3}
+    new = composed(f"method={method}", "method/refinement=block_refine", "method.refinement.steps=3")
+    assert cfg.method.refinement == new.method.refinement
+    assert OmegaConf.to_container(new.method.compensation) == OmegaConf.to_container(
+        composed(f"method={method}").method.compensation
+    ), "the new name leaves the compensation as it is"
+
+
+METHODS = sorted(path.stem for path in (CONF / "method").glob("*.yaml"))
+ALIASES = {("compensation", "block_refine")}
+
+
+def same(found: Method, *overrides: str) -> None:
+    assert describe(found) == describe(made(composed(*overrides), "method"))
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_the_library_reads_every_row_as_hydra_does(method):
+    same(rows.method(method), f"method={method}")
+    assert sorted(rows.method_names()) == METHODS
+
+
+@pytest.mark.parametrize(("slot", "choice"), [x for x in SLOT_CHOICES if x not in ALIASES])
+def test_the_library_reads_every_slot_choice_as_hydra_does(slot, choice):
+    for method in ("svd", "adasvd"):
+        same(rows.method(method, **{slot: choice}), f"method={method}", f"method/{slot}={choice}")
+
+
+@pytest.mark.parametrize(("slot", "choice"), sorted(ALIASES))
+def test_the_library_names_what_an_old_name_stands_for(slot, choice):
+    with pytest.raises(UserError, match="is an old name of refinement=block_refine: use that"):
+        rows.method("svd", **{slot: choice})
+
+
+@pytest.mark.parametrize("choice", sorted(path.stem for path in (CONF / "quantizer").glob("*.yaml")))
+def test_the_library_reads_every_quantizer_as_hydra_does(choice):
+    same(rows.method("svd", quantizer=choice), "method=svd", f"quantizer={choice}")
+
+
+def test_the_library_changes_settings_as_the_command_line_does():
+    changed = rows.method("adasvd", allocation="sensitivity", compensation={"iterations": 3})
+    typed = ("method/allocation=sensitivity", "method.compensation.iterations=3")
+    same(changed, "method=adasvd", *typed)
+    changed = rows.method("soco", training={"stages": {"coarse": {"steps": 7}}, "phases": ["coarse"]})
+    typed = ("method.training.stages.coarse.steps=7", "method.training.phases=[coarse]")
+    same(changed, "method=soco", *typed)
+    rounding = made(composed("quantizer=rtn_int4"), "quantizer")
+    same(rows.method("svd", quantizer=rounding), "method=svd", "quantizer=rtn_int4")
+
+
+@pytest.mark.parametrize(
+    ("row", "slots", "message"),
+    [
+        ("adasdv", {}, "method has no choice 'adasdv'; did you mean adasvd?"),
+        ("svd", {"whitening": "gramm"}, "method/whitening has no choice 'gramm'; did you mean gram?"),
+        ("svd", {"packaging": "factors"}, "A method has no slot 'packaging'"),
+        ("adasvd", {"compensation": {"iteration": 3}}, "compensation.iteration"),
+        ("adasvd", {"compensation": {"iterations": 0}}, "compensation.iterations=0"),
+        ("svd", {"whitening": 3}, "method.whitening is a int, which is no Whitening: it lacks"),
+    ],
+)
+def test_what_the_library_cannot_read_is_one_line(row, slots, message):
+    with pytest.raises(UserError) as caught:
+        rows.method(row, **slots)
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("choice", sorted(path.stem for path in (CONF / "trainer").glob("*.yaml")))
+def test_the_library_reads_every_loop_as_hydra_does(choice):
+    assert rows.load("trainer", choice) == composed(f"trainer={choice}").trainer
+
+
+def test_the_library_calibrates_as_a_run_does():
+    base, whole = rows.load("calibration", "_base"), composed("calibration=wikitext2").calibration
+    assert {key: whole[key] for key in base} == base
+
+
+def test_every_slot_of_a_method_has_a_group():
+    assert SLOTS == sorted(x.name for x in fields(Method) if x.name not in ("name", "rounding"))
 
 
 @pytest.mark.parametrize("path", sorted((CONF / "method").glob("*.yaml")), ids=name)
@@ -159,8 +254,12 @@ def test_a_method_selects_slots_and_sets_nothing_inside_them(path):
 @pytest.mark.parametrize("path", sorted((CONF / "ratio").glob("cr*.yaml")), ids=name)
 def test_a_ratio_is_what_its_name_says(path):
     ratio = make(composed(f"ratio={path.stem}"), "ratio")
-    assert isinstance(ratio, Ratio)
+    assert isinstance(ratio, Numbers)
     assert ratio.compression == pytest.approx(int(path.stem[2:]) / 100)
+
+
+def test_a_ratio_may_be_in_bits():
+    assert make(composed("ratio=bits", "ratio.bits=3.4"), "ratio") == Bits(bits=3.4)
 
 
 @pytest.mark.parametrize("path", sorted((CONF / "model").glob("*.yaml")), ids=name)
@@ -181,14 +280,14 @@ def test_unknown_keys_fail(group):
     with pytest.raises(ConfigCompositionException, match="nonsense"):
         composed(f"{group}.nonsense=1")  # a typo on the command line
     with pytest.raises(UserError, match="nonsense") as caught:
-        make(composed(f"+{group}.nonsense=1"), group)  # insisted on
+        made(composed(f"+{group}.nonsense=1"), group)  # insisted on
     assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize("slot", SLOTS)
 def test_unknown_keys_inside_a_slot_fail(slot):
     with pytest.raises(UserError, match=rf"method\.{slot}.*nonsense"):
-        make(composed(f"+method.{slot}.nonsense=1"), "method")
+        made(composed(f"+method.{slot}.nonsense=1"), "method")
 
 
 def test_an_unknown_key_of_the_trainer_fails_before_a_model_is_loaded(tmp_path, no_weights_read):
@@ -201,6 +300,7 @@ def test_an_unknown_key_of_the_trainer_fails_before_a_model_is_loaded(tmp_path, 
     [
         ("ratio.compression=1.0", "ratio.compression"),
         ("ratio.compression=-0.1", "ratio.compression"),
+        ("calibration.layers_at_once=0", "calibration.layers_at_once"),
         ("calibration.num_samples=0", "calibration.num_samples"),
         ("calibration.upstream=sideways", "calibration.upstream"),
         ("method.compensation.iterations=0", "method.compensation.iterations"),

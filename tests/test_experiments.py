@@ -16,11 +16,11 @@ import pytest
 from hydra import compose, initialize_config_dir
 from running import CONF, ROOT, compose_config, store
 
-from specomp.experiment.checks import make
 from specomp.errors import UserError
+from specomp.experiment.checks import make
 from specomp.experiment.pipeline import run
-from specomp.tables.paper import grid, paper_table, write
 from specomp.experiment.record import COMMITTED, RecordStore, companions, point_of, publish, stored
+from specomp.tables.paper import grid, paper_table, write
 from specomp.tables.render import Bold, render
 from specomp.tables.report import main as report
 from specomp.tables.report import write as report_files
@@ -54,7 +54,8 @@ def test_every_point_is_a_valid_experiment_of_its_own(name):
     with initialize_config_dir(str(CONF), version_base="1.3"):
         for point in sweep.points:
             cfg = compose("config", overrides=[f"experiment={name}", *(f"{k}={v}" for k, v in point.keys.items())])
-            for group in ("method", "ratio", "quantizer", "benchmark"):
+            make(cfg, "method", rounding=cfg.quantizer)
+            for group in ("ratio", "quantizer", "benchmark"):
                 make(cfg, group)
             marks.add(point_of({key: str(value) for key, value in cfg.items()}))
     assert len(marks) == len(sweep.points) == len(sweep.missing()), "nothing has run"
