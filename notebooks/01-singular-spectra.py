@@ -18,11 +18,11 @@
 # %%
 from matplotlib.figure import Figure
 
+from specomp.compression.calibrate import dense_statistics
 from specomp.experiment.config import typed
-from specomp.numerics.factors import truncate
 from specomp.experiment.pipeline import load_dense
 from specomp.experiment.record import Record
-from specomp.compression.calibrate import dense_statistics
+from specomp.numerics.factors import truncate
 from specomp.numerics.statistics import Gram
 
 SHOWN = ("self_attn.q_proj", "self_attn.v_proj", "mlp.up_proj", "mlp.down_proj")

@@ -18,7 +18,6 @@
 from pathlib import Path
 
 from matplotlib.figure import Figure
-
 from specomp.results.record import COMMITTED, stored
 from specomp.results.sweep import load_sweep
 

@@ -5,7 +5,6 @@ functions, on a small random one, and scaled up. Figures with ~ are estimates; a
 """
 
 import copy
-import math
 from collections import Counter as Tally
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import nullcontext

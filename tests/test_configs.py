@@ -162,9 +162,9 @@ def test_the_old_name_of_a_refinement_sets_both_slots(method):
     assert OmegaConf.to_container(cfg.method.refinement) == alone_of("refinement", "block_refine") | {"steps": 3}
     new = composed(f"method={method}", "method/refinement=block_refine", "method.refinement.steps=3")
     assert cfg.method.refinement == new.method.refinement
-    assert OmegaConf.to_container(new.method.compensation) == OmegaConf.to_container(
-        composed(f"method={method}").method.compensation
-    ), "the new name leaves the compensation as it is"
+    assert OmegaConf.to_container(new.method.compensation) == OmegaConf.to_container(composed(f"method={method}").method.compensation), (
+        "the new name leaves the compensation as it is"
+    )
 
 
 METHODS = sorted(path.stem for path in (CONF / "method").glob("*.yaml"))
@@ -189,7 +189,7 @@ def test_the_library_reads_every_slot_choice_as_hydra_does(slot, choice):
 
 @pytest.mark.parametrize(("slot", "choice"), sorted(ALIASES))
 def test_the_library_names_what_an_old_name_stands_for(slot, choice):
-    with pytest.raises(UserError, match="is an old name of refinement=block_refine: use that"):
+    with pytest.raises(UserError, match="is an old name of method/refinement=block_refine"):
         rows.method("svd", **{slot: choice})
 
 
@@ -238,7 +238,7 @@ def test_the_library_calibrates_as_a_run_does():
 
 
 def test_every_slot_of_a_method_has_a_group():
-    assert SLOTS == sorted(x.name for x in fields(Method) if x.name not in ("name", "rounding"))
+    assert sorted(x.name for x in fields(Method) if x.name not in ("name", "rounding")) == SLOTS
 
 
 @pytest.mark.parametrize("path", sorted((CONF / "method").glob("*.yaml")), ids=name)
@@ -321,10 +321,14 @@ def test_a_wrong_value_is_one_line_with_its_key_before_anything_is_loaded(tmp_pa
     assert override.split("=")[1] in message
 
 
-def test_a_wrong_slot_object_is_refused():
-    """A whitening where a target belongs is noticed when the method is built."""
-    with pytest.raises(UserError, match="compensation"):
-        make(composed("method=svd", "method.compensation._target_=specomp.methods.svd.NoTraining"), "method")
+@pytest.mark.parametrize("calibration", ["tiny", "token_ids"])
+def test_a_wrong_slot_object_is_refused(tmp_path, no_weights_read, calibration):
+    """A training where a compensation belongs is noticed before a model is loaded."""
+    wrong = "method.compensation._target_=specomp.methods.svd.NoTraining"
+    needed = REQUIRED.get(("calibration", calibration), [])
+    with pytest.raises(UserError, match="method.compensation is a NoTraining, which is no Compensation: it lacks") as caught:
+        build(compose_config(tmp_path, "method=svd", wrong, f"calibration={calibration}", *needed))
+    assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize("path", sorted((CONF / "hydra" / "launcher").glob("*.yaml")), ids=name)

@@ -2,7 +2,7 @@
 
 import ast
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import pytest
@@ -10,67 +10,78 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "specomp"
 
-# A file or folder of the package may import itself and what stands on a lower level.
-LEVELS = {
-    **dict.fromkeys(("errors", "settings", "profiling", "linalg", "grid"), 0),
-    **dict.fromkeys(("progress", "cache", "ratio", "options"), 1),
-    **dict.fromkeys(("factors", "modules", "logs"), 2),
-    **dict.fromkeys(("models", "statistics"), 3),
-    **dict.fromkeys(("budget", "ledger", "gates", "phases"), 4),
-    **dict.fromkeys(("methods", "quantization", "data"), 5),
-    **dict.fromkeys(("stages", "evaluation", "results"), 6),
-    "checks": 7,
-    "notes": 8,
-    "experiment": 8,
-    **dict.fromkeys(("factorize", "planning"), 9),
-    "pipeline": 10,
-    "run": 11,
+# A file may import what stands on its own floor or a lower one.
+FLOORS = {
+    **dict.fromkeys(("numerics", "cache", "errors", "settings", "progress", "profiling"), 0),
+    "models": 1,
+    **dict.fromkeys(("slots", "forms", "quantization", "data"), 2),
+    **dict.fromkeys(("compression", "training", "evaluation"), 3),
+    "methods": 4,
+    **dict.fromkeys(("rows", "pricing", "api"), 5),
+    "experiment": 6,
+    **dict.fromkeys(("tables", "results"), 7),
+    "run": 8,
 }
 # Besides the standard library, torch and pydantic.
 THIRD_PARTY = {
     "hydra": {
         "run.py",
-        "specomp/pipeline.py",
-        "specomp/experiment.py",
-        "specomp/checks.py",
-        "specomp/logs.py",
-        "specomp/results/sweep.py",
-        "specomp/results/dashboard.py",
+        "specomp/experiment/checks.py",
+        "specomp/experiment/config.py",
+        "specomp/experiment/logs.py",
+        "specomp/tables/dashboard.py",
+        "specomp/tables/sweep.py",
     },
     "omegaconf": {
         "run.py",
-        "specomp/pipeline.py",
-        "specomp/experiment.py",
-        "specomp/checks.py",
-        "specomp/logs.py",
-        "specomp/results/sweep.py",
+        "specomp/rows.py",
+        "specomp/experiment/checks.py",
+        "specomp/experiment/config.py",
+        "specomp/experiment/logs.py",
+        "specomp/experiment/pipeline.py",
+        "specomp/tables/sweep.py",
     },
-    "wandb": {"specomp/results/tracking.py"},
-    "wandb_workspaces": {"specomp/results/dashboard.py"},
-    "matplotlib": {"specomp/results/figures.py", "specomp/results/charts.py"},
+    "wandb": {"specomp/experiment/tracking.py"},
+    "wandb_workspaces": {"specomp/tables/dashboard.py"},
+    "matplotlib": {"specomp/experiment/figures.py", "specomp/tables/charts.py"},
+    "pandas": {"specomp/compression/report.py"},
     "lm_eval": {"specomp/evaluation/harness.py"},
-    "peft": {"specomp/stages/recover.py"},
+    "peft": {"specomp/training/adapters.py"},
     "compressed_tensors": {"specomp/models/packed.py"},
     "loguru": {"specomp/models/packed.py"},
     "huggingface_hub": {"specomp/models/"},
     "tokenizers": {"specomp/models/"},
-    "transformers": {"specomp/models/", "specomp/data/", "specomp/evaluation/", "specomp/stages/setup.py"},
+    "transformers": {
+        "specomp/models/",
+        "specomp/data/",
+        "specomp/evaluation/",
+        "specomp/compression/run.py",
+        "specomp/pricing.py",
+        "specomp/api.py",
+    },
     "datasets": {"specomp/data/", "specomp/evaluation/harness.py"},
     "lightning": {
-        "specomp/stages/",
-        "specomp/phases.py",
-        "specomp/results/tracking.py",
-        "specomp/data/",
-        "specomp/experiment.py",
-        "specomp/checks.py",
+        "specomp/compression/module.py",
+        "specomp/training/",
+        "specomp/experiment/checks.py",
+        "specomp/experiment/config.py",
+        "specomp/experiment/tracking.py",
     },
     "safetensors": {"specomp/cache.py", "specomp/models/", "specomp/data/"},
     "xxhash": {"specomp/cache.py"},
-    "filelock": {"specomp/cache.py", "specomp/results/record.py"},
-    "rich": {"specomp/progress.py", "specomp/results/summary.py", "specomp/planning/"},
+    "filelock": {"specomp/cache.py", "specomp/experiment/record.py"},
+    "rich": {
+        "specomp/progress.py",
+        "specomp/compression/report.py",
+        "specomp/experiment/plan.py",
+        "specomp/experiment/summary.py",
+    },
     "numpy": {"specomp/data/"},
 }
 COMMON = {"torch", "pydantic"}
+MATHEMATICS = {"torch"}  # all that numerics knows
+# What a library that compresses in closed form must not cost.
+EXPERIMENTS_ONLY = {"hydra", "lightning", "lm_eval", "wandb", "matplotlib"}
 FILES = [ROOT / "run.py", *sorted(PACKAGE.rglob("*.py"))]
 
 
@@ -82,9 +93,20 @@ def tree(path: Path) -> ast.Module:
     return ast.parse(path.read_text())
 
 
-def imports(path: Path) -> Iterator[tuple[str, tuple[str, ...]]]:
-    """(module, names) of every import in a file, wherever it stands; names are empty for `import module`."""
-    for node in ast.walk(tree(path)):
+def nodes(body: Iterable[ast.AST], *, deferred: bool) -> Iterator[ast.AST]:
+    """Everything in a file but what is there for type checkers; deferred: also what stands inside functions."""
+    for node in body:
+        if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING":
+            yield from nodes(node.orelse, deferred=deferred)
+            continue
+        yield node
+        if deferred or not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda):
+            yield from nodes(ast.iter_child_nodes(node), deferred=deferred)
+
+
+def imports(path: Path, *, deferred: bool = True) -> Iterator[tuple[str, tuple[str, ...]]]:
+    """(module, names) of every import in a file; names are empty for `import module`."""
+    for node in nodes(tree(path).body, deferred=deferred):
         if isinstance(node, ast.Import):
             for alias in node.names:
                 yield alias.name, ()
@@ -93,18 +115,44 @@ def imports(path: Path) -> Iterator[tuple[str, tuple[str, ...]]]:
             yield node.module or "", tuple(alias.name for alias in node.names)
 
 
-def own(path: Path) -> Iterator[str]:
-    """The files and folders of the package that a file imports; the version string, which is the package's own, left out."""
-    for module, names in imports(path):
-        if module == "specomp" and names:
-            yield from (name for name in names if name != "__version__")
-        elif module.split(".")[0] == "specomp":
-            yield module.split(".")[1]
+def packages(path: Path, *, deferred: bool = True) -> set[str]:
+    """Third-party packages that a file imports."""
+    known = {*sys.stdlib_module_names, "specomp"}
+    return {module.split(".")[0] for module, _ in imports(path, deferred=deferred)} - known
 
 
-def unit(path: Path) -> str:
+def file_of(module: str) -> Path | None:
+    """The file of a module of the package."""
+    place = ROOT / module.replace(".", "/")
+    return next((x for x in (place.with_suffix(".py"), place / "__init__.py") if x.exists()), None)
+
+
+def own(path: Path, *, deferred: bool = True) -> set[Path]:
+    """The files of the package that a file imports; names of the package itself (its version) left out."""
+    found: set[Path] = set()
+    for module, names in imports(path, deferred=deferred):
+        if module.split(".")[0] != "specomp":
+            continue
+        inside = {file for name in names if (file := file_of(f"{module}.{name}")) is not None}
+        owner = file_of(module)
+        assert owner is not None, f"{label(path)} imports {module}, which is no file"
+        # A folder's own file says nothing but what the folder is.
+        found |= inside or {owner}
+    return found - {PACKAGE / "__init__.py", path}
+
+
+def room(path: Path) -> str:
     """The file or folder of the package that a file belongs to."""
     return path.stem if path.parent in (PACKAGE, ROOT) else path.relative_to(PACKAGE).parts[0]
+
+
+def in_a_circle(graph: dict[Path, set[Path]]) -> set[Path]:
+    """What is left when files that import nothing that is left are taken away."""
+    left = dict(graph)
+    while free := [path for path, needs in left.items() if not needs & set(left)]:
+        for path in free:
+            del left[path]
+    return set(left)
 
 
 def calls(path: Path) -> Iterator[tuple[str, ast.Call]]:
@@ -115,57 +163,77 @@ def calls(path: Path) -> Iterator[tuple[str, ast.Call]]:
 
 
 def test_the_tables_name_files_that_exist():
-    units = {unit(path) for path in FILES} - {"__init__"}
-    assert units == set(LEVELS), "a new file or folder needs a level here, and a removed one none"
-    for places in THIRD_PARTY.values():
-        assert all((ROOT / place).exists() for place in places)
+    rooms = {room(path) for path in FILES} - {"__init__"}
+    assert rooms == set(FLOORS), "a new file or folder needs a floor here, and a removed one none"
+    for package, places in THIRD_PARTY.items():
+        for place in places:
+            assert (ROOT / place).exists()
+            here = [x for x in FILES if label(x) == place or (place.endswith("/") and label(x).startswith(place))]
+            assert any(package in packages(x) for x in here), f"{place} does not import {package}"
 
 
-@pytest.mark.parametrize("path", [p for p in FILES if unit(p) != "__init__"], ids=label)
-def test_imports_go_down_only(path):
-    here = unit(path)
-    upwards = {name for name in own(path) if name != here and LEVELS[name] >= LEVELS[here]}
-    assert not upwards, f"{label(path)} (level {LEVELS[here]}) imports {sorted(upwards)}"
+@pytest.mark.parametrize("path", [p for p in FILES if room(p) != "__init__"], ids=label)
+def test_imports_stay_on_a_floor_or_go_down(path):
+    here = FLOORS[room(path)]
+    upwards = {label(x) for x in own(path) if FLOORS[room(x)] > here}
+    assert not upwards, f"{label(path)} (floor {here}) imports {sorted(upwards)}"
+
+
+def test_no_file_imports_itself_on_a_detour():
+    left = in_a_circle({path: own(path) for path in FILES})
+    assert not left, f"import cycle among {sorted(map(label, left))}"
 
 
 def test_the_package_itself_imports_only_models():
-    assert set(own(PACKAGE / "__init__.py")) == {"models"}
+    """Its public names are imported when they are asked for; type checkers see them all."""
+    path = PACKAGE / "__init__.py"
+    assert {room(x) for x in own(path)} == {"models"}
+    (hint,) = [x for x in tree(path).body if isinstance(x, ast.If)]
+    told = {alias.name for x in hint.body if isinstance(x, ast.ImportFrom) for alias in x.names}
+    (public,) = [ast.literal_eval(x.value) for x in tree(path).body if isinstance(x, ast.Assign) and ast.unparse(x.targets[0]) == "__all__"]
+    assert told == set(public)
 
 
-@pytest.mark.parametrize("folder", sorted(p for p in PACKAGE.iterdir() if p.is_dir() and p.name != "__pycache__"), ids=label)
-def test_no_cycles_inside_a_folder(folder):
-    inside = {p.stem: {m.split(".")[2] for m, _ in imports(p) if m.startswith(f"specomp.{folder.name}.")} for p in folder.glob("*.py")}
-    while inside:
-        free = {name for name, needs in inside.items() if not needs & set(inside)}
-        assert free, f"import cycle among {sorted(inside)}"
-        inside = {name: needs for name, needs in inside.items() if name not in free}
+def test_the_library_imports_none_of_what_experiments_need():
+    """`import specomp; specomp.compress`: whatever is imported on the way, before any function is called."""
+    reached, left = set(), {PACKAGE / "api.py", PACKAGE / "rows.py"}
+    while left:
+        reached |= left
+        left = {x for path in left for x in own(path, deferred=False)} - reached
+    for path in reached:
+        assert not packages(path, deferred=False) & EXPERIMENTS_ONLY, label(path)
+        assert FLOORS[room(path)] <= FLOORS["api"]
 
 
 @pytest.mark.parametrize("path", FILES, ids=label)
 def test_third_party_packages_stay_where_they_belong(path):
-    outside = {module.split(".")[0] for module, _ in imports(path)} - set(sys.stdlib_module_names) - COMMON - {"specomp"}
-    for package in outside:
+    for package in packages(path) - COMMON:
         assert package in THIRD_PARTY, f"{label(path)} imports {package}, which is on no list"
         places = THIRD_PARTY[package]
-        assert any(label(path) == x or (x.endswith("/") and label(path).startswith(x)) for x in places), f"{label(path)} imports {package}"
+        allowed = any(label(path) == x or (x.endswith("/") and label(path).startswith(x)) for x in places)
+        assert allowed, f"{label(path)} imports {package}"
+
+
+@pytest.mark.parametrize("path", sorted((PACKAGE / "numerics").glob("*.py")), ids=label)
+def test_mathematics_knows_torch_alone(path):
+    assert packages(path) <= MATHEMATICS
 
 
 def test_services_and_the_harness_are_known_to_one_file_each():
     for package in ("wandb", "lm_eval"):
-        assert sum(any(m.split(".")[0] == package for m, _ in imports(path)) for path in FILES) == 1
+        assert sum(package in packages(path) for path in FILES) == 1
 
 
 def test_wandb_and_lm_eval_are_imported_when_used():
     for path in FILES:
-        top = {alias.name for node in tree(path).body if isinstance(node, ast.Import) for alias in node.names}
-        top |= {node.module or "" for node in tree(path).body if isinstance(node, ast.ImportFrom)}
-        assert not {name.split(".")[0] for name in top} & {"wandb", "lm_eval"}, f"{label(path)} makes every run pay for it"
+        early = packages(path, deferred=False) & {"wandb", "lm_eval"}
+        assert not early, f"{label(path)} makes every run pay for it"
 
 
 @pytest.mark.parametrize("path", sorted((PACKAGE / "methods").glob("*.py")), ids=label)
 def test_papers_do_not_import_each_other(path):
-    others = {module.split(".")[2] for module, _ in imports(path) if module.startswith("specomp.methods.")}
-    assert others <= {"base"}, f"{label(path)}: what two papers share belongs into factors, statistics or budget"
+    others = [x for x in own(path) if x.parent == path.parent]
+    assert not others, f"{label(path)}: what two papers share belongs on a lower floor"
 
 
 @pytest.mark.parametrize("path", FILES, ids=label)
@@ -173,7 +241,8 @@ def test_no_print_no_pickle_no_foreign_code(path):
     for name, node in calls(path):
         where = f"{label(path)}:{node.lineno}"
         assert name not in {"print", "eval", "exec"}, f"{where} calls {name}"
-        assert name not in {"pickle.load", "pickle.loads", "pickle.dump", "pickle.dumps", "pickle.Unpickler", "torch.save"}, where
+        pickled = {"load", "loads", "dump", "dumps", "Unpickler"}
+        assert name not in {"torch.save", *(f"pickle.{x}" for x in pickled)}, where
         options = {keyword.arg: ast.unparse(keyword.value) for keyword in node.keywords}
         if name == "torch.load":
             assert options.get("weights_only") == "True", f"{where} runs pickled code"
@@ -182,9 +251,21 @@ def test_no_print_no_pickle_no_foreign_code(path):
 
 
 def test_the_checks_can_fail(tmp_path):
-    """The readers above see imports inside functions, aliases, and calls."""
+    """The readers above see imports inside functions and classes, aliases, whole modules, and calls."""
     path = tmp_path / "x.py"
-    path.write_text("def f():\n    import wandb.sdk as w\n    from specomp.experiment.pipeline import run\n    print(torch.load('x'))\n")
+    path.write_text(
+        "from typing import TYPE_CHECKING\n"
+        "if TYPE_CHECKING:\n    import hydra\n"
+        "class C:\n    import lightning\n"
+        "def f():\n    import wandb.sdk as w\n    from specomp.experiment.pipeline import run\n"
+        "    from specomp.tables import charts\n    from specomp import __version__, rows\n"
+        "    print(torch.load('x'))\n"
+    )
     assert ("wandb.sdk", ()) in set(imports(path))
-    assert set(own(path)) == {"pipeline"}
-    assert {name for name, _ in calls(path)} == {"print", "torch.load"}
+    assert packages(path) == {"wandb", "lightning"}
+    assert packages(path, deferred=False) == {"lightning"}
+    assert {x.relative_to(PACKAGE).as_posix() for x in own(path)} == {"experiment/pipeline.py", "tables/charts.py", "rows.py"}
+    assert [name for name, _ in calls(path)] == ["print", "torch.load"]
+    a, b, c = (tmp_path / x for x in "abc")
+    assert in_a_circle({a: {b}, b: {c}, c: set()}) == set()
+    assert in_a_circle({a: {b}, b: {a}, c: set()}) == {a, b}

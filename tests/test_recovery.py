@@ -10,16 +10,18 @@ from hydra.utils import instantiate
 from omegaconf import OmegaConf
 from running import CONF, compose_config, compose_run, make_run, store
 from safetensors.torch import load_file
-from test_soco_runs import at_step, dies
+from test_soco_runs import Curve, at_step, dies
 from test_stages import method, ranks_of, run_method
 from torch import nn
 from transformers import AutoModelForCausalLM
 
 import specomp.compression.loop
 from specomp.cache import Cache
-from specomp.compression.run import Progress, Run
+from specomp.compression.run import Run
 from specomp.errors import UserError
 from specomp.experiment import pipeline
+from specomp.experiment.config import ask
+from specomp.experiment.plan import plan_of
 from specomp.forms.factors import Factors, LowRankLinear
 from specomp.forms.pivoted import Pivoted, PivotedLinear
 from specomp.methods.lora import LoRA
@@ -39,27 +41,15 @@ def settings(**changes) -> LoRA:
     return instantiate(OmegaConf.merge(OmegaConf.load(CONF / "method" / "training" / "lora.yaml"), PINNED, changes))
 
 
-class Curve(Progress):
-    """Keeps the curve of a training."""
-
-    def __init__(self, path: Path) -> None:
-        super().__init__()
-        self.path = path
-
-    @property
-    def curve_file(self) -> Path:
-        return self.path
-
-
 def dense_run(folder: Path, family_name: str = "llama", *, seed: int = 0) -> Run:
     """Of enough samples to train on; the curve of a training is folder/curve.csv."""
-    curve = Curve(folder / "curve.csv")
-    run = make_run(family_name, Cache(folder), num_samples=12, length=32, batch_size=4, progress=curve)
+    sizes = {"num_samples": 12, "length": 32, "batch_size": 4}
+    run = make_run(family_name, Cache(folder), progress=Curve(folder / "curve.csv"), **sizes)
     return replace(run, seed=seed)
 
 
-def compressed(folder: Path, family_name: str = "llama", packing=None, *, seed: int = 0) -> tuple[Run, TeacherStates]:
-    """A run whose model is compressed, and the teacher made before that."""
+def compressed(folder: Path, family_name: str = "llama", packing=None, *, seed: int = 0):
+    """(run, teacher): a model that is compressed, and the states of it that were made before that."""
     run = dense_run(folder, family_name, seed=seed)
     teacher = TeacherStates(run)
     run_method(run, method(packing=packing or Factors()), ranks=ranks_of(run, 6))
@@ -204,7 +194,8 @@ def test_it_may_train_on_more_of_the_text_than_the_method_calibrates_on(tmp_path
     assert max(seen) == 39 and more.training["samples"] == 40 and more.key != plain.key
     assert more.identity["training_samples"] == more.training["samples_hash"] != more.calibration["hash"] == plain.calibration["hash"]
     assert all(torch.equal(value, first[i]) for i, value in ids.items() if i in first), "the calibration set comes first"
-    assert more.cache["hits"]["statistics/gram"] == 1 and more.counted.norm_error == plain.counted.norm_error
+    assert more.cache["hits"]["statistics/gram"] == 1
+    assert more.counted.norm_error == plain.counted.norm_error
     assert more.training["phases"][0]["phase"] == "start" and more.training["phases"][0]["kl"] != plain.training["phases"][0]["kl"]
 
 
@@ -242,18 +233,15 @@ def test_what_it_cannot_do_is_said_before_the_model_is_loaded(tmp_path, monkeypa
 
 
 def test_a_plan_trains_after_compressing(tmp_path):
-    from specomp.planning.stages import outlook
-
-    from specomp.experiment.config import ask
-
-    cfg = compose_config(tmp_path, "method=svd_llm", *OVERRIDES)
-    names = [x.name for x in outlook(ask(cfg)).stages]
-    assert names.index("train") == names.index("compress") + 1
-    plain = outlook(ask(compose_config(tmp_path, "method=svd_llm", "ratio=cr40", "benchmark=none")))
-    assert outlook(ask(cfg)).compressed == plain.compressed
-    cfg.method.training.num_samples = 3 * cfg.calibration.num_samples
-    more = outlook(ask(cfg))
-    assert f"{3 * more.samples * more.length:,} tokens of the teacher" in next(x.detail for x in more.stages if x.name == "train")
+    plain = ["method=svd_llm", "ratio=cr40", "benchmark=none"]
+    trains = ["method=svd_llm", *OVERRIDES]
+    asked = (plain, trains, [*trains, "method.training.num_samples=30"])
+    before, found, more = (plan_of(ask(compose_config(tmp_path, *x))) for x in asked)
+    first, last = before.route.stages[:-1], before.route.stages[-1]
+    assert found.route.stages == (*first, "train", last, "train"), "the teacher first"
+    assert found.compressed == before.compressed
+    (train,) = [x for x in more.stages if x.name == "train"]
+    assert f"{30 * more.run.samples.length:,} tokens of the teacher; 6 steps" in train.detail
 
 
 def test_adapters_belong_to_the_numbers_they_were_trained_on(tmp_path, monkeypatch):

@@ -3,60 +3,60 @@
 import pytest
 import torch
 from command import command
-from running import compose_config, compose_run, make_setup, store
+from running import compose_config, compose_run, make_run, store
 from test_block_refine import REFINE
 from test_stages import method, ranks_of, run_method
 from torch import nn
 
-import specomp.experiment.pipeline
+import specomp.compression.loop
 from specomp.cache import Cache
-from specomp.errors import UserError
-from specomp.experiment.config import ask
-from specomp.forms.pivoted import Pivoted
-from specomp.methods.svd import Factors
-from specomp.experiment.pipeline import run
-from specomp.planning.stages import outlook
-from specomp.quantization.none import NoQuantizer
-from specomp.compression.calibrate import dense_statistics
-from specomp.compression.loop import dense_needs
+from specomp.compression.calibrate import calibrate
+from specomp.compression.run import Run
 from specomp.compression.spectra import StoredSpectra
+from specomp.errors import UserError
+from specomp.experiment import pipeline
+from specomp.experiment.config import ask
+from specomp.experiment.plan import plan_of
+from specomp.forms.factors import Factors
+from specomp.forms.pivoted import Pivoted
 
 COMMON = ["method=specomp", "ratio=cr40", "benchmark=none", "save=false"]
-REFINED = [*COMMON, "method/compensation=block_refine", "method.compensation.steps=3"]
+REFINED = [*COMMON, "method/refinement=block_refine", "method.refinement.steps=3"]
 STILL = ["method.training.learning_rate=1e-12", "method.training.learning_rate_deviation=1e-12"]
 POLISH = ["method/training=polish", "method.training.stages.polish.steps=6", "method.training.precision=float32"]
 
 
-def stored_spectra(folder, family_name: str, rank: int = 6, **slots):
-    """A setup with a compressed model whose first linear is dense, and the spectra of what it stores."""
-    setup = make_setup(family_name, Cache(folder), num_samples=12, length=32, batch_size=4)
-    chosen, dense = method(**slots), setup.linears[0]
-    statistics = dense_statistics(setup, dense_needs(chosen, "dense", NoQuantizer()))
-    run_method(setup, chosen, ranks=ranks_of(setup, rank) | {dense.name: min(dense.m, dense.n)})
-    return setup, StoredSpectra(setup, chosen.whitening, statistics)
+def stored_spectra(folder, family_name: str, rank: int = 6, **slots) -> tuple[Run, StoredSpectra]:
+    """A run whose model is compressed but for its first linear, and the spectra of what it stores."""
+    sizes = {"num_samples": 12, "length": 32, "batch_size": 4}
+    run = make_run(family_name, Cache(folder), method=method(**slots), **sizes)
+    statistics, dense = calibrate(run), run.linears[0]
+    ranks = ranks_of(run, rank) | {dense.name: min(dense.m, dense.n)}
+    run_method(run, run.method, ranks=ranks)
+    return run, StoredSpectra(run, statistics)
 
 
 @pytest.mark.parametrize("family_name", ["llama_gqa", "opt"])
 @pytest.mark.parametrize("packing", [Factors(), Pivoted(max_growth=2.0)], ids=["factors", "pivoted"])
 def test_the_components_are_those_of_the_stored_weights(tmp_path, family_name, packing):
-    setup, spectra = stored_spectra(tmp_path, family_name, packing=packing, compensation=REFINE)
-    for linear in setup.linears:
-        module, spectrum = setup.model.get_submodule(linear.name), spectra(linear.name)
+    run, spectra = stored_spectra(tmp_path, family_name, packing=packing, refinement=REFINE)
+    for linear in run.linears:
+        module, spectrum = run.model.get_submodule(linear.name), spectra(linear)
         dense = isinstance(module, nn.Linear)
         weight, rank = (module.weight, min(linear.m, linear.n)) if dense else (module.merged_weight(), 6)
         torch.testing.assert_close(spectrum.U[:, :rank] @ spectrum.rows[:rank], weight.detach(), rtol=1e-4, atol=1e-5)
         assert dense or spectrum.tail(rank) < 1e-3 * float(spectrum.s[0])
-    assert sum(isinstance(setup.model.get_submodule(x.name), nn.Linear) for x in setup.linears) == 1
+    assert sum(isinstance(run.model.get_submodule(x.name), nn.Linear) for x in run.linears) == 1
 
 
 def test_they_are_cached_by_the_numbers_that_are_stored(tmp_path):
-    _, spectra = stored_spectra(tmp_path, "llama", compensation=REFINE)
-    setup, again = stored_spectra(tmp_path, "llama", compensation=REFINE)
+    _, spectra = stored_spectra(tmp_path, "llama", refinement=REFINE)
+    run, again = stored_spectra(tmp_path, "llama", refinement=REFINE)
     _, plain = stored_spectra(tmp_path, "llama")
     assert spectra.key == again.key != plain.key
     with torch.no_grad():
-        next(setup.model.get_submodule(setup.linears[-1].name).parameters()).view(-1)[0] += 1e-3
-    assert StoredSpectra(setup, method().whitening, again.statistics).key != again.key
+        next(run.model.get_submodule(run.linears[-1].name).parameters()).view(-1)[0] += 1e-3
+    assert StoredSpectra(run, again.statistics).key != again.key
 
 
 def test_a_training_that_moves_nothing_leaves_the_repaired_model(tmp_path, monkeypatch):
@@ -67,8 +67,8 @@ def test_a_training_that_moves_nothing_leaves_the_repaired_model(tmp_path, monke
         found[len(found)] = model
         return original(model, *args, **options)
 
-    original = specomp.experiment.pipeline.measure
-    monkeypatch.setattr(specomp.experiment.pipeline, "measure", keep)
+    original = specomp.compression.loop.measure
+    monkeypatch.setattr(specomp.compression.loop, "measure", keep)
     compose_run(tmp_path, *REFINED)
     refined = found[len(found) - 1]
     record = compose_run(tmp_path, *REFINED, *POLISH, *STILL)
@@ -77,7 +77,8 @@ def test_a_training_that_moves_nothing_leaves_the_repaired_model(tmp_path, monke
     with torch.no_grad():
         before, after = refined(input_ids=ids).logits, trained(input_ids=ids).logits
     assert float((after - before).norm() / before.norm()) < 1e-3, "rounding, in directions that the norm hardly sees"
-    assert record.ledger["measured_retention"] == pytest.approx(record.ledger["target_retention"], abs=0.02)
+    found = record.counted
+    assert found.measured_retention == pytest.approx(found.target_retention, abs=0.02)
 
 
 def test_training_brings_the_refined_model_closer(tmp_path):
@@ -109,7 +110,7 @@ def test_after_a_closed_form_repair_too_and_rounded_once(tmp_path):
     assert record.cache["hits"]["trained"] == 1, "what is rounded afterwards was trained already"
     errors = [float(x) for x in column(tmp_path, record.key, "linears.csv", "quantization_error") if x]
     assert errors and all(0 < x < 1 for x in errors)
-    assert record.ledger["compensation_gain"] == exact.ledger["compensation_gain"] < 1
+    assert record.counted.compensation_gain == exact.counted.compensation_gain < 1
 
 
 def test_the_command_resumes_from_the_cache(tmp_path):
@@ -123,20 +124,20 @@ def test_the_command_resumes_from_the_cache(tmp_path):
     assert second.cache["hits"]["trained"] == 1 and second.ledger == record.ledger
 
 
-@pytest.mark.parametrize("compensation", ["block_refine", "adacomp"])
-def test_where_nothing_is_truncated_there_is_nothing_to_repair(tmp_path, monkeypatch, compensation):
-    monkeypatch.setattr(specomp.experiment.pipeline, "load_dense", lambda *_: pytest.fail("loaded"))
-    with pytest.raises(UserError, match=r"nothing to repair: use method/compensation=none, or an allocation that truncates"):
-        run(compose_config(tmp_path, "method=soco", f"method/compensation={compensation}"))
+@pytest.mark.parametrize(("slot", "choice"), [("refinement", "block_refine"), ("compensation", "adacomp")])
+def test_where_nothing_is_truncated_there_is_nothing_to_repair(tmp_path, monkeypatch, slot, choice):
+    monkeypatch.setattr(pipeline, "load_dense", lambda *_: pytest.fail("loaded"))
+    said = f"nothing to repair: use method/{slot}=none, or an allocation that truncates"
+    with pytest.raises(UserError, match=said):
+        pipeline.run(compose_config(tmp_path, "method=soco", f"method/{slot}={choice}"))
 
 
 def test_a_plan_compresses_first(tmp_path):
-    refined, trained, both = (outlook(ask(compose_config(tmp_path, *x))) for x in (REFINED, COMMON + POLISH, REFINED + POLISH))
-    order = {
-        name: [x.name for x in plan.stages if x.name in ("train", "compress")] for name, plan in (("trained", trained), ("both", both))
-    }
-    assert order == {"trained": ["train", "compress"], "both": ["compress", "train"]}
+    asked = (REFINED, COMMON + POLISH, REFINED + POLISH)
+    refined, trained, both = (plan_of(ask(compose_config(tmp_path, *x))) for x in asked)
+    assert trained.route.stages[-3:] == ("allocate", "train", "compress")
+    assert both.route.stages[-4:] == ("train", "compress", "train", "compress"), "the teacher first"
     flops = [{x.name: x.work.flops for x in plan.stages} for plan in (refined, trained, both)]
-    assert flops[2]["train"] == pytest.approx(flops[1]["train"])
+    assert flops[2]["train"] == pytest.approx(flops[1]["train"] - trained.spectra().flops)
     assert flops[2]["compress"] > flops[0]["compress"]
     assert both.compressed == trained.compressed

@@ -99,9 +99,7 @@ class Curve(Progress):
         return self.path
 
 
-def soco_run(
-    family_name: str, cache: Cache, chosen: Method, *, compression: float = 0.4, seed: int = 0
-) -> Run:
+def soco_run(family_name: str, cache: Cache, chosen: Method, *, compression: float = 0.4, seed: int = 0) -> Run:
     """A dense tiny model and a method that trains; the curve is in the cache's folder."""
     curve = Curve(cache.root / "training.csv")
     run = make_run(family_name, cache, method=chosen, compression=compression, progress=curve)
@@ -118,7 +116,7 @@ def allocated(run: Run, allocation: Allocation) -> dict[Unit, Choice]:
 
 
 def fit(run: Run, allocation: Allocation = FullRank()) -> GatedChoice:  # noqa: B008
-    """The training; afterwards the model of the run is the student, if it was not read from the cache."""
+    """The training; afterwards the run's model is the student, unless it was read from the cache."""
     choices, teacher, target = allocated(run, allocation), TeacherStates(run), run.budget.retention
     settings, spectra = run.method.training, spectra_of(run)
     return train(run, settings, choices, spectra, teacher, target=target, gains={}, by="gates")

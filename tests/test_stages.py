@@ -67,9 +67,7 @@ ADACOMP = AdaComp(iterations=1, update="pseudo_inverse", stack_of_batch="gram", 
 ADACR = AdaCR(min_retention_gap=0.1, importance="block_influence", budget="water_filling")
 
 
-def run_method(
-    run: Run, chosen: Method, compression: float = 0.4, ranks: dict[str, int] | None = None
-) -> list[LinearReport]:
+def run_method(run: Run, chosen: Method, compression: float = 0.4, ranks: dict[str, int] | None = None) -> list[LinearReport]:
     """Another method on a run's model and tokens; ranks: by linear, instead of the allocation's."""
     own = replace(run, method=chosen, budget=Numbers(compression=compression))
     statistics = calibrate(own)
@@ -243,9 +241,7 @@ def test_grams_are_what_their_definition_says(cache):
     run = make_run("llama_gqa", cache)
     seen = {}
     handles = [
-        run.model.get_submodule(x.name).register_forward_pre_hook(
-            lambda _, args, name=x.name: seen.update({name: args[0].flatten(0, 1)})
-        )
+        run.model.get_submodule(x.name).register_forward_pre_hook(lambda _, args, name=x.name: seen.update({name: args[0].flatten(0, 1)}))
         for x in run.linears
     ]
     with torch.no_grad():

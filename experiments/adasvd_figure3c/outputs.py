@@ -12,17 +12,17 @@ import sys
 from pathlib import Path
 
 import torch
-from torch import Tensor
-
-from specomp.experiment import typed
 from specomp.factors import GramNorm, truncate
-from specomp.methods.adasvd import AdaComp
 from specomp.pipeline import load_dense
 from specomp.ratio import rank_for_retention
 from specomp.results.charts import histograms
 from specomp.results.record import Record
 from specomp.stages.calibrate import dense_statistics, linear_module
 from specomp.statistics import Gram, Stats
+from torch import Tensor
+
+from specomp.experiment import typed
+from specomp.methods.adasvd import AdaComp
 
 BINS, SAMPLES, ITERATIONS = 200, 8, (0, 1, 3, 15)
 HERE = Path(__file__).parent

@@ -10,13 +10,14 @@ import csv
 import sys
 from pathlib import Path
 
-from specomp.experiment import typed
-from specomp.methods.adasvd import normalized_importance
 from specomp.pipeline import load_dense
 from specomp.results.charts import importances
 from specomp.results.record import Record
 from specomp.stages.calibrate import dense_statistics
 from specomp.statistics import IOCosine
+
+from specomp.experiment import typed
+from specomp.methods.adasvd import normalized_importance
 
 HERE = Path(__file__).parent
 

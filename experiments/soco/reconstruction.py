@@ -16,12 +16,12 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
 from cost import prepare
-
-from specomp.cache import Cache
 from specomp.factors import GramNorm
 from specomp.ratio import rank_for_retention
 from specomp.stages.calibrate import dense_statistics, linear_module
 from specomp.statistics import Gram
+
+from specomp.cache import Cache
 
 STEPS, RATE, PRICE = 600, 0.05, 0.5
 LINEARS = ("0.self_attn.q_proj", "10.self_attn.v_proj", "10.mlp.up_proj", "20.mlp.down_proj", "29.self_attn.o_proj")

@@ -1,5 +1,6 @@
 """What a run works with: every choice of the command line as an object, checked before any model is loaded."""
 
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -103,10 +104,11 @@ def ask(cfg: DictConfig) -> Request:
 
 
 def check_request(method: Method, budget: Budget, spec: CalibrationSpec, processes: int, dtype: str) -> Route:
-    """What the library checks, before any text is read: with the samples asked for, where that is a number. Raises UserError."""
-    if spec.num_samples is None:
-        return Route.of(method, spec.upstream, 1)
-    return check_method(method, budget, spec.upstream, spec.num_samples, processes, dtype)
+    """What the library checks, before any text is read. Raises UserError.
+
+    Whether there are enough samples where all of a token file's are asked for, `build` checks.
+    """
+    return check_method(method, budget, spec.upstream, spec.num_samples or sys.maxsize, processes, dtype)
 
 
 def build(cfg: DictConfig) -> Experiment:

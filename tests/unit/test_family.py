@@ -74,9 +74,7 @@ def test_every_linear_is_a_unit_of_its_own(tiny_any):
     family = family_of(tiny_any.config)
     units, specs = family.units(tiny_any), family.linears(tiny_any)
     assert [x.linears for x in units] == [(spec,) for spec in specs]
-    assert [(x.name, x.decoder_layer, x.params) for x in units] == [
-        (spec.name, spec.decoder_layer, spec.m * spec.n) for spec in specs
-    ]
+    assert [(x.name, x.decoder_layer, x.params) for x in units] == [(spec.name, spec.decoder_layer, spec.m * spec.n) for spec in specs]
 
 
 def test_accepts_low_rank_linears(tiny_llama):

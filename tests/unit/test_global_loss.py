@@ -83,9 +83,7 @@ def curves_of(units: Sequence[Unit], values: Values, form: Form) -> dict[Unit, C
 def steps_of(curves: Mapping[Unit, Curve]) -> list[tuple[float, float]]:
     """(loss saved, parameters) of every step on every hull."""
     return [
-        (float(c.losses[a] - c.losses[b]), float(c.costs[b] - c.costs[a]))
-        for c in curves.values()
-        for a, b in itertools.pairwise(c.hull())
+        (float(c.losses[a] - c.losses[b]), float(c.costs[b] - c.costs[a])) for c in curves.values() for a, b in itertools.pairwise(c.hull())
     ]
 
 
@@ -205,10 +203,7 @@ def test_normalizing_compares_shares_of_energy():
 def test_rounded_ranks(round_to):
     units = [unit(f"x{i}", 300, 200) for i in range(12)] + [unit("small", 12, 10)]
     generator, form = torch.Generator().manual_seed(1), FORMS["pivoted"]
-    values = {
-        x.name: torch.rand(min(shape(x)), generator=generator).sort(descending=True).values
-        for x in units
-    }
+    values = {x.name: torch.rand(min(shape(x)), generator=generator).sort(descending=True).values for x in units}
     ranks = allocate(units, values, 0.3, form, round_to=round_to)
     low = {x.name for x in units if saves(x, ranks[x.name], form)}
     assert low - {"small"}

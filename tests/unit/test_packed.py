@@ -44,9 +44,7 @@ def quantized(name: str, *, dtype: torch.dtype = torch.float32, every: int = 1, 
         if index % every == 0:
             linear, rank = model.get_submodule(spec.name), 7 + index % 4
             U, s, Vt = torch.linalg.svd(linear.weight.detach().float(), full_matrices=False)
-            evidence = Known(
-                pair=LowRankFactors(U * s, Vt), own_bias=linear.bias, rounding=quantizer, dtype=dtype
-            )
+            evidence = Known(pair=LowRankFactors(U * s, Vt), own_bias=linear.bias, rounding=quantizer, dtype=dtype)
             replace_linear(model, spec.name, form.module(spec, rank, evidence))
     return model
 
@@ -74,9 +72,7 @@ def bytes_on_disk(folder) -> int:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize(
-    ("name", "form"), [("llama_gqa", Factors()), ("opt", Factors()), ("opt", Pivoted(max_growth=1.5))]
-)
+@pytest.mark.parametrize(("name", "form"), [("llama_gqa", Factors()), ("opt", Factors()), ("opt", Pivoted(max_growth=1.5))])
 def test_reloads_bit_for_bit_and_is_as_large_as_counted(export, name, form, kind, dtype):
     model = quantized(name, dtype=dtype, every=2, form=form, **KINDS[kind])
     linears = family_of(model.config).linears(model)

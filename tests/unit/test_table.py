@@ -225,9 +225,7 @@ def test_as_a_module(folder):
         check=True,
     )
     assert done.stdout.split() == ["model", "bert_like", "llama", "llama", "llama", "llama"]
-    failed = subprocess.run(
-        [sys.executable, "-m", "specomp.tables.table", str(folder / "no")], capture_output=True, text=True, check=False
-    )
+    failed = subprocess.run([sys.executable, "-m", "specomp.tables.table", str(folder / "no")], capture_output=True, text=True, check=False)
     assert failed.returncode == 1
     assert "No folder of records" in failed.stderr
     assert "Traceback" not in failed.stderr
