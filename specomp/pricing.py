@@ -259,7 +259,7 @@ class Plan:
         scale = max(1.0, max(m, n) / SMALL)
         linear = LinearSpec("linear", max(8, round(m / scale)), max(8, round(n / scale)), 0, 0, "linear")
         unit, size = Unit("linear", "linear", (linear,)), max(1, round(choice.size / scale))
-        method, route = self.method, self.route
+        method = self.method
         needs = method.whitening.needs | method.target.needs | method.compensation.needs | method.rounding.needs
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)

@@ -1,4 +1,4 @@
-"""What an allocation may look at besides its options: statistics, and how the calibration loss suffers when one unit alone is stored otherwise."""
+"""What an allocation may look at besides its options: statistics, and the calibration loss with one unit alone stored otherwise."""
 
 import torch
 

@@ -118,7 +118,7 @@ def actionable(error: BaseException) -> UserError | None:
     # torch tells of exhausted CPU memory by the text alone
     if isinstance(error, (torch.OutOfMemoryError, MemoryError)) or (isinstance(error, RuntimeError) and "allocate memory" in str(error)):
         return UserError(
-            f"Out of memory ({one_line(error, 120)}): lower calibration.batch_size or benchmark.batch_size, set calibration.layers_at_once, "
-            "use model.dtype=bfloat16, or model.stream=true."
+            f"Out of memory ({one_line(error, 120)}): lower calibration.batch_size or benchmark.batch_size, "
+            "set calibration.layers_at_once, use model.dtype=bfloat16, or model.stream=true."
         )
     return None

@@ -35,7 +35,10 @@ KINDS = {
 }
 
 
-def quantized(name: str, *, dtype: torch.dtype = torch.float32, every: int = 1, form=Factors(), **changes):
+FACTORS = Factors()
+
+
+def quantized(name: str, *, dtype: torch.dtype = torch.float32, every: int = 1, form=FACTORS, **changes):
     """A tiny model with rounded factors of odd ranks, or with another form of them."""
     settings = {"algorithm": "rtn", "bits": 4, "act_order": False, "damping": 0.0, "order": "faithful", "rebalance": False}
     quantizer = FactorQuantizer(**settings | changes)
