@@ -77,8 +77,8 @@ def test_a_training_that_moves_nothing_leaves_the_repaired_model(tmp_path, monke
     with torch.no_grad():
         before, after = refined(input_ids=ids).logits, trained(input_ids=ids).logits
     assert float((after - before).norm() / before.norm()) < 1e-3, "rounding, in directions that the norm hardly sees"
-    found = record.counted
-    assert found.measured_retention == pytest.approx(found.target_retention, abs=0.02)
+    balance = record.counted
+    assert balance.measured_retention == pytest.approx(balance.target_retention, abs=0.02)
 
 
 def test_training_brings_the_refined_model_closer(tmp_path):

@@ -205,8 +205,8 @@ def test_a_setting_that_came_later_is_left_out_at_its_first_value(monkeypatch):
     ],
 )
 def test_a_point_is_the_same_on_every_machine(override):
-    plain, changed = ("method=svd", "calibration=wikitext2"), ("method=svd", "calibration=wikitext2", override)
-    assert point_of(container(*changed)) == point_of(container(*plain))
+    base = ("method=svd", "calibration=wikitext2")
+    assert point_of(container(*base, override)) == point_of(container(*base))
 
 
 @pytest.mark.parametrize(
