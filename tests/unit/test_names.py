@@ -1,5 +1,6 @@
 """Keys and points stay what they were: through every renaming, committed records are found by what is typed today."""
 
+import csv
 import json
 from collections.abc import Iterator, Mapping
 from functools import cache
@@ -21,10 +22,10 @@ from specomp.experiment.record import COMMITTED, Record, RecordStore, point_of, 
 from specomp.slots import Method, describe
 
 RECORDS = RecordStore(COMMITTED).all()
-# By choice: what a point was made of when the first records were made. Class names and settings, without values.
+# By choice: what a point was made of when the first records were made. Classes and settings, without values.
 FIRST = json.loads((Path(__file__).parent / "first_names.json").read_text())
 REQUIRED = {"calibration=token_ids": ["calibration.path=x"], "model=local": ["model.path=x"]}
-# The default of method/training=polish that was not typed for it has changed since.
+# A default of method/training=polish has changed since: another command makes it today.
 ANOTHER_DEFAULT = {"f61f6a91e7be"}
 # Made before LoRA had this setting, which their keys do not name: found by their points alone.
 NOT_IN_KEY = {"3f6f448b2978": {"num_samples": None}, "5d54ccc50b3a": {"num_samples": None}}
@@ -34,8 +35,17 @@ def key(record: Record) -> str:
     return record.key[:12]
 
 
+def in_no_table() -> list[Record]:
+    """Those of no committed table; tests/test_experiments.py makes the tables again from what is typed."""
+    shown: set[str] = set()
+    for path in COMMITTED.parent.glob("*/table.csv"):
+        with path.open(newline="") as file:
+            shown |= {x for row in csv.DictReader(file) for x in row["records"].split()}
+    return [x for x in RECORDS if key(x) not in shown]
+
+
 def container(*overrides: str) -> dict[str, Any]:
-    """What `python run.py overrides...` composes, resolved where there is something to resolve."""
+    """What `python run.py overrides...` composes."""
     with initialize_config_dir(str(CONF), version_base="1.3"):
         cfg = compose("config", overrides=["paths.data=null", *overrides])
     plain: Any = OmegaConf.to_container(cfg, resolve=True)
@@ -43,15 +53,35 @@ def container(*overrides: str) -> dict[str, Any]:
 
 
 @cache
-def typed(*overrides: str) -> tuple[str, Method, Any, Any]:
-    """Point, method, quantizer and budget of a command as it is composed today."""
-    cfg = OmegaConf.create(container(*overrides))
-    made = make(cfg, "method", rounding=cfg.quantizer)
-    return point_of(OmegaConf.to_container(cfg)), made, describe(made.rounding), make(cfg, "ratio").identity()
+def typed(*overrides: str) -> tuple[str, Method]:
+    """Point and method of a command as it is composed today."""
+    plain = container(*overrides)
+    cfg = OmegaConf.create(plain)
+    return point_of(plain), make(cfg, "method", rounding=cfg.quantizer)
 
 
-def overrides(record: Record) -> tuple[str, ...]:
-    return tuple(x for x in record.config["overrides"] if not x.startswith(("paths.", "hydra.")))
+def loaded(group: str, choice: str) -> Any:
+    return OmegaConf.to_container(rows.load(group, choice))
+
+
+def in_todays_names(node: Any) -> Any:
+    """A part of a stored config with the names that its classes have now."""
+    if isinstance(node, list):
+        return [in_todays_names(x) for x in node]
+    if not isinstance(node, Mapping):
+        return node
+    today = {old: new for new, old in OLD_TARGETS.items()}
+    found = {k: in_todays_names(v) for k, v in node.items()}
+    return found | {k: today.get(v, v) for k, v in node.items() if k == "_target_"}
+
+
+def stored_method(record: Record) -> Method:
+    """The method that a record was made with."""
+    slots = {"refinement": loaded("method/refinement", "none")} | in_todays_names(record.config["method"])
+    if slots["compensation"]["_target_"].endswith(".BlockRefine"):
+        slots["refinement"] = slots["compensation"]
+        slots["compensation"] = loaded("method/compensation", "none")
+    return rows.built(slots | {"rounding": in_todays_names(record.config["quantizer"])}, "method")
 
 
 def targets(node: Any) -> Iterator[str]:
@@ -64,6 +94,11 @@ def targets(node: Any) -> Iterator[str]:
             yield from targets(value)
 
 
+def exists(target: str) -> bool:
+    module, _, attribute = target.rpartition(".")
+    return hasattr(import_module(module), attribute)
+
+
 def plain(value: Any) -> Any:
     return json.loads(json.dumps(value))
 
@@ -74,25 +109,32 @@ def test_there_are_records():
 
 
 @pytest.mark.parametrize("record", RECORDS, ids=key)
-def test_a_record_is_found_by_its_own_config(record):
-    assert record.points
+def test_a_record_has_the_point_of_its_own_config(record):
+    """By which tables find it."""
     assert point_of(record.config) in record.points
+
+
+@pytest.mark.parametrize("record", RECORDS, ids=key)
+def test_a_record_has_the_key_of_what_made_it(record):
+    """By which a run finds it."""
     assert record_key(record.identity) == record.key
-
-
-@pytest.mark.parametrize("record", [x for x in RECORDS if key(x) not in ANOTHER_DEFAULT], ids=key)
-def test_a_record_is_found_by_its_command_as_it_is_composed_today(record):
-    """By its point, which tables look for, and by its key, which a run looks for."""
-    point, method, quantizer, budget = typed(*overrides(record))
-    assert point in record.points
-    stored = record.identity["method"]
+    method, stored = stored_method(record), record.identity["method"]
     if stored == "dense":
         assert method.is_dense
         return
     training = stored["training"] | NOT_IN_KEY.get(key(record), {})
     assert plain(method_identity(method)) == stored | {"training": training}
-    assert plain(quantizer) == record.identity["quantizer"]
+    assert plain(describe(method.rounding)) == record.identity["quantizer"]
+    budget = rows.built(in_todays_names(record.config["ratio"]), "ratio").identity()
     assert budget == {name: record.identity[name] for name in budget}
+
+
+@pytest.mark.parametrize("record", in_no_table(), ids=key)
+def test_a_record_of_no_table_is_found_by_its_command_as_it_is_composed_today(record):
+    point, method = typed(*(x for x in record.config["overrides"] if not x.startswith("paths.")))
+    same = key(record) not in ANOTHER_DEFAULT
+    assert (point in record.points) is same
+    assert (method_identity(method) == method_identity(stored_method(record))) is same
 
 
 def test_every_class_of_a_record_is_known_today():
@@ -101,16 +143,12 @@ def test_every_class_of_a_record_is_known_today():
     stored |= set(targets(list(FIRST.values())))
     assert len(stored) > 30
     for name in sorted(stored - set(OLD_TARGETS.values())):
-        module, _, attribute = name.rpartition(".")
-        assert hasattr(import_module(module), attribute), f"{name} has moved: say so in OLD_TARGETS"
+        assert exists(name), f"{name} has moved: say so in OLD_TARGETS"
 
 
 def test_every_old_name_is_one_of_a_class_that_exists():
     assert len(set(OLD_TARGETS.values())) == len(OLD_TARGETS), "two classes would be one"
-    for new, old in OLD_TARGETS.items():
-        module, _, attribute = new.rpartition(".")
-        assert hasattr(import_module(module), attribute), new
-        assert attribute in (old.rpartition(".")[2], "Numbers"), "a key names the class without its place"
+    assert all(map(exists, OLD_TARGETS))
 
 
 def shape(value: Any) -> Any:
@@ -123,31 +161,39 @@ def shape(value: Any) -> Any:
 
 
 def as_key(node: Any) -> Any:
-    """What a key says where a point says this."""
+    """What a key says where a point says this: the class without its place."""
     if not isinstance(node, Mapping):
         return node
     found = {k: as_key(v) for k, v in node.items() if k not in ("_target_", "_convert_")}
     return found | ({"class": node["_target_"].rpartition(".")[2]} if "_target_" in node else {})
 
 
-@pytest.mark.parametrize("choice", FIRST)
+@pytest.mark.parametrize("choice", [x for x in FIRST if x.startswith("method/")])
+def test_a_slot_is_called_what_it_was_called_first(choice):
+    """In points and in keys. (What Hydra composes of a choice is what the library reads: tests/test_configs.py.)"""
+    slot, _, name = choice.removeprefix("method/").partition("=")
+    row = loaded("method", "svd")
+    if (slot, name) == ("compensation", "block_refine"):
+        row["refinement"] = loaded("method/refinement", name)
+    else:
+        row[slot] = loaded(f"method/{slot}", name)
+    assert shape(portable({"method": row})["method"][slot]) == FIRST[choice]
+    method = rows.built(row | {"rounding": loaded("quantizer", "none")}, "method")
+    assert shape(method_identity(method)[slot]) == as_key(FIRST[choice])
+
+
+@pytest.mark.parametrize("choice", [x for x in FIRST if not x.startswith("method/")])
 def test_a_choice_is_called_what_it_was_called_first(choice):
-    """In points; and a slot also in keys."""
-    group = choice.partition("=")[0].partition("/")
-    more = ["method=svd"] if group[0] == "method" else []
-    found = portable(container(*more, choice, *REQUIRED.get(choice, [])))[group[0]]
-    found = found[group[2]] if group[2] else found
-    assert shape(found) == FIRST[choice]
-    if group[0] == "method":
-        slot = method_identity(typed("method=svd", choice)[1])[group[2]]
-        assert shape(slot) == as_key(FIRST[choice])
-    if group[0] == "quantizer":
-        assert shape(typed("method=svd", choice)[2]) == as_key(FIRST[choice])
+    group, _, name = choice.partition("=")
+    cfg = container(choice, *REQUIRED.get(choice, []))
+    assert shape(portable(cfg)[group]) == FIRST[choice]
+    if group == "quantizer":
+        assert shape(describe(rows.built(loaded(group, name), group))) == as_key(FIRST[choice])
 
 
 def test_a_method_has_the_slots_that_it_had_first():
-    slots = {x.partition("/")[2].partition("=")[0] for x in FIRST if x.startswith("method/")}
-    point = portable(container("method=svd"))["method"]
+    slots = {x.removeprefix("method/").partition("=")[0] for x in FIRST if x.startswith("method/")}
+    point = portable({"method": loaded("method", "svd")})["method"]
     assert set(point) == {"_target_", "name", *slots}
     assert point["_target_"] == "specomp.methods.base.Method"
     assert point["name"] == "svd", "a point says what was typed, a key what is done"
@@ -175,51 +221,47 @@ def test_a_refinement_after_a_compensation_is_something_new():
 
 
 def test_a_setting_that_came_later_is_left_out_at_its_first_value(monkeypatch):
-    before = typed("method=adasvd")[0]
-    monkeypatch.setattr(names, "LATER", {"AdaComp": {"iterations": 15}, "Numbers": {"compression": 0.4}})
+    """By class, as it is called today."""
     config = container("method=adasvd", "method.compensation.iterations=15", "ratio=cr40")
-    found = portable(config)
-    assert "iterations" not in found["method"]["compensation"]
-    assert "iterations" in config["method"]["compensation"], "the config is left as it is"
-    assert "compression" not in found["ratio"], "of a class by the name that it has today"
-    assert point_of(config) != before
     other = container("method=adasvd", "method.compensation.iterations=3", "ratio=cr60")
-    assert portable(other)["method"]["compensation"]["iterations"] == 3
-    assert portable(other)["ratio"]["compression"] == 0.6
-    described = {"compensation": {"class": "AdaComp", "iterations": 15, "update": "svd"}, "list": [{"class": "X"}]}
-    assert without_later(described)["compensation"] == {"class": "AdaComp", "update": "svd"}
-    described["compensation"]["iterations"] = 3
-    assert without_later(described) == described
+    before = plain(config)
+    monkeypatch.setattr(names, "LATER", {"AdaComp": {"iterations": 15}, "Numbers": {"compression": 0.4}})
+    found, kept = portable(config), portable(other)
+    assert config == before, "a config is left as it is"
+    assert "iterations" not in found["method"]["compensation"]
+    assert "compression" not in found["ratio"]
+    assert kept["method"]["compensation"]["iterations"] == 3
+    assert kept["ratio"]["compression"] == 0.6
+    told = {"class": "AdaComp", "iterations": 15, "update": "svd"}
+    assert without_later({"parts": [told]}) == {"parts": [{"class": "AdaComp", "update": "svd"}]}
+    assert without_later({"parts": [told | {"iterations": 3}]}) == {"parts": [told | {"iterations": 3}]}
+
+
+def test_a_point_is_the_same_on_every_machine():
+    base = ("method=svd", "calibration=wikitext2")
+    changes = ["model.device=cpu", "calibration.batch_size=1", "calibration.layers_at_once=1"]
+    changes += ["benchmark=none", "save=false", "trainer=ddp", "paths.data=elsewhere"]
+    assert point_of(container(*base, *changes)) == point_of(container(*base))
 
 
 @pytest.mark.parametrize(
     "override",
     [
-        "model.device=cpu",
-        "calibration.batch_size=1",
-        "calibration.layers_at_once=1",
-        "benchmark=none",
-        "save=false",
-        "trainer=ddp",
-        "paths.data=elsewhere",
+        "method=adasvd",
+        "ratio=cr60",
+        "ratio=bits",
+        "quantizer=rtn_int4",
+        "seed=1",
+        "calibration.upstream=compressed",
     ],
-)
-def test_a_point_is_the_same_on_every_machine(override):
-    base = ("method=svd", "calibration=wikitext2")
-    assert point_of(container(*base, override)) == point_of(container(*base))
-
-
-@pytest.mark.parametrize(
-    "override",
-    ["method=adasvd", "ratio=cr60", "ratio=bits", "quantizer=rtn_int4", "seed=1", "calibration.upstream=compressed"],
 )
 def test_a_point_says_which_weights_are_wanted(override):
     base = "method=svd_llm"
-    assert point_of(container(base, override)) != point_of(container(base))
+    assert typed(base, override)[0] != typed(base)[0]
 
 
 def test_a_stored_config_has_the_point_of_its_command(tmp_path):
     """What a record keeps of a run, which is resolved and knows its overrides, asks for the same."""
-    typed_here = ("method=adasvd", "ratio=cr60", "method/refinement=block_refine")
-    stored = plain(build(compose_config(tmp_path, *typed_here)).config)
-    assert point_of(stored) == point_of(container("debug=tiny", *typed_here))
+    command = ("method=adasvd", "ratio=cr60", "method/refinement=block_refine")
+    stored = plain(build(compose_config(tmp_path, *command)).config)
+    assert point_of(stored) == point_of(container("debug=tiny", *command))
