@@ -18,12 +18,10 @@
 # %%
 from matplotlib.figure import Figure
 
-from specomp.compression.calibrate import dense_statistics
+from specomp.compression.calibrate import calibrate
 from specomp.experiment.config import typed
-from specomp.experiment.pipeline import load_dense
-from specomp.experiment.record import Record
+from specomp.experiment.pipeline import run_of
 from specomp.numerics.factors import truncate
-from specomp.numerics.statistics import Gram
 
 SHOWN = ("self_attn.q_proj", "self_attn.v_proj", "mlp.up_proj", "mlp.down_proj")
 
@@ -31,23 +29,22 @@ SHOWN = ("self_attn.q_proj", "self_attn.v_proj", "mlp.up_proj", "mlp.down_proj")
 # The embedded model and 16 samples of 128 tokens of English text, both offline. Any override of the command line works here.
 
 # %%
-experiment = typed("method=svd_llm", "calibration.num_samples=16", "calibration.length=128", "benchmark=none", "save=false")
-setup = load_dense(experiment, Record(key="notebook"))
-statistics = dense_statistics(setup, frozenset({Gram()}))
+experiment = typed("method=svd_llm", "calibration.num_samples=16", "calibration.length=128", "benchmark=none")
+run = run_of(experiment, experiment.source.load(experiment.cache))
+statistics = calibrate(run)  # those that the method reads, of every linear
 
 # %% [markdown]
 # One decoder layer from the middle: relative singular values of W itself (dashed) and in the norm of its inputs (solid).
 
 # %%
-layer = len(setup.layers) // 2
-linears = [x for x in setup.linears if x.decoder_layer == layer and x.name.endswith(SHOWN)]
+layer = len(run.layers) // 2
+linears = [x for x in run.linears if x.decoder_layer == layer and x.name.endswith(SHOWN)]
 figure = Figure(figsize=(7, 4), layout="constrained")
 axes = figure.subplots()
 spectra = {}
 for linear in linears:
-    W = setup.model.get_submodule(linear.name).weight.detach()
-    stats = statistics(linear.name)
-    whitened = experiment.method.whitening(stats).decompose(W)
+    W = run.model.get_submodule(linear.name).weight.detach()
+    whitened = run.method.whitening(statistics(linear)).decompose(W)
     plain = W.svd().S
     spectra[linear.name] = whitened
     label = linear.name.rpartition(".")[2]
@@ -63,8 +60,8 @@ figure
 # %%
 rows = []
 for linear in linears:
-    W = setup.model.get_submodule(linear.name).weight.detach()
-    norm = experiment.method.whitening(statistics(linear.name))
+    W = run.model.get_submodule(linear.name).weight.detach()
+    norm = run.method.whitening(statistics(linear))
     rank = int(0.6 * linear.m * linear.n / (linear.m + linear.n))
     U, s, V = W.svd()
     plain = (U[:, :rank] * s[:rank]) @ V[:, :rank].T

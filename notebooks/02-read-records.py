@@ -18,14 +18,14 @@
 from pathlib import Path
 
 from matplotlib.figure import Figure
-from specomp.results.record import COMMITTED, stored
-from specomp.results.sweep import load_sweep
+
+from specomp.experiment.record import COMMITTED, stored
+from specomp.tables.sweep import load_sweep
 
 records = stored([COMMITTED])
 for record in records:
-    print(
-        record.key[:12], record.choices["method"], record.ledger["target_compression"], record.ledger["measured_retention"], record.metrics
-    )
+    counted = record.counted
+    print(record.key[:12], record.choices["method"], counted.target_compression, counted.measured_retention, record.metrics)
 
 # %% [markdown]
 # A sweep finds its records by what its command line says.
@@ -45,9 +45,8 @@ figure = Figure(figsize=(6, 4), layout="constrained")
 axes = figure.subplots()
 for start in ("none", "gram"):
     chosen = [p for p in sweep.points if p.keys["method/whitening"] == start and p.done]
-    axes.plot(
-        [p.done[0].ledger["target_compression"] for p in chosen], [p.values(column)[0] for p in chosen], marker="o", label=f"start: {start}"
-    )
+    compressions = [p.done[0].counted.target_compression for p in chosen]
+    axes.plot(compressions, [p.values(column)[0] for p in chosen], marker="o", label=f"start: {start}")
 axes.axhline(sweep.dense(column), color="0.5", linestyle=":", label="dense")
 axes.set(xlabel="compression (fraction of the linears' parameters removed)", ylabel="WikiText-2 perplexity", yscale="log", title="SoCo")
 axes.legend()

@@ -191,6 +191,17 @@ def test_a_choice_is_called_what_it_was_called_first(choice):
         assert shape(describe(rows.built(loaded(group, name), group))) == as_key(FIRST[choice])
 
 
+def test_a_class_that_only_a_command_line_names_is_called_what_it_was_called_first():
+    until = {"_target_": "specomp.training.phases.Convergence", "window": 20, "tolerance": 0.01}
+    row = loaded("method", "soco")
+    row["training"]["stages"]["coarse"]["until"] = until
+    found = portable({"method": row})["method"]["training"]["stages"]["coarse"]["until"]
+    assert found == until | {"_target_": "specomp.phases.Convergence"}
+    described = method_identity(rows.built(row | {"rounding": loaded("quantizer", "none")}, "method"))
+    until = described["training"]["stages"]["coarse"]["until"]
+    assert until == {"class": "Convergence", "window": 20, "tolerance": 0.01}
+
+
 def test_a_method_has_the_slots_that_it_had_first():
     slots = {x.removeprefix("method/").partition("=")[0] for x in FIRST if x.startswith("method/")}
     point = portable({"method": loaded("method", "svd")})["method"]
