@@ -29,7 +29,8 @@ SHOWN = ("self_attn.q_proj", "self_attn.v_proj", "mlp.up_proj", "mlp.down_proj")
 # The embedded model and 16 samples of 128 tokens of English text, both offline. Any override of the command line works here.
 
 # %%
-experiment = typed("method=svd_llm", "calibration.num_samples=16", "calibration.length=128", "benchmark=none")
+samples = ("calibration.num_samples=16", "calibration.length=128")
+experiment = typed("method=svd_llm", *samples, "benchmark=none")
 run = run_of(experiment, experiment.source.load(experiment.cache))
 statistics = calibrate(run)  # those that the method reads, of every linear
 

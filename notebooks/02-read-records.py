@@ -24,8 +24,8 @@ from specomp.tables.sweep import load_sweep
 
 records = stored([COMMITTED])
 for record in records:
-    counted = record.counted
-    print(record.key[:12], record.choices["method"], counted.target_compression, counted.measured_retention, record.metrics)
+    asked, counted = record.counted.target_compression, record.counted.measured_retention
+    print(record.key[:12], record.choices["method"], asked, counted, record.metrics)
 
 # %% [markdown]
 # A sweep finds its records by what its command line says.

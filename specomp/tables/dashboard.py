@@ -28,7 +28,7 @@ from specomp.tables.report import report
 from specomp.tables.sweep import LEDGER, Column, Sweep, load_sweep
 
 AXES = {RETENTION: "retention", BYTES: "bytes"}
-TRAINING = ("train/kl", "train/soft", "train/hard")  # as stages/train.py logs them
+TRAINING = ("train/kl", "train/soft", "train/hard")  # as training/distill.py logs them
 
 
 def sweep_report(name: str, sweep: Sweep, html: str) -> SweepReport:

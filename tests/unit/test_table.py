@@ -5,6 +5,7 @@ import io
 import math
 import subprocess
 import sys
+from importlib import import_module
 
 import pytest
 from ledgers import made_ledger
@@ -217,9 +218,16 @@ def test_render_of_nothing_has_a_header():
     assert listing([], ["model", "method"], "markdown") == "| model | method |\n|-------|--------|\n"
 
 
-def test_as_a_module(folder):
+@pytest.mark.parametrize("command", ["table", "report", "dashboard"])
+def test_committed_commands_name_the_first_place(command):
+    first, now = (import_module(f"specomp.{place}.{command}") for place in ("results", "tables"))
+    assert first.main is now.main
+
+
+@pytest.mark.parametrize("place", ["tables", "results"])
+def test_as_a_module(folder, place):
     done = subprocess.run(
-        [sys.executable, "-m", "specomp.tables.table", str(folder), "--format", "csv", "--columns", "model"],
+        [sys.executable, "-m", f"specomp.{place}.table", str(folder), "--format", "csv", "--columns", "model"],
         capture_output=True,
         text=True,
         check=True,
