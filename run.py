@@ -1,4 +1,6 @@
-"""python run.py [group=choice ...] [key=value ...]: one experiment; with -m, a sweep. See README.md."""
+"""python run.py [group=choice ...] [key=value ...]: one experiment; with -m, a sweep. See
+README.md.
+"""
 
 import logging
 import re
@@ -25,20 +27,31 @@ def main(cfg: DictConfig) -> float | None:
     try:
         return run(cfg)
     except Exception as error:
-        line = f"specomp: {error}" if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
+        line = (
+            f"specomp: {error}"
+            if isinstance(error, UserError)
+            else f"{type(error).__name__}: {error}"
+        )
         if HydraConfig.get().mode == RunMode.MULTIRUN:
-            log.error("%s", line)  # Hydra tells only the first failure of a sweep, after its last job
+            # Hydra tells only the first failure of a sweep, after its last job
+            log.error("%s", line)
         if not isinstance(error, UserError):
             raise
-        # Hydra prints this class as the one line it is, lets the other jobs of a sweep go on, and exits 1.
+        # Hydra prints this class as the one line it is, lets the other jobs of a sweep go on, and
+        # exits 1.
         raise CompactHydraException(line) from error
 
 
 def check_choices(arguments: list[str]) -> None:
-    """A number or null where a choice belongs, which Hydra answers with a traceback. Raises SystemExit."""
+    """A number or null where a choice belongs, which Hydra answers with a traceback. Raises
+    SystemExit.
+    """
     for argument in arguments:
         group, _, value = argument.partition("=")
-        if not any(NO_NAME.fullmatch(x.strip()) for x in value.split(",")) or not (CONF / group).is_dir():
+        if (
+            not any(NO_NAME.fullmatch(x.strip()) for x in value.split(","))
+            or not (CONF / group).is_dir()
+        ):
             continue
         choices = ", ".join(sorted(x.stem for x in (CONF / group).glob("*.yaml")))
         number = f" A number is written ratio.compression={value}." if group == "ratio" else ""

@@ -68,9 +68,18 @@ for linear in linears:
     plain = (U[:, :rank] * s[:rank]) @ V[:, :rank].T
     best = truncate(spectra[linear.name], rank).product()
     whole = norm.loss(W)
-    rows.append((linear.name.rpartition(".")[2], rank, norm.loss(plain - W) / whole, norm.loss(best - W) / whole))
+    rows.append(
+        (
+            linear.name.rpartition(".")[2],
+            rank,
+            norm.loss(plain - W) / whole,
+            norm.loss(best - W) / whole,
+        )
+    )
 for name, rank, plain, best in rows:
-    print(f"{name:10s} rank {rank:4d}: relative output error {plain:.3f} by SVD of W, {best:.3f} in the norm of the inputs")
+    print(
+        f"{name:10s} rank {rank:4d}: relative output error {plain:.3f} by SVD of W, {best:.3f} in the norm of the inputs"
+    )
 
 # %%
 assert all(best <= plain for _, _, plain, best in rows), "Eckart-Young"

@@ -31,7 +31,12 @@ for record in records:
 # A sweep finds its records by what its command line says.
 
 # %%
-OVERRIDES = ["model=smollm2_135m", "budget=cpu", "calibration.num_samples=256", "calibration.precision=bfloat16"]
+OVERRIDES = [
+    "model=smollm2_135m",
+    "budget=cpu",
+    "calibration.num_samples=256",
+    "calibration.precision=bfloat16",
+]
 sweep = load_sweep("soco_starts", OVERRIDES, records)
 column = sweep.columns[-1]
 for point in sweep.points:
@@ -46,9 +51,16 @@ axes = figure.subplots()
 for start in ("none", "gram"):
     chosen = [p for p in sweep.points if p.keys["method/whitening"] == start and p.done]
     compressions = [p.done[0].counted.target_compression for p in chosen]
-    axes.plot(compressions, [p.values(column)[0] for p in chosen], marker="o", label=f"start: {start}")
+    axes.plot(
+        compressions, [p.values(column)[0] for p in chosen], marker="o", label=f"start: {start}"
+    )
 axes.axhline(sweep.dense(column), color="0.5", linestyle=":", label="dense")
-axes.set(xlabel="compression (fraction of the linears' parameters removed)", ylabel="WikiText-2 perplexity", yscale="log", title="SoCo")
+axes.set(
+    xlabel="compression (fraction of the linears' parameters removed)",
+    ylabel="WikiText-2 perplexity",
+    yscale="log",
+    title="SoCo",
+)
 axes.legend()
 figure
 

@@ -11,7 +11,18 @@ from typing import TYPE_CHECKING, Any
 from specomp.models.registration import register_when_needed
 
 if TYPE_CHECKING:
-    from specomp.api import Bits, Calibration, Method, Numbers, Progress, Report, compress, load, perplexity, save
+    from specomp.api import (
+        Bits,
+        Calibration,
+        Method,
+        Numbers,
+        Progress,
+        Report,
+        compress,
+        load,
+        perplexity,
+        save,
+    )
     from specomp.errors import UserError
     from specomp.pricing import plan
     from specomp.rows import method, method_names

@@ -3,9 +3,10 @@
     report = specomp.compress(model, tokens, method="adasvd", ratio=0.4)
     specomp.save(model, "folder", tokenizer=tokenizer)
 
-What a compression does is five steps, each a file: compression/route.py decides what is read where, calibrate.py takes the
-statistics, spectra.py decomposes in the method's norm, forms/options.py prices what an allocation (methods/) chooses among,
-loop.py fits, repairs, rounds and installs it decoder layer by decoder layer.
+What a compression does is five steps, each a file: compression/route.py decides what is read where,
+calibrate.py takes the statistics, spectra.py decomposes in the method's norm, forms/options.py
+prices what an allocation (methods/) chooses among, loop.py fits, repairs, rounds and installs it
+decoder layer by decoder layer.
 """
 
 import logging
@@ -56,13 +57,15 @@ def compress(
 ) -> Report:
     """Compress `model` in place; its parameters need no gradient afterwards.
 
-    tokens: what to calibrate on, int64 (samples, length) from the model's own tokenizer. method: a row's name (see
-    `method_names`), `specomp.method(...)`, or a `Method` of your own slots. ratio: the fraction of the decoder layers' linear
-    weights to remove, in [0, 1), or `Numbers(compression=...)`, or `Bits(bits=...)`: stored bits a weight. calibration: settings
-    other than those of conf/calibration/_base.yaml (batch_size, upstream, layers_at_once, accumulate, precision).
-    training_tokens: what a row that trains reads, where that is not `tokens`. quantizer: a choice of conf/quantizer. cache: a
-    folder in which statistics and spectra are kept for other methods and ratios; None: a temporary one. Raises UserError, in
-    general before anything is changed.
+    tokens: what to calibrate on, int64 (samples, length) from the model's own tokenizer. method: a
+    row's name (see `method_names`), `specomp.method(...)`, or a `Method` of your own slots. ratio:
+    the fraction of the decoder layers' linear weights to remove, in [0, 1), or
+    `Numbers(compression=...)`, or `Bits(bits=...)`: stored bits a weight. calibration: settings
+    other than those of conf/calibration/_base.yaml (batch_size, upstream, layers_at_once,
+    accumulate, precision). training_tokens: what a row that trains reads, where that is not
+    `tokens`. quantizer: a choice of conf/quantizer. cache: a folder in which statistics and spectra
+    are kept for other methods and ratios; None: a temporary one. Raises UserError, in general
+    before anything is changed.
     """
     family = family_of(model.config)
     if any(isinstance(x, Substitute) for x in model.modules()):
@@ -79,7 +82,11 @@ def compress(
     if chosen.training.active:
         chosen.training.check(chosen, budget, more.num_samples, 1, dtype)
     with ExitStack() as stack:
-        root = stack.enter_context(tempfile.TemporaryDirectory(prefix="specomp-")) if cache is None else cache
+        root = (
+            stack.enter_context(tempfile.TemporaryDirectory(prefix="specomp-"))
+            if cache is None
+            else cache
+        )
         stack.callback(model.train, model.training)
         model.eval()  # type: ignore[no-untyped-call]
         run = Run(
@@ -93,7 +100,11 @@ def compress(
             cache=Cache(root),
             model_key="only this one" if cache is None else model_key(model),
             seed=seed,
-            trainer=rows.built(rows.load("trainer", "default"), "trainer") if chosen.training.active else None,
+            trainer=(
+                rows.built(rows.load("trainer", "default"), "trainer")
+                if chosen.training.active
+                else None
+            ),
             progress=progress or Progress(),
         )
         with run.progress.stage("calibrate"):
@@ -109,9 +120,11 @@ def save(
     form: Literal["factors", "dense"] = "factors",
     report: Report | None = None,
 ) -> Path:
-    """Write a folder that `from_pretrained` loads, and `load` below; form "dense" merges factors into plain linears.
+    """Write a folder that `from_pretrained` loads, and `load` below; form "dense" merges factors
+    into plain linears.
 
-    report: what its specomp.json should say. Raises UserError where the folder holds something else, or the disk is full.
+    report: what its specomp.json should say. Raises UserError where the folder holds something
+    else, or the disk is full.
     """
     info = {} if report is None else {"ledger": report.ledger.as_dict(), "notes": report.notes}
     save_compressed(model, tokenizer, Path(folder), form=form, info=info)
@@ -119,14 +132,20 @@ def save(
 
 
 def load(
-    folder: str | Path, *, dtype: str | None = None, device: str = "cpu", device_map: str | None = None, stream: bool = False
+    folder: str | Path,
+    *,
+    dtype: str | None = None,
+    device: str = "cpu",
+    device_map: str | None = None,
+    stream: bool = False,
 ) -> LoadedModel:
     """The model and tokenizer of a folder that was saved; see specomp.models.save.load."""
     return load_folder(folder, dtype=dtype, device=device, device_map=device_map, stream=stream)
 
 
 def perplexity(model: PreTrainedModel, tokens: Tensor, *, batch_size: int = 1) -> float:
-    """exp of the mean loss over all predictions in windows of token ids, int64 (windows, length): length - 1 each.
+    """exp of the mean loss over all predictions in windows of token ids, int64 (windows, length):
+    length - 1 each.
 
     inf or nan where a window's is; nothing is left out.
     """
@@ -146,7 +165,11 @@ def method_of(method: str | Method, quantizer: str | Rounding | None) -> Method:
         return rows.method(method, **changes)
     if quantizer is None:
         return method
-    rounding = rows.built(rows.load("quantizer", quantizer), "quantizer") if isinstance(quantizer, str) else quantizer
+    rounding = (
+        rows.built(rows.load("quantizer", quantizer), "quantizer")
+        if isinstance(quantizer, str)
+        else quantizer
+    )
     return Method(**{**vars(method), "rounding": rounding})
 
 
@@ -154,11 +177,18 @@ def calibration_of(calibration: Mapping[str, Any] | Calibration | None) -> Calib
     """Settings over those of conf/calibration/_base.yaml."""
     if isinstance(calibration, Calibration):
         return calibration
-    base = {x: y for x, y in rows.load("calibration", "_base").items() if x in Calibration.__dataclass_fields__}
+    base = {
+        x: y
+        for x, y in rows.load("calibration", "_base").items()
+        if x in Calibration.__dataclass_fields__
+    }
     try:
         return Calibration(**{**base, **(calibration or {})})
     except ValidationError as error:
-        raise UserError("; ".join(f"calibration.{x['loc'][0]}={x['input']}: {x['msg']}" for x in error.errors()) + ".") from error
+        raise UserError(
+            "; ".join(f"calibration.{x['loc'][0]}={x['input']}: {x['msg']}" for x in error.errors())
+            + "."
+        ) from error
 
 
 def budget_of(ratio: float | Budget) -> Budget:
@@ -166,22 +196,63 @@ def budget_of(ratio: float | Budget) -> Budget:
     if not isinstance(ratio, (int, float)):
         return ratio
     if not 0 <= ratio < 1:
-        raise UserError(f"ratio={ratio}: the fraction of parameters to remove is in [0, 1); bits a weight are specomp.Bits(bits=...).")
+        raise UserError(
+            f"ratio={ratio}: the fraction of parameters to remove is in [0, 1); bits a weight are"
+            " specomp.Bits(bits=...)."
+        )
     return Numbers(compression=float(ratio))
 
 
-def _samples(model: PreTrainedModel, tokens: Tensor | CalibrationSet, settings: Calibration) -> CalibrationSet:
+def _samples(
+    model: PreTrainedModel, tokens: Tensor | CalibrationSet, settings: Calibration
+) -> CalibrationSet:
     if isinstance(tokens, CalibrationSet):
         return tokens
-    if not isinstance(tokens, Tensor) or tokens.ndim != 2 or tokens.dtype != torch.int64 or tokens.shape[0] < 1 or tokens.shape[1] < 2:
-        found = f"{tuple(tokens.shape)} of {tokens.dtype}" if isinstance(tokens, Tensor) else type(tokens).__name__
-        raise UserError(f"tokens must be int64 ids (samples, length), at least one sample of two tokens; this is {found}.")
-    vocabulary, context = model.get_input_embeddings().weight.shape[0], getattr(model.config, "max_position_embeddings", None)  # type: ignore[union-attr, index]
+    if (
+        not isinstance(tokens, Tensor)
+        or tokens.ndim != 2
+        or tokens.dtype != torch.int64
+        or tokens.shape[0] < 1
+        or tokens.shape[1] < 2
+    ):
+        found = (
+            f"{tuple(tokens.shape)} of {tokens.dtype}"
+            if isinstance(tokens, Tensor)
+            else type(tokens).__name__
+        )
+        raise UserError(
+            "tokens must be int64 ids (samples, length), at least one sample of two tokens; this"
+            f" is {found}."
+        )
+    embeddings: Any = model.get_input_embeddings()
+    vocabulary = embeddings.weight.shape[0]
+    context = getattr(model.config, "max_position_embeddings", None)
     if int(tokens.min()) < 0 or int(tokens.max()) >= vocabulary:
-        raise UserError(f"tokens go from {int(tokens.min())} to {int(tokens.max())}, the model's embedding has rows 0 to {vocabulary - 1}.")
+        raise UserError(
+            f"tokens go from {int(tokens.min())} to {int(tokens.max())}, the model's embedding has"
+            f" rows 0 to {vocabulary - 1}."
+        )
     if context is not None and tokens.shape[1] > context:
-        raise UserError(f"Samples of {tokens.shape[1]} tokens do not fit the model's context of {context}: give shorter ones.")
-    return CalibrationSet(tokens.cpu(), description={"tokenizer": {"sha256": "token ids"}}, batch_size=settings.batch_size)  # type: ignore[arg-type]
+        raise UserError(
+            f"Samples of {tokens.shape[1]} tokens do not fit the model's context of {context}: give"
+            " shorter ones."
+        )
+    return CalibrationSet(
+        tokens.cpu(),  # type: ignore[arg-type]
+        description={"tokenizer": {"sha256": "token ids"}},
+        batch_size=settings.batch_size,
+    )
 
 
-__all__ = ["Bits", "Calibration", "Method", "Numbers", "Progress", "Report", "compress", "load", "perplexity", "save"]
+__all__ = [
+    "Bits",
+    "Calibration",
+    "Method",
+    "Numbers",
+    "Progress",
+    "Report",
+    "compress",
+    "load",
+    "perplexity",
+    "save",
+]

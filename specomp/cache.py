@@ -1,7 +1,9 @@
-"""Content-addressed store on disk: tokens -> statistics -> spectra, shared by sweep jobs and processes.
+"""Content-addressed store on disk: tokens -> statistics -> spectra, shared by sweep jobs and
+processes.
 
-An entry is named by what made it (`digest` of a description), so it is never stale, only missing. Files appear by atomic rename
-under a lock; each carries a checksum, and an entry that does not match it is reported, dropped and made again.
+An entry is named by what made it (`digest` of a description), so it is never stale, only missing.
+Files appear by atomic rename under a lock; each carries a checksum, and an entry that does not
+match it is reported, dropped and made again.
 """
 
 import contextlib
@@ -90,7 +92,9 @@ class Cache:
             save_file(payload, temporary, metadata={"key": key, "checksum": checksum(payload)})
 
     def has(self, kind: str, key: str, part: str) -> bool:
-        """Whether a part is there and whole, by its header alone: finds truncation, not flipped bits, which `load` does."""
+        """Whether a part is there and whole, by its header alone: finds truncation, not flipped
+        bits, which `load` does.
+        """
         path = self.path(kind, key, part)
         if not path.exists():
             return False
@@ -102,7 +106,9 @@ class Cache:
             return False
 
     def load(self, kind: str, key: str, part: str) -> dict[str, Tensor] | None:
-        """One part, or None when it is absent or damaged (which is logged, and the file removed)."""
+        """One part, or None when it is absent or damaged (which is logged, and the file
+        removed).
+        """
         path = self.path(kind, key, part)
         if not path.exists():
             return None
@@ -138,7 +144,9 @@ class Cache:
 
 
 def waiting(lock: FileLock, what: str) -> AcquireReturnProxy:
-    """Acquire a lock (use as `with waiting(...)`), saying so when another process holds it: waiting can take hours."""
+    """Acquire a lock (use as `with waiting(...)`), saying so when another process holds it: waiting
+    can take hours.
+    """
 
     def say() -> bool:
         log.info("Waiting: another process %s.", what)
@@ -148,7 +156,9 @@ def waiting(lock: FileLock, what: str) -> AcquireReturnProxy:
 
 
 def meanwhile(lock: FileLock, work: Callable[[], bool]) -> AcquireReturnProxy:
-    """Acquire a lock (use as `with meanwhile(...)`); while another process holds it do `work`, until that says that there is no more."""
+    """Acquire a lock (use as `with meanwhile(...)`); while another process holds it do `work`,
+    until that says that there is no more.
+    """
     while True:
         try:
             return lock.acquire(timeout=0)
@@ -171,9 +181,11 @@ def if_free(lock: FileLock) -> Iterator[bool]:
 
 @functools.cache
 def claim(what: str, count: int) -> int:
-    """Index of the first of `count` things (GPUs) that no other process of this machine and user holds; this one keeps it until it ends.
+    """Index of the first of `count` things (GPUs) that no other process of this machine and user
+    holds; this one keeps it until it ends.
 
-    Jobs of a sweep that run side by side so take one each, however they were started. Waits, saying so, when all are taken.
+    Jobs of a sweep that run side by side so take one each, however they were started. Waits, saying
+    so, when all are taken.
     """
     folder = Path(tempfile.gettempdir()) / f"specomp-{getpass.getuser()}"
     make_folder(folder)
@@ -198,7 +210,9 @@ def make_folder(folder: Path) -> None:
 
 
 class disk_errors:  # noqa: N801 (a context manager used like a function)
-    """Turns a full disk, or a place that cannot be written, into one actionable line about `path`."""
+    """Turns a full disk, or a place that cannot be written, into one actionable line about
+    `path`.
+    """
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -213,15 +227,20 @@ class disk_errors:  # noqa: N801 (a context manager used like a function)
             existing = next(folder for folder in self.path.absolute().parents if folder.exists())
             free = shutil.disk_usage(existing).free / 2**20
             raise UserError(
-                f"No space left while writing {self.path} ({free:.0f} MiB free): free some, or point paths.cache / paths.outputs elsewhere."
+                f"No space left while writing {self.path} ({free:.0f} MiB free): free some, or"
+                " point paths.cache / paths.outputs elsewhere."
             ) from error
         if isinstance(error, OSError) and error.errno in _NOT_WRITABLE:
             reason = (error.strerror or str(error)).lower()
-            raise UserError(f"Cannot write {self.path}: {reason}; point paths.cache / paths.outputs elsewhere.") from error
+            raise UserError(
+                f"Cannot write {self.path}: {reason}; point paths.cache / paths.outputs elsewhere."
+            ) from error
 
 
 class atomic_path:  # noqa: N801
-    """`with atomic_path(final) as temporary:` write to temporary; it becomes final only if the block succeeds."""
+    """`with atomic_path(final) as temporary:` write to temporary; it becomes final only if the
+    block succeeds.
+    """
 
     def __init__(self, final: Path) -> None:
         self.final = final

@@ -1,7 +1,9 @@
-"""plan: what a compression takes, said before any weight is loaded. It prices the route that the core executes, and decides nothing.
+"""plan: what a compression takes, said before any weight is loaded. It prices the route that the
+core executes, and decides nothing.
 
-Forward and backward passes are counted by torch on the meta device; what is done with one linear is done, by the core's own
-functions, on a small random one, and scaled up. Figures with ~ are estimates; all others are counted.
+Forward and backward passes are counted by torch on the meta device; what is done with one linear is
+done, by the core's own functions, on a small random one, and scaled up. Figures with ~ are
+estimates; all others are counted.
 """
 
 import copy
@@ -38,8 +40,9 @@ from specomp.slots import Choice, Method
 FLOAT = 4  # bytes: spectra, statistics of float32 sums, logits
 # Largest side of the linear that stands in for one.
 SMALL = 512
-# Tensors of the residual stream and of the MLP's width that are alive at once in a decoder layer's forward pass, and those that it keeps
-# for the backward pass; float32 logits alive at once in a cross-entropy with its gradient.
+# Tensors of the residual stream and of the MLP's width that are alive at once in a decoder layer's
+# forward pass, and those that it keeps for the backward pass; float32 logits alive at once in a
+# cross-entropy with its gradient.
 ALIVE_HIDDEN, ALIVE_MLP, KEPT_HIDDEN, KEPT_MLP, ALIVE_LOGITS = 6, 3, 14, 5, 3
 
 
@@ -62,7 +65,9 @@ class NoData:
 
 @dataclass(frozen=True, kw_only=True)
 class Stage:
-    """One stage, called as a record calls it. held: bytes beside the dense model; unknown: work that could not be counted."""
+    """One stage, called as a record calls it. held: bytes beside the dense model; unknown: work
+    that could not be counted.
+    """
 
     name: str
     detail: str
@@ -76,9 +81,16 @@ class Plan:
     """What a run will take. The run in it has a skeleton for a model and no data."""
 
     def __init__(
-        self, run: Run, *, readings: Mapping[str, Sequence[Reading]] | None = None, reference: bool = False, save: bool = True
+        self,
+        run: Run,
+        *,
+        readings: Mapping[str, Sequence[Reading]] | None = None,
+        reference: bool = False,
+        save: bool = True,
     ) -> None:
-        """readings: what benchmarks run the model over, by label; reference: also the dense one; save: a folder is written."""
+        """readings: what benchmarks run the model over, by label; reference: also the dense one;
+        save: a folder is written.
+        """
         self.run, self.method, self.route = run, run.method, run.route
         self.readings, self.reference, self.save = dict(readings or {}), reference, save
         self.size = measure(run.model, run.linears)
@@ -93,7 +105,9 @@ class Plan:
 
     @cached_property
     def asked(self) -> str | None:
-        """What the allocation or a training would have to look at: then the choices are uniform ones at the same budget."""
+        """What the allocation or a training would have to look at: then the choices are uniform
+        ones at the same budget.
+        """
         return self._chosen[1]
 
     @property
@@ -105,13 +119,23 @@ class Plan:
     def _chosen(self) -> tuple[dict[Unit, Choice], str | None]:
         run, data, wanted = self.run, NoData(), "a training"
         share = run.budget.share(run.model.dtype)
-        menu = options(run.units, [self.method.packing], run.budget, run.model.dtype, data, self.method.rounding.grid)  # type: ignore[arg-type]
+        menu = options(
+            run.units,
+            [self.method.packing],
+            run.budget,
+            run.model.dtype,
+            data,  # type: ignore[arg-type]
+            self.method.rounding.grid,
+        )
         if not self.method.training.chooses:
             try:
                 return self.method.allocation(menu, share, data), None
             except NeedsData as error:
                 wanted = str(error)
-        return {unit: menu[unit].choice(i) for unit, i in fill(menu, dict.fromkeys(menu, share), share).items()}, wanted
+        return {
+            unit: menu[unit].choice(i)
+            for unit, i in fill(menu, dict.fromkeys(menu, share), share).items()
+        }, wanted
 
     @cached_property
     def compressed(self) -> Size:
@@ -122,10 +146,21 @@ class Plan:
             for unit, choice in self.choices.items()
             for name, part in choice.form.parts(unit, choice.size, grid).items()
         }
-        biases = sum(x.m for x in run.linears if run.model.get_submodule(x.name).bias is None) if self.method.training.adds_bias else 0
+        biases = (
+            sum(x.m for x in run.linears if run.model.get_submodule(x.name).bias is None)
+            if self.method.training.adds_bias
+            else 0
+        )
         stored, params = bits(parts, run.model.dtype), numbers(parts)
         others = self.size.model_params - self.size.linear_params + biases
-        indices = sum(bits({name: part}, run.model.dtype) for name, part in parts.items() if part.index_bits) // 8
+        indices = (
+            sum(
+                bits({name: part}, run.model.dtype)
+                for name, part in parts.items()
+                if part.index_bits
+            )
+            // 8
+        )
         return Size(
             linear_params=params,
             model_params=others + params,
@@ -144,17 +179,27 @@ class Plan:
 
     @cached_property
     def passes(self) -> list[tuple[bool, int]]:
-        """Passes over the dense model before anything is changed: with a backward pass or not, tokens."""
+        """Passes over the dense model before anything is changed: with a backward pass or not,
+        tokens.
+        """
         return [(job.gradients, self.tokens) for job in passes(self.run, self.route.dense)]
 
     @property
     def hidden_carried(self) -> int:
         """Hidden states that travel from decoder layer to decoder layer."""
-        return self.route.stream_samples * self.run.samples.length * self.hidden * self.run.model.dtype.itemsize * self.route.streams
+        return (
+            self.route.stream_samples
+            * self.run.samples.length
+            * self.hidden
+            * self.run.model.dtype.itemsize
+            * self.route.streams
+        )
 
     @cached_property
     def decomposed(self) -> list[LinearSpec]:
-        """Linears whose spectra go through the cache; twice those that are decomposed again as they are stored."""
+        """Linears whose spectra go through the cache; twice those that are decomposed again as they
+        are stored.
+        """
         if self.method.training.chooses:
             return self.run.linears * (2 if self.method.repairs else 1)
         if self.asked in ("spectra", "trials"):
@@ -168,7 +213,11 @@ class Plan:
 
     def spectrum_numbers(self, linear: LinearSpec) -> int:
         """Of one linear's entry in the cache: U, s, rows, damping."""
-        return kept_components(linear, complete=self.complete) * (linear.m + linear.n) + min(linear.m, linear.n) + 1
+        return (
+            kept_components(linear, complete=self.complete) * (linear.m + linear.n)
+            + min(linear.m, linear.n)
+            + 1
+        )
 
     @property
     def spectra_cached(self) -> int:
@@ -177,7 +226,10 @@ class Plan:
 
     def statistics_of(self, statistics: Iterable[Statistic]) -> int:
         """What one decoder layer accumulates."""
-        return sum(x.numel() * x.element_size() for x in self.observed(statistics, self.layer, 2, "meta").values())
+        return sum(
+            x.numel() * x.element_size()
+            for x in self.observed(statistics, self.layer, 2, "meta").values()
+        )
 
     @property
     def statistics_cached(self) -> int:
@@ -186,18 +238,32 @@ class Plan:
 
     @property
     def refined_cached(self) -> int:
-        """Refined decoder layers as they are stored, biases included; those that stay dense are not refined."""
+        """Refined decoder layers as they are stored, biases included; those that stay dense are not
+        refined.
+        """
         changed, item = {unit.decoder_layer for unit in self.low}, self.run.model.dtype.itemsize
         if not self.route.refines:
             return 0
-        stored = [(unit, choice) for unit, choice in self.choices.items() if unit.decoder_layer in changed]
-        biases = sum(x.m for unit, _ in stored for x in unit.linears if self.run.model.get_submodule(x.name).bias is not None)
-        return sum(bits(c.form.parts(u, c.size), self.run.model.dtype) for u, c in stored) // 8 + biases * item
+        stored = [
+            (unit, choice) for unit, choice in self.choices.items() if unit.decoder_layer in changed
+        ]
+        biases = sum(
+            x.m
+            for unit, _ in stored
+            for x in unit.linears
+            if self.run.model.get_submodule(x.name).bias is not None
+        )
+        return (
+            sum(bits(c.form.parts(u, c.size), self.run.model.dtype) for u, c in stored) // 8
+            + biases * item
+        )
 
     @property
     def taught(self) -> int:
         """Tokens whose teacher's states are computed."""
-        return self.method.training.samples_of(self.run.samples.num_samples) * self.run.samples.length
+        return (
+            self.method.training.samples_of(self.run.samples.num_samples) * self.run.samples.length
+        )
 
     @property
     def teacher_cached(self) -> int:
@@ -206,8 +272,16 @@ class Plan:
 
     # --- work
 
-    def observed(self, statistics: Iterable[Statistic], linears: Sequence[LinearSpec], tokens: int, device: str) -> dict[str, Tensor]:
-        """What the accumulators themselves make of random tokens, by place and statistic as an observer names it."""
+    def observed(
+        self,
+        statistics: Iterable[Statistic],
+        linears: Sequence[LinearSpec],
+        tokens: int,
+        device: str,
+    ) -> dict[str, Tensor]:
+        """What the accumulators themselves make of random tokens, by place and statistic as an
+        observer names it.
+        """
 
         def random(*shape: int) -> Tensor:
             return torch.randn(*shape, device=device)
@@ -236,13 +310,26 @@ class Plan:
             self.observed(statistics, self.layer, batch * self.run.samples.length, "meta")
         return counter.work * (self.num_layers * samples / batch)
 
-    def forward(self, tokens: float, length: int, dtype: torch.dtype, *, linears: float, head: bool, backward: bool = False) -> Work:
-        """Tokens in sequences of `length` through the model, forward or also backward; linears: multiply-adds of their weights a token."""
+    def forward(
+        self,
+        tokens: float,
+        length: int,
+        dtype: torch.dtype,
+        *,
+        linears: float,
+        head: bool,
+        backward: bool = False,
+    ) -> Work:
+        """Tokens in sequences of `length` through the model, forward or also backward; linears:
+        multiply-adds of their weights a token.
+        """
         outside, layer = counted(self.config, self.run.model.dtype, length, head, backward)
         whole = outside + layer * self.num_layers
         change = (4 if backward else 2) * (linears - self.size.linear_params) * tokens
         products = whole.of("product") * tokens / length + change
-        return work("product", products, dtype) + work("memory", whole.of("memory") * tokens / length)
+        return work("product", products, dtype) + work(
+            "memory", whole.of("memory") * tokens / length
+        )
 
     @cached_property
     def per_linear(self) -> tuple[Work, Work]:
@@ -255,12 +342,21 @@ class Plan:
         return decomposing, storing
 
     def trial(self, m: int, n: int, choice: Choice) -> tuple[Work, Work]:
-        """(decomposition, storing) of an m x n linear, as the core does both on a smaller one, scaled up."""
+        """(decomposition, storing) of an m x n linear, as the core does both on a smaller one,
+        scaled up.
+        """
         scale = max(1.0, max(m, n) / SMALL)
-        linear = LinearSpec("linear", max(8, round(m / scale)), max(8, round(n / scale)), 0, 0, "linear")
+        linear = LinearSpec(
+            "linear", max(8, round(m / scale)), max(8, round(n / scale)), 0, 0, "linear"
+        )
         unit, size = Unit("linear", "linear", (linear,)), max(1, round(choice.size / scale))
         method = self.method
-        needs = method.whitening.needs | method.target.needs | method.compensation.needs | method.rounding.needs
+        needs = (
+            method.whitening.needs
+            | method.target.needs
+            | method.compensation.needs
+            | method.rounding.needs
+        )
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
             values = self.observed(needs, [linear], 2 * max(linear.m, linear.n), "cpu")
@@ -269,14 +365,21 @@ class Plan:
         keep = kept_components(linear, complete=self.complete)
         with Counter() as decomposing:
             no_cache: Any = lambda x: stats_of(x, values, needs)  # noqa: E731
-            evidence = LayerEvidence(run, spectra=no_cache, statistics=no_cache, whitening=values, compensation=values)
+            evidence = LayerEvidence(
+                run, spectra=no_cache, statistics=no_cache, whitening=values, compensation=values
+            )
             spectrum = decompose(evidence.norm(linear), evidence.weight(linear), "linear", keep)
         evidence.hold(linear, spectrum)
         with Counter() as storing:
             store_unit(run, unit, Choice(choice.form, size), evidence)
 
         def scaled(found: Work) -> Work:
-            return Work({key: amount * scale ** (2 if key[0] == "memory" else 3) for key, amount in found.amounts.items()})
+            return Work(
+                {
+                    key: amount * scale ** (2 if key[0] == "memory" else 3)
+                    for key, amount in found.amounts.items()
+                }
+            )
 
         return scaled(decomposing.work), scaled(storing.work)
 
@@ -286,19 +389,40 @@ class Plan:
     def stages(self) -> list[Stage]:
         """In order, those of one name together."""
         reads, dense = bool(self.readings), self.method.is_dense
-        found = [Stage(name="load", detail=f"{self.size.model_params:,} parameters", work=work("disk", self.size.model_bytes), held=0)]
+        found = [
+            Stage(
+                name="load",
+                detail=f"{self.size.model_params:,} parameters",
+                work=work("disk", self.size.model_bytes),
+                held=0,
+            )
+        ]
         if reads and self.reference and not dense:
             found.append(self.evaluate("evaluate dense", self.size))
-        make = {"calibrate": self.calibrate, "allocate": self.allocate, "train": self.train, "compress": self.compress}
+        make = {
+            "calibrate": self.calibrate,
+            "allocate": self.allocate,
+            "train": self.train,
+            "compress": self.compress,
+        }
         found += [make[name]() for name in dict.fromkeys(self.route.stages)]
         if self.save and not dense:
             size = self.compressed.model_bytes
             found.append(Stage(name="save", detail="a folder", work=work("disk", size), held=size))
-        return [*found, self.evaluate("evaluate", self.size if dense else self.compressed)] if reads else found
+        return (
+            [*found, self.evaluate("evaluate", self.size if dense else self.compressed)]
+            if reads
+            else found
+        )
 
     def activations(self, sequences: int, length: int) -> float:
         """Bytes alive in a forward pass without gradients."""
-        return sequences * length * (ALIVE_HIDDEN * self.hidden + ALIVE_MLP * self.widest) * self.run.model.dtype.itemsize
+        return (
+            sequences
+            * length
+            * (ALIVE_HIDDEN * self.hidden + ALIVE_MLP * self.widest)
+            * self.run.model.dtype.itemsize
+        )
 
     @property
     def widest(self) -> int:
@@ -308,31 +432,59 @@ class Plan:
     @property
     def kept(self) -> float:
         """Bytes that one decoder layer keeps of one sequence for its backward pass."""
-        return self.run.samples.length * (KEPT_HIDDEN * self.hidden + KEPT_MLP * self.widest) * self.run.model.dtype.itemsize
+        return (
+            self.run.samples.length
+            * (KEPT_HIDDEN * self.hidden + KEPT_MLP * self.widest)
+            * self.run.model.dtype.itemsize
+        )
 
     @property
     def workspace(self) -> float:
-        """Bytes in flight around the largest linear: copies of its weight and its Gram, in float64 where something is solved in it."""
-        whole = any(v.ndim == 2 for v in self.observed(self.method.whitening.needs, self.layer, 2, "meta").values())
+        """Bytes in flight around the largest linear: copies of its weight and its Gram, in float64
+        where something is solved in it.
+        """
+        whole = any(
+            v.ndim == 2
+            for v in self.observed(self.method.whitening.needs, self.layer, 2, "meta").values()
+        )
         wide = 2 if whole or self.method.compensation.active else 1
-        return max(wide * FLOAT * (3 * x.params + min(x.m, x.n) ** 2 * 3 + x.n**2) for x in self.layer)
+        return max(
+            wide * FLOAT * (3 * x.params + min(x.m, x.n) ** 2 * 3 + x.n**2) for x in self.layer
+        )
 
     def calibrate(self) -> Stage:
         """Passes, and what they add up."""
         run, total, held, told = self.run, Work(), 0.0, Tally[str]()
         for job in passes(run, self.route.dense):
-            weights = any(x.scope == "linear" for x in job.statistics) * sum(x.params for x in self.layer) * len(job.layers)
+            weights = (
+                any(x.scope == "linear" for x in job.statistics)
+                * sum(x.params for x in self.layer)
+                * len(job.layers)
+            )
             total += self.forward(
-                self.tokens, run.samples.length, self.dtype, linears=self.size.linear_params, head=job.gradients, backward=job.gradients
+                self.tokens,
+                run.samples.length,
+                self.dtype,
+                linears=self.size.linear_params,
+                head=job.gradients,
+                backward=job.gradients,
             )
             total += work("product", 2 * self.tokens * weights, self.dtype)
             per_layer = self.statistics_of(job.statistics)
-            alive = self.activations(min(run.calibration.batch_size, run.samples.num_samples), run.samples.length)
+            alive = self.activations(
+                min(run.calibration.batch_size, run.samples.num_samples), run.samples.length
+            )
             if job.gradients:
-                alive = self.kept * self.num_layers + ALIVE_LOGITS * run.samples.length * self.vocabulary * FLOAT
-            held = max(held, per_layer * (len(job.layers) + 1) + alive)  # one decoder layer's values are mirrored beside its sums
+                alive = (
+                    self.kept * self.num_layers
+                    + ALIVE_LOGITS * run.samples.length * self.vocabulary * FLOAT
+                )
+            # one decoder layer's values are mirrored beside its sums
+            held = max(held, per_layer * (len(job.layers) + 1) + alive)
             told[f"{self.tokens:,} tokens forward{' and backward' if job.gradients else ''}"] += 1
-        total += self.accumulate(self.route.dense, run.samples.num_samples) + work("disk", self.statistics_cached)
+        total += self.accumulate(self.route.dense, run.samples.num_samples) + work(
+            "disk", self.statistics_cached
+        )
         detail = "; ".join(f"{count} x {what}" for what, count in told.items()) or "no statistics"
         return Stage(name="calibrate", detail=detail, work=total, held=held)
 
@@ -367,15 +519,26 @@ class Plan:
         total = storing * (1 + (training.chooses and self.method.repairs))
         if not self.route.caches_spectra:
             total += decomposing
-        elif not (training.chooses and not self.method.repairs) and self.asked not in ("spectra", "trials"):
+        elif not (training.chooses and not self.method.repairs) and self.asked not in (
+            "spectra",
+            "trials",
+        ):
             total += self.spectra()
-        detail, held = f"{len(self.low)} linears", self.workspace + self.statistics_of(self.route.dense)
+        detail = f"{len(self.low)} linears"
+        held = self.workspace + self.statistics_of(self.route.dense)
         if self.route.streams:
             tokens = self.route.stream_samples * run.samples.length
             total += self.stream(tokens)
             carried = self.route.whitening.streamed | self.route.compensation.streamed
-            held += self.hidden_carried + self.activations(run.calibration.batch_size, run.samples.length) + 2 * self.statistics_of(carried)
-            detail += f"; {tokens:,} tokens carried through every decoder layer {1 + self.route.streams} times"
+            held += (
+                self.hidden_carried
+                + self.activations(run.calibration.batch_size, run.samples.length)
+                + 2 * self.statistics_of(carried)
+            )
+            detail += (
+                f"; {tokens:,} tokens carried through every decoder layer {1 + self.route.streams}"
+                " times"
+            )
             if self.route.refines:
                 detail += f"; {self.method.refinement.steps} steps each"
         return Stage(name="compress", detail=detail, work=total, held=held)
@@ -384,22 +547,35 @@ class Plan:
         """Each decoder layer once dense for each stream, observed, and once compressed."""
         run, total, small = self.run, Work(), self.compressed.linear_params
         for linears in (*[self.size.linear_params] * self.route.streams, small):
-            total += self.forward(tokens, run.samples.length, self.dtype, linears=linears, head=False)
-        if self.route.refines:  # the loss before and after; its steps: forward and backward, gradients of weights too
+            total += self.forward(
+                tokens, run.samples.length, self.dtype, linears=linears, head=False
+            )
+        # the loss before and after; its steps: forward and backward, gradients of weights too
+        if self.route.refines:
             steps = self.method.refinement.steps * run.calibration.batch_size * run.samples.length
-            total += self.forward(2 * tokens + 3 * steps, run.samples.length, self.dtype, linears=small, head=False)
+            total += self.forward(
+                2 * tokens + 3 * steps, run.samples.length, self.dtype, linears=small, head=False
+            )
         carried = self.route.whitening.streamed | self.route.compensation.streamed
         return total + self.accumulate(carried, self.route.stream_samples)
 
     def train(self) -> Stage:
-        """The teacher once; every step forward and backward, through the components that exist in its phase or through what is stored."""
+        """The teacher once; every step forward and backward, through the components that exist in
+        its phase or through what is stored.
+        """
         run, settings, length = self.run, self.method.training.work, self.run.samples.length
         gated, dense = self.method.training.chooses, self.size.linear_params
         dtype = torch.bfloat16 if settings.precision == "bfloat16" else torch.float32
-        everything = float(sum(min(x.m, x.n) * (x.m + x.n) for x in run.linears) if gated else self.compressed.linear_params)
+        everything = float(
+            sum(min(x.m, x.n) * (x.m + x.n) for x in run.linears)
+            if gated
+            else self.compressed.linear_params
+        )
         exist, steps = everything, 0
         total = self.spectra() if gated and not self.method.repairs else Work()
-        total += self.forward(self.taught, length, self.dtype, linears=dense, head=False) + work("disk", self.teacher_cached)
+        total += self.forward(self.taught, length, self.dtype, linears=dense, head=False) + work(
+            "disk", self.teacher_cached
+        )
         for phase in settings.schedule.values():
             tokens = phase.steps * settings.batch_size * length
             total += self.forward(tokens, length, dtype, linears=exist, head=True, backward=True)
@@ -413,10 +589,19 @@ class Plan:
         held = float(self.compressed.held_bytes - self.size.held_bytes)
         if gated:
             held = everything * dtype.itemsize - dense * run.model.dtype.itemsize
-        held += self.kept * settings.micro_batch_size * layers * (1 + dtype.itemsize / run.model.dtype.itemsize) / 2
+        held += (
+            self.kept
+            * settings.micro_batch_size
+            * layers
+            * (1 + dtype.itemsize / run.model.dtype.itemsize)
+            / 2
+        )
         held += 6 * settings.token_chunk * self.vocabulary * FLOAT + self.head * dtype.itemsize
         detail = f"{len(run.linears)} eigenproblems; " if gated else ""
-        detail += f"{self.taught:,} tokens of the teacher; {steps} steps, {steps * settings.batch_size * length:,} tokens"
+        detail += (
+            f"{self.taught:,} tokens of the teacher; {steps} steps,"
+            f" {steps * settings.batch_size * length:,} tokens"
+        )
         return Stage(name="train", detail=detail, work=total, held=held)
 
     def evaluate(self, name: str, size: Size) -> Stage:
@@ -427,23 +612,29 @@ class Plan:
             dtype = torch.bfloat16 if x.half and item == torch.float32 else item
             if x.tokens:  # a step of one token reads every weight once
                 tokens = x.tokens - x.decoded * x.batch
-                total += self.forward(tokens, x.length, dtype, linears=size.macs_per_token - self.head, head=True)
+                total += self.forward(
+                    tokens, x.length, dtype, linears=size.macs_per_token - self.head, head=True
+                )
                 total += work("memory", x.decoded * size.held_bytes)
             longest = x.longest or x.length
-            # Logits in the dtype of the products, and in a harness task all of them in float32 beside that.
-            logits = x.batch * longest * self.vocabulary * (dtype.itemsize + (FLOAT if x.longest else 0))
+            # Logits in the dtype of the products, and in a harness task all of them in float32
+            # beside that.
+            logits = (
+                x.batch * longest * self.vocabulary * (dtype.itemsize + (FLOAT if x.longest else 0))
+            )
             held = max(held, self.activations(x.batch, longest) + logits)
-        sure, unknown = (
-            all(x.sure in ("", "at most") for x in read),
-            [k for k, v in self.readings.items() if any(x.tokens is None for x in v)],
-        )
+        sure = all(x.sure in ("", "at most") for x in read)
+        unknown = [k for k, v in self.readings.items() if any(x.tokens is None for x in v)]
         detail = f"{'' if sure else 'about '}{sum(x.tokens or 0 for x in read):,} tokens" + (
             f"; unknown: {', '.join(unknown)}" if unknown else ""
         )
         held += size.held_bytes - self.size.held_bytes
         if self.method.training.active and name == "evaluate":
-            held += self.train().held  # a process keeps the memory of its training: measured on SmolLM2
-        return Stage(name=name, detail=detail, work=total, held=held, sure=sure, unknown=bool(unknown))
+            # a process keeps the memory of its training: measured on SmolLM2
+            held += self.train().held
+        return Stage(
+            name=name, detail=detail, work=total, held=held, sure=sure, unknown=bool(unknown)
+        )
 
 
 class Box(nn.Module):
@@ -451,7 +642,9 @@ class Box(nn.Module):
 
     def __init__(self, linear: nn.Linear, dtype: torch.dtype) -> None:
         super().__init__()
-        self.linear, self.dtype, self.device = linear.to(dtype).requires_grad_(False), dtype, torch.device("cpu")
+        self.linear = linear.to(dtype).requires_grad_(False)
+        self.dtype = dtype
+        self.device = torch.device("cpu")
 
 
 def vars_of(run: Run) -> dict[str, Any]:
@@ -459,8 +652,12 @@ def vars_of(run: Run) -> dict[str, Any]:
     return {name: getattr(run, name) for name in Run.__dataclass_fields__}
 
 
-def counted(config: PreTrainedConfig, dtype: torch.dtype, length: int, head: bool, backward: bool) -> tuple[Work, Work]:
-    """Work of one sequence: outside the decoder layers, and of one decoder layer, as torch counts models of one and of two."""
+def counted(
+    config: PreTrainedConfig, dtype: torch.dtype, length: int, head: bool, backward: bool
+) -> tuple[Work, Work]:
+    """Work of one sequence: outside the decoder layers, and of one decoder layer, as torch counts
+    models of one and of two.
+    """
     key = (config.to_json_string(), dtype, length, head, backward)
     if key not in _COUNTED:
         one, two = (_pass(config, dtype, length, layers, head, backward) for layers in (1, 2))
@@ -471,18 +668,28 @@ def counted(config: PreTrainedConfig, dtype: torch.dtype, length: int, head: boo
 _COUNTED: dict[tuple[Any, ...], tuple[Work, Work]] = {}
 
 
-def _pass(config: PreTrainedConfig, dtype: torch.dtype, length: int, layers: int, head: bool, backward: bool) -> Work:
+def _pass(
+    config: PreTrainedConfig,
+    dtype: torch.dtype,
+    length: int,
+    layers: int,
+    head: bool,
+    backward: bool,
+) -> Work:
     few = copy.deepcopy(config)
     few.num_hidden_layers = layers
     if few.to_dict().get("layer_types"):
         few.layer_types = list(config.layer_types)[:layers]
     model = skeleton(few, str(dtype).removeprefix("torch.")).requires_grad_(False)
     ids = torch.zeros(1, length, dtype=torch.int64, device="meta")
-    if backward:  # gradients end at the first linear that is looked at, not at the embeddings: that little is left in
+    # gradients end at the first linear that is looked at, not at the embeddings: that little is
+    # left in
+    if backward:
         model.get_input_embeddings().register_forward_hook(lambda *x: x[2].requires_grad_(True))
     run = model if head or backward else family_of(config).decoder(model)
     with Counter() as counter, nullcontext() if backward else torch.no_grad():
-        # With a cache of keys and values nothing asks the ids for packed sequences, which have no content here.
+        # With a cache of keys and values nothing asks the ids for packed sequences, which have no
+        # content here.
         out = run(input_ids=ids, use_cache=True, **({"labels": ids} if backward else {}))
         if backward:
             out.loss.backward()
@@ -500,19 +707,32 @@ def plan(
     quantizer: Any = None,
     dtype: str | None = None,
 ) -> Plan:
-    """What `compress` would take with so many samples, from a model or its config alone. Raises UserError as compress does."""
+    """What `compress` would take with so many samples, from a model or its config alone. Raises
+    UserError as compress does.
+    """
     from specomp import api
 
     config = model.config if isinstance(model, PreTrainedModel) else model
     chosen, settings = api.method_of(method, quantizer), api.calibration_of(calibration)
-    kind = dtype or str(model.dtype if isinstance(model, PreTrainedModel) else config.dtype or torch.float32).removeprefix("torch.")
+    kind = dtype or str(
+        model.dtype if isinstance(model, PreTrainedModel) else config.dtype or torch.float32
+    ).removeprefix("torch.")
     return planned(config, kind, chosen, api.budget_of(ratio), settings, num_samples, length)
 
 
 def planned(
-    config: PreTrainedConfig, dtype: str, method: Method, budget: Budget, calibration: Any, num_samples: int, length: int, **more: Any
+    config: PreTrainedConfig,
+    dtype: str,
+    method: Method,
+    budget: Budget,
+    calibration: Any,
+    num_samples: int,
+    length: int,
+    **more: Any,
 ) -> Plan:
-    """The same, of choices that are made. Raises UserError for an unsupported architecture, and for what a run would refuse."""
+    """The same, of choices that are made. Raises UserError for an unsupported architecture, and for
+    what a run would refuse.
+    """
     from specomp.compression.checks import check_budget, check_method
 
     family, model = family_of(config), skeleton(config, dtype)

@@ -1,9 +1,9 @@
 """debug=profile: what a few steps of every long stage spend their time on, by torch's profiler.
 
-Whatever reports progress (specomp.progress.track) is traced, but for what measures time itself: the first step warms up, the next three
-are recorded. For each there are
-    NN_NAME.json.gz  a trace for Perfetto or chrome://tracing, with stacks and shapes
-    NN_NAME.stacks   one line per stack with its microseconds: input of flamegraph.pl, speedscope and their like
+Whatever reports progress (specomp.progress.track) is traced, but for what measures time itself: the
+first step warms up, the next three are recorded. For each there are
+    NN_NAME.json.gz  a trace for Perfetto or chrome://tracing, with stacks and shapes NN_NAME.stacks
+    one line per stack with its microseconds: input of flamegraph.pl, speedscope and their like
     NN_NAME.txt      operators by their own time
 """
 
@@ -47,10 +47,14 @@ class Profiles:
             yield from items
             return
         self._busy, self._count = True, self._count + 1
-        path = self.folder / f"{self._count:02d}_{re.sub(r'[^0-9A-Za-z]+', '_', description).strip('_')}"
+        path = (
+            self.folder
+            / f"{self._count:02d}_{re.sub(r'[^0-9A-Za-z]+', '_', description).strip('_')}"
+        )
         path.parent.mkdir(parents=True, exist_ok=True)
         activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * torch.cuda.is_available()
-        verbose = torch._C._profiler._ExperimentalConfig(verbose=True)  # without it stacks come out empty
+        # without it stacks come out empty
+        verbose = torch._C._profiler._ExperimentalConfig(verbose=True)
         try:
             with profile(
                 activities=activities,

@@ -1,4 +1,6 @@
-"""Progress of long stages: a rich bar with ETA on a terminal, a plain line every few seconds elsewhere (logs, CI, pipes)."""
+"""Progress of long stages: a rich bar with ETA on a terminal, a plain line every few seconds
+elsewhere (logs, CI, pipes).
+"""
 
 import logging
 import time
@@ -7,7 +9,14 @@ from typing import TypeVar
 
 import torch.distributed as dist
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 
 from specomp.profiling import profiles
 
@@ -17,12 +26,21 @@ LINE_EVERY_SECONDS = 15.0
 console = Console(stderr=True)
 
 
-def track(items: Iterable[T], description: str, total: int, status: Callable[[], str] = lambda: "", *, traced: bool = True) -> Iterator[T]:
-    """Yield the items, reporting how many of `total` are done, how long the rest will take, and what `status` says.
+def track(
+    items: Iterable[T],
+    description: str,
+    total: int,
+    status: Callable[[], str] = lambda: "",
+    *,
+    traced: bool = True,
+) -> Iterator[T]:
+    """Yield the items, reporting how many of `total` are done, how long the rest will take, and
+    what `status` says.
 
     traced: with profile=true, by torch's profiler, which slows them down.
     """
-    if dist.is_available() and dist.is_initialized() and dist.get_rank() > 0:  # of several processes one reports
+    # of several processes one reports
+    if dist.is_available() and dist.is_initialized() and dist.get_rank() > 0:
         yield from items
         return
     items = profiles.steps(items, description, total) if traced else items
@@ -50,4 +68,12 @@ def track(items: Iterable[T], description: str, total: int, status: Callable[[],
             elapsed = now - start
             left = elapsed / done * (total - done)
             said = status()
-            log.info("%s: %d/%d, %.0f s elapsed, about %.0f s left%s", description, done, total, elapsed, left, said and f"; {said}")
+            log.info(
+                "%s: %d/%d, %.0f s elapsed, about %.0f s left%s",
+                description,
+                done,
+                total,
+                elapsed,
+                left,
+                said and f"; {said}",
+            )

@@ -1,6 +1,8 @@
-"""Rows and slots from conf/*.yaml with OmegaConf alone: what Hydra composes, for a caller who holds a model and no command line.
+"""Rows and slots from conf/*.yaml with OmegaConf alone: what Hydra composes, for a caller who holds
+a model and no command line.
 
-Only what these files use: a defaults list is a look-up (a slot of a row, or a file of the same group to start from).
+Only what these files use: a defaults list is a look-up (a slot of a row, or a file of the same
+group to start from).
 """
 
 import difflib
@@ -17,7 +19,8 @@ from specomp.errors import UserError
 from specomp.slots import Method, check_slots
 
 HERE = Path(__file__).parent
-CONF = HERE / "conf" if (HERE / "conf").is_dir() else HERE.parent / "conf"  # in a wheel, in the repository
+# in a wheel, in the repository
+CONF = HERE / "conf" if (HERE / "conf").is_dir() else HERE.parent / "conf"
 
 
 def method_names() -> list[str]:
@@ -31,38 +34,54 @@ def choices(group: str) -> list[str]:
 
 
 def method(name: str = "adasvd", **slots: Any) -> Method:
-    """The row of that name with other slots: a choice by its name, settings of the row's own choice as a mapping, or an object.
+    """The row of that name with other slots: a choice by its name, settings of the row's own choice
+    as a mapping, or an object.
 
-    For example method("adasvd", allocation="uniform", compensation={"iterations": 3}); `quantizer` is one of them. Raises
-    UserError for a name or a setting that there is not.
+    For example method("adasvd", allocation="uniform", compensation={"iterations": 3}); `quantizer`
+    is one of them. Raises UserError for a name or a setting that there is not.
     """
     row: Any = load("method", name)
     given: dict[str, Any] = {}
     row["rounding"] = load("quantizer", "none")
     for slot, change in slots.items():
-        key, group = ("rounding", "quantizer") if slot in ("quantizer", "rounding") else (slot, f"method/{slot}")
+        key, group = (
+            ("rounding", "quantizer")
+            if slot in ("quantizer", "rounding")
+            else (slot, f"method/{slot}")
+        )
         if key not in row or key in ("name", "_target_"):
-            raise UserError(f"A method has no slot {slot!r}: there are {', '.join(k for k in row if k not in ('name', '_target_'))}.")
+            raise UserError(
+                f"A method has no slot {slot!r}: there are"
+                f" {', '.join(k for k in row if k not in ('name', '_target_'))}."
+            )
         if isinstance(change, str):
             row[key] = load(group, change)
         elif isinstance(change, Mapping):
             row[key] = OmegaConf.merge(row[key], dict(change))
         else:
             given[key] = change
-    parts = {key: given[key] if key in given else built(value, key) for key, value in row.items() if key != "_target_"}
+    parts = {
+        key: given[key] if key in given else built(value, key)
+        for key, value in row.items()
+        if key != "_target_"
+    }
     made = Method(**parts)
     check_slots(made)
     return made
 
 
 def slot(name: str, choice: str, **settings: Any) -> Any:
-    """A choice of one slot, some of its settings changed: slot("training", "lora", steps=100). Raises UserError."""
+    """A choice of one slot, some of its settings changed: slot("training", "lora", steps=100).
+    Raises UserError.
+    """
     group = "quantizer" if name in ("quantizer", "rounding") else f"method/{name}"
     return built(OmegaConf.merge(load(group, choice), settings), name)
 
 
 def load(group: str, choice: str) -> DictConfig:
-    """One file of a group with what it starts from and its slots. Raises UserError for a name that there is not."""
+    """One file of a group with what it starts from and its slots. Raises UserError for a name that
+    there is not.
+    """
     path = CONF / group / f"{choice}.yaml"
     if not path.is_file():
         known = choices(group)
@@ -80,7 +99,10 @@ def load(group: str, choice: str) -> DictConfig:
         else:
             ((slot, value),) = entry.items()
             if slot.startswith("override "):
-                raise UserError(f"{group}={choice} is an old name of {slot.split('/', 1)[-1].partition('@')[0]}={value}: use that.")
+                raise UserError(
+                    f"{group}={choice} is an old name of"
+                    f" {slot.split('/', 1)[-1].partition('@')[0]}={value}: use that."
+                )
             merged[slot] = load(f"{group}/{slot}", value)
     return merged  # type: ignore[no-any-return]
 
@@ -91,7 +113,10 @@ def built(node: Any, where: str) -> Any:
     try:
         return _build(plain)
     except ValidationError as error:
-        problems = [f"{'.'.join([where, *map(str, x['loc'])])}={x['input']}: {x['msg']}" for x in error.errors()]
+        problems = [
+            f"{'.'.join([where, *map(str, x['loc'])])}={x['input']}: {x['msg']}"
+            for x in error.errors()
+        ]
         raise UserError("; ".join(problems) + ".") from error
 
 
@@ -100,7 +125,11 @@ def _build(node: Any) -> Any:
         return [_build(x) for x in node]
     if not isinstance(node, dict):
         return node
-    values = {key: _build(value) for key, value in node.items() if key not in ("_target_", "_convert_", "_partial_")}
+    values = {
+        key: _build(value)
+        for key, value in node.items()
+        if key not in ("_target_", "_convert_", "_partial_")
+    }
     if "_target_" not in node:
         return values
     module, _, name = node["_target_"].rpartition(".")

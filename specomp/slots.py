@@ -1,7 +1,8 @@
 """A method is a row: one choice for each slot. What every slot is, and what it is handed.
 
-Slots are frozen settings with a `__call__` or a few methods. Whatever the rest of the program wants to know about one it asks
-the slot: what it reads, whether it changes anything, what it stores. Shapes: W (m, n), r rank.
+Slots are frozen settings with a `__call__` or a few methods. Whatever the rest of the program wants
+to know about one it asks the slot: what it reads, whether it changes anything, what it stores.
+Shapes: W (m, n), r rank.
 """
 
 import inspect
@@ -23,7 +24,7 @@ from specomp.numerics.statistics import Statistic, Stats
 from specomp.settings import configurable
 
 Upstream = Literal["dense", "compressed"]
-"""What inputs passed through before they were looked at: the decoder layers of the dense model, or compressed ones."""
+"""What inputs passed through before they were looked at: dense or compressed decoder layers."""
 
 
 @dataclass(frozen=True)
@@ -36,7 +37,9 @@ class Choice:
 
 @dataclass(frozen=True, eq=False)
 class Rounded:
-    """A matrix as it will be stored, and the grid its numbers lie on (None: not rounded); damping: what a Hessian needed."""
+    """A matrix as it will be stored, and the grid its numbers lie on (None: not rounded); damping:
+    what a Hessian needed.
+    """
 
     values: Tensor
     grid: Grid | None = None
@@ -59,11 +62,18 @@ class Evidence(Protocol):
         """The best factors of this rank, compensated; or those that a training chose."""
 
     def rounded(
-        self, linear: LinearSpec, matrices: Sequence[Tensor], assemble: Callable[..., Tensor], *, free_basis: bool
+        self,
+        linear: LinearSpec,
+        matrices: Sequence[Tensor],
+        assemble: Callable[..., Tensor],
+        *,
+        free_basis: bool,
     ) -> tuple[Rounded, ...]:
-        """Matrices that are applied one after the other to the linear's inputs, as the method rounds them.
+        """Matrices that are applied one after the other to the linear's inputs, as the method
+        rounds them.
 
-        assemble: makes the weight (m n) of them; free_basis: any invertible map may be put between two of them.
+        assemble: makes the weight (m n) of them; free_basis: any invertible map may be put between
+        two of them.
         """
 
     def bias(self, linear: LinearSpec) -> Tensor | None:
@@ -77,13 +87,17 @@ class Evidence(Protocol):
 
 
 class Form(Protocol):
-    """How a unit is stored, at every size it comes in; its modules are nn.Linear or specomp.models.modules.Substitute."""
+    """How a unit is stored, at every size it comes in; its modules are nn.Linear or
+    specomp.models.modules.Substitute.
+    """
 
     def sizes(self, unit: Unit) -> Sequence[int]:
         """Those it comes in, for ranks 1, 2, ..."""
 
     def parts(self, unit: Unit, size: Any, grid: GridSpec | None = None) -> Mapping[str, Any]:
-        """Every tensor that is stored (specomp.forms.prices.Part), by name; arithmetic alone, for tensors of sizes too."""
+        """Every tensor that is stored (specomp.forms.prices.Part), by name; arithmetic alone, for
+        tensors of sizes too.
+        """
 
     def losses(self, unit: Unit, sizes: Tensor, evidence: Evidence) -> Tensor:
         """What the sizes (k) are predicted to lose, (k) in float64."""
@@ -124,15 +138,20 @@ class Reads(Protocol):
     """What an allocation may look at besides its options."""
 
     def stats(self, linear: LinearSpec) -> Stats:
-        """What the dense model's calibration kept of a linear: at least what the allocation needs."""
+        """What the dense model's calibration kept of a linear: at least what the allocation
+        needs.
+        """
 
     def probe(self, unit: Unit | None, choice: Choice | None) -> float:
-        """Mean token loss on the calibration set when one unit alone is stored so; of the dense model without one."""
+        """Mean token loss on the calibration set when one unit alone is stored so; of the dense
+        model without one.
+        """
 
 
 class Allocation(Protocol):
-    """Which option for which unit. compresses: whether it ever chooses another than dense; needs_spectra: whether it looks at
-    predicted losses, or at what a probe measures."""
+    """Which option for which unit. compresses: whether it ever chooses another than dense;
+    needs_spectra: whether it looks at predicted losses, or at what a probe measures.
+    """
 
     compresses: bool
     needs_spectra: bool
@@ -142,11 +161,15 @@ class Allocation(Protocol):
         """Statistics it reads, of the dense model."""
 
     def __call__(self, menu: Any, share: float, reads: Reads) -> dict[Unit, Choice]:
-        """menu: specomp.forms.options.Options by unit; share: what may be spent of what the dense units cost."""
+        """menu: specomp.forms.options.Options by unit; share: what may be spent of what the dense
+        units cost.
+        """
 
 
 class Compensation(Protocol):
-    """Repair of the factors after truncation, without a gradient step. active: whether it changes anything."""
+    """Repair of the factors after truncation, without a gradient step. active: whether it changes
+    anything.
+    """
 
     active: bool
     upstream: Upstream
@@ -173,7 +196,9 @@ class LayerBatches(Protocol):
         """Batches."""
 
     def output(self, index: int) -> Tensor:
-        """Hidden states (batch, length, hidden) of the compressed decoder layer, with a gradient where that is switched on."""
+        """Hidden states (batch, length, hidden) of the compressed decoder layer, with a gradient
+        where that is switched on.
+        """
 
     def wanted(self, index: int) -> Tensor:
         """Those of the dense model."""
@@ -182,15 +207,20 @@ class LayerBatches(Protocol):
 class Refinement(Protocol):
     """Fits a decoder layer as a whole after its units are stored.
 
-    active: whether it changes anything; steps: of its optimizer, for a plan; moves_stored: whether numbers leave their grid.
+    active: whether it changes anything; steps: of its optimizer, for a plan; moves_stored: whether
+    numbers leave their grid.
     """
 
     active: bool
     steps: int
     moves_stored: bool
 
-    def __call__(self, index: int, parameters: Sequence[nn.Parameter], batches: LayerBatches) -> float:
-        """Changes the parameters of decoder layer `index` in place; returns its loss after over before."""
+    def __call__(
+        self, index: int, parameters: Sequence[nn.Parameter], batches: LayerBatches
+    ) -> float:
+        """Changes the parameters of decoder layer `index` in place; returns its loss after over
+        before.
+        """
 
 
 class Trained(Protocol):
@@ -199,7 +229,8 @@ class Trained(Protocol):
     choices: dict[Unit, Choice]
     by: str  # who chose, for a note on the retention
     account: Mapping[str, Any]  # how it went, JSON-able
-    gains: Mapping[str, float | None]  # by linear: what compensation or refinement left of the loss, before
+    # by linear: what compensation or refinement left of the loss, before
+    gains: Mapping[str, float | None]
 
     def factors(self, linear: LinearSpec, rank: int) -> LowRankFactors:
         """Of the components it kept."""
@@ -211,8 +242,9 @@ class Trained(Protocol):
 class Training(Protocol):
     """Gradient steps end to end.
 
-    active: whether it takes any; chooses: whether it chooses components itself, from complete spectra; moves_stored: whether
-    it changes numbers that are already stored; adds_bias: whether every linear has an output bias afterwards.
+    active: whether it takes any; chooses: whether it chooses components itself, from complete
+    spectra; moves_stored: whether it changes numbers that are already stored; adds_bias: whether
+    every linear has an output bias afterwards.
     """
 
     active: bool
@@ -223,13 +255,19 @@ class Training(Protocol):
     def samples_of(self, calibration: int) -> int:
         """How many samples it reads, where the calibration set has so many; 0: none."""
 
-    def check(self, method: "Method", budget: Any, num_samples: int, processes: int, dtype: str) -> None:
-        """Whether the other slots, the budget, the samples it reads, the processes and the model's dtype fit. Raises UserError."""
+    def check(
+        self, method: "Method", budget: Any, num_samples: int, processes: int, dtype: str
+    ) -> None:
+        """Whether the other slots, the budget, the samples it reads, the processes and the model's
+        dtype fit. Raises UserError.
+        """
 
     def before(self, run: Any) -> Any:
         """While the model is dense; what it returns is handed to the other two."""
 
-    def forms(self, run: Any, prepared: Any, choices: dict[Unit, Choice], statistics: Any, spectra: Any) -> Trained | None:
+    def forms(
+        self, run: Any, prepared: Any, choices: dict[Unit, Choice], statistics: Any, spectra: Any
+    ) -> Trained | None:
         """Instead of the allocation's choices, or None."""
 
     def after(self, run: Any, prepared: Any) -> Mapping[str, Any]:
@@ -237,7 +275,9 @@ class Training(Protocol):
 
     @property
     def work(self) -> Any:
-        """What a plan counts: settings with a schedule (specomp.training.phases.Distillation), or None."""
+        """What a plan counts: settings with a schedule (specomp.training.phases.Distillation), or
+        None.
+        """
 
 
 class Rounding(Protocol):
@@ -251,8 +291,12 @@ class Rounding(Protocol):
     def needs(self) -> frozenset[Statistic]:
         """Statistics it reads, of the inputs that the method itself last looked at."""
 
-    def __call__(self, matrices: Sequence[Tensor], stats: Stats, dtype: torch.dtype, *, free_basis: bool) -> tuple[Rounded, ...]:
-        """See Evidence.rounded; dtype: the model's. Raises ValueError where that is numerically impossible."""
+    def __call__(
+        self, matrices: Sequence[Tensor], stats: Stats, dtype: torch.dtype, *, free_basis: bool
+    ) -> tuple[Rounded, ...]:
+        """See Evidence.rounded; dtype: the model's. Raises ValueError where that is numerically
+        impossible.
+        """
 
     def notes(self, damping: Sequence[float]) -> Iterable[str]:
         """What a reader should know; damping: what the Hessians of every rounded linear needed."""
@@ -260,7 +304,9 @@ class Rounding(Protocol):
 
 @configurable
 class Method:
-    """A compression method: what to approximate, in which norm, how much where, how to repair, refine and train, how to store."""
+    """A compression method: what to approximate, in which norm, how much where, how to repair,
+    refine and train, how to store.
+    """
 
     name: str  # a label: nothing depends on it
     # Checked by check_slots, which says what is lacking and evaluates nothing.
@@ -297,17 +343,30 @@ SLOTS: dict[str, type] = {
 
 
 def check_slots(method: Method) -> None:
-    """Whether every slot has what its protocol says, by name; no value is looked at. Raises UserError."""
+    """Whether every slot has what its protocol says, by name; no value is looked at. Raises
+    UserError.
+    """
     for name, protocol in SLOTS.items():
         check_protocol(getattr(method, name), protocol, f"method.{name}")
 
 
 def check_protocol(made: Any, protocol: type, where: str) -> None:
-    """Whether an object has what a protocol says, by name; no property is evaluated. Raises UserError."""
-    wanted = {x for x in vars(protocol) if not x.startswith("_") or x == "__call__"} | set(inspect.get_annotations(protocol))
-    lacking = sorted(x for x in wanted if inspect.getattr_static(made, x, _fields) is _fields and x not in _fields(made))
+    """Whether an object has what a protocol says, by name; no property is evaluated. Raises
+    UserError.
+    """
+    wanted = {x for x in vars(protocol) if not x.startswith("_") or x == "__call__"} | set(
+        inspect.get_annotations(protocol)
+    )
+    lacking = sorted(
+        x
+        for x in wanted
+        if inspect.getattr_static(made, x, _fields) is _fields and x not in _fields(made)
+    )
     if lacking:
-        raise UserError(f"{where} is a {type(made).__name__}, which is no {protocol.__name__}: it lacks {', '.join(lacking)}.")
+        raise UserError(
+            f"{where} is a {type(made).__name__}, which is no {protocol.__name__}: it lacks"
+            f" {', '.join(lacking)}."
+        )
 
 
 def _fields(made: Any) -> set[str]:
@@ -316,20 +375,31 @@ def _fields(made: Any) -> set[str]:
 
 # Files whose formulas are pinned by tests; one beside them is somebody's own.
 OURS = {
-    "methods": "adasvd anchored asvd block_refine fwsvd global_loss kronecker lora soco spectrum svd svd_llm",
+    "methods": (
+        "adasvd anchored asvd block_refine fwsvd global_loss kronecker lora soco spectrum svd"
+        " svd_llm"
+    ),
     "forms": "dense factors pivoted ranked",
     "quantization": "factors gptq none rtn",
 }
 
 
 def describe(slot: Any) -> dict[str, Any]:
-    """A slot's class and settings, JSON-able: what a cache key or a record says of it; of a class that is not specomp's also its source."""
+    """A slot's class and settings, JSON-able: what a cache key or a record says of it; of a class
+    that is not specomp's also its source.
+    """
     settings = {x.name: getattr(slot, x.name) for x in fields(slot)}
-    return {"class": type(slot).__name__} | _origin(type(slot)) | {k: _plain(v) for k, v in settings.items()}
+    return (
+        {"class": type(slot).__name__}
+        | _origin(type(slot))
+        | {k: _plain(v) for k, v in settings.items()}
+    )
 
 
 def _origin(kind: type) -> dict[str, str]:
-    """Module and source of somebody's own class: a name that specomp has too, or an edited formula, must not find what another one left."""
+    """Module and source of somebody's own class: a name that specomp has too, or an edited formula,
+    must not find what another one left.
+    """
     package, *rest = kind.__module__.split(".")
     if package == "specomp" and (rest[0] not in OURS or rest[-1] in OURS[rest[0]].split()):
         return {}

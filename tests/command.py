@@ -1,4 +1,6 @@
-"""`python run.py ...` in a process of its own, with cache and outputs in a folder of the test's own."""
+"""`python run.py ...` in a process of its own, with cache and outputs in a folder of the test's
+own.
+"""
 
 import os
 import signal

@@ -4,11 +4,25 @@ from typing import Any
 
 from specomp.compression.ledger import Ledger
 
-SIZE = {"linear_params": 1000, "model_params": 2000, "model_bytes": 8000, "held_bytes": 8000, "macs_per_token": 1500}
-HALF = {"linear_params": 588, "model_params": 1588, "model_bytes": 6352, "held_bytes": 6352, "macs_per_token": 1088}
+SIZE = {
+    "linear_params": 1000,
+    "model_params": 2000,
+    "model_bytes": 8000,
+    "held_bytes": 8000,
+    "macs_per_token": 1500,
+}
+HALF = {
+    "linear_params": 588,
+    "model_params": 1588,
+    "model_bytes": 6352,
+    "held_bytes": 6352,
+    "macs_per_token": 1088,
+}
 
 
-def made_ledger(*, dense: dict[str, int] | None = None, compressed: dict[str, int] | None = None, **fields: Any) -> Ledger:
+def made_ledger(
+    *, dense: dict[str, int] | None = None, compressed: dict[str, int] | None = None, **fields: Any
+) -> Ledger:
     """Of a model that lost 40 % of 1000 parameters, with what is given instead."""
     told = {
         "target_retention": 0.6,

@@ -1,6 +1,8 @@
-"""Random problems for the theorem tests, and what they need to know without asking the code under test.
+"""Random problems for the theorem tests, and what they need to know without asking the code under
+test.
 
-Shapes: m out_features, n in_features, r rank, W (m, n), X (n, tokens) with one column per token, G = X X^T (n, n).
+Shapes: m out_features, n in_features, r rank, W (m, n), X (n, tokens) with one column per token, G
+= X X^T (n, n).
 """
 
 from dataclasses import dataclass
@@ -36,7 +38,9 @@ class Problem:
 
     @property
     def bound(self) -> float:
-        """The smallest ||(W' - W) X||_F at this rank, by a singular value decomposition of W X that no code under test takes part in."""
+        """The smallest ||(W' - W) X||_F at this rank, by a singular value decomposition of W X that
+        no code under test takes part in.
+        """
         return float(torch.linalg.svdvals(self.W @ self.X)[self.rank :].norm())
 
     def loss(self, approximation: Tensor | LowRankFactors) -> float:
@@ -63,7 +67,9 @@ def make(m: int, n: int, rank: int, seed: int, tokens: int) -> Problem:
         return torch.randn(*shape, generator=generator, dtype=torch.float64)
 
     mixing = randn(n, n) / n**0.5 + torch.eye(n, dtype=torch.float64)
-    X = torch.logspace(0, 1, n, dtype=torch.float64)[:, None] * (mixing @ randn(n, tokens) + randn(n, 1))
+    X = torch.logspace(0, 1, n, dtype=torch.float64)[:, None] * (
+        mixing @ randn(n, tokens) + randn(n, 1)
+    )
     return Problem(randn(m, n), X, rank)
 
 
@@ -93,7 +99,9 @@ def by_root(problem: Problem, S: Tensor) -> Tensor:
 
 def stats(problem: Problem) -> Stats:
     """What each whitening reads, from the inputs; the gradient of FWSVD is random."""
-    grad = torch.randn(problem.W.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    grad = torch.randn(
+        problem.W.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64
+    )
     return Stats(
         {
             Gram(): problem.gram,

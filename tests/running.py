@@ -1,4 +1,6 @@
-"""Whole experiments in this process: configs composed as the command line does, on tiny models, in a folder of the test's own."""
+"""Whole experiments in this process: configs composed as the command line does, on tiny models, in
+a folder of the test's own.
+"""
 
 from pathlib import Path
 from typing import Any
@@ -24,8 +26,14 @@ CONF = ROOT / "conf"
 
 
 def compose_config(folder: Path, *overrides: str) -> DictConfig:
-    """What `python run.py debug=tiny ...` composes, with cache and outputs in `folder`; also sets Hydra's own config, as run.py does."""
-    paths = [f"paths.cache={folder / 'cache'}", f"paths.outputs={folder / 'outputs'}", "paths.data=null"]
+    """What `python run.py debug=tiny ...` composes, with cache and outputs in `folder`; also sets
+    Hydra's own config, as run.py does.
+    """
+    paths = [
+        f"paths.cache={folder / 'cache'}",
+        f"paths.outputs={folder / 'outputs'}",
+        "paths.data=null",
+    ]
     return composed("debug=tiny", *paths, *overrides)
 
 
@@ -55,7 +63,9 @@ def store(folder: Path) -> RecordStore:
 
 def random_tokens(num_samples: int, length: int, *, seed: int = 0) -> torch.LongTensor:
     """Ids (num_samples, length) over the whole vocabulary of the tiny models."""
-    return torch.randint(0, VOCAB, (num_samples, length), generator=torch.Generator().manual_seed(seed))  # type: ignore[return-value]
+    return torch.randint(
+        0, VOCAB, (num_samples, length), generator=torch.Generator().manual_seed(seed)
+    )  # type: ignore[return-value]
 
 
 def make_run(
@@ -71,10 +81,21 @@ def make_run(
     progress: Progress | None = None,
     **calibration: Any,
 ) -> Run:
-    """What the core works on, around a tiny model and random tokens; `calibration`: upstream, layers_at_once, accumulate, precision."""
+    """What the core works on, around a tiny model and random tokens; `calibration`: upstream,
+    layers_at_once, accumulate, precision.
+    """
     model = tiny_model(family_name, seed=seed)
-    settings = {"upstream": "dense", "layers_at_once": None, "accumulate": "float32", "precision": "float32"} | calibration
-    samples = CalibrationSet(random_tokens(num_samples, length), description={"tokenizer": {"sha256": "tiny"}}, batch_size=batch_size)
+    settings = {
+        "upstream": "dense",
+        "layers_at_once": None,
+        "accumulate": "float32",
+        "precision": "float32",
+    } | calibration
+    samples = CalibrationSet(
+        random_tokens(num_samples, length),
+        description={"tokenizer": {"sha256": "tiny"}},
+        batch_size=batch_size,
+    )
     return Run(
         model=model,
         family=family_of(model.config),

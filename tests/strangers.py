@@ -1,4 +1,6 @@
-"""A form that specomp does not know, as somebody else would write it: one file, torch and the contracts."""
+"""A form that specomp does not know, as somebody else would write it: one file, torch and the
+contracts.
+"""
 
 from collections.abc import Mapping
 

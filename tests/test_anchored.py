@@ -1,4 +1,6 @@
-"""The anchored target: reduced-rank regression of dense outputs on compressed inputs, and the two streams that it reads."""
+"""The anchored target: reduced-rank regression of dense outputs on compressed inputs, and the two
+streams that it reads.
+"""
 
 import pytest
 import torch
@@ -37,13 +39,17 @@ def stats(X: torch.Tensor, Y: torch.Tensor) -> Stats:
 @examples
 @given(st.integers(0, 400), st.integers(1, 8))
 def test_truncating_it_is_reduced_rank_regression(seed, rank):
-    """methods.md F6: the best rank-r W' for ||W' X' - W X||_F, with its loss in closed form; no other objective does better on it."""
+    """methods.md F6: the best rank-r W' for ||W' X' - W X||_F, with its loss in closed form; no
+    other objective does better on it.
+    """
     W, X, Y = drift(seed)
     G, R = Y @ Y.T, symmetric_root(Y @ Y.T)
     M = W @ (X @ Y.T) @ torch.linalg.inv(R).T
     s = torch.linalg.svdvals(M)
     bound = (W @ X).square().sum() - M.square().sum() + s[rank:].square().sum()
-    best = product(truncate(GramNorm(G, solve="float64").decompose(anchored()(W, stats(X, Y))), rank))
+    best = product(
+        truncate(GramNorm(G, solve="float64").decompose(anchored()(W, stats(X, Y))), rank)
+    )
     loss = (best @ Y - W @ X).square().sum()
     assert float(loss) == pytest.approx(float(bound), rel=1e-4)
     for gram in (X @ X.T, G):  # input-aware, shift-aware
@@ -72,16 +78,25 @@ def test_directions_without_data_keep_their_weight():
 
 @pytest.mark.parametrize("family_name", ["llama", "opt"])
 def test_both_streams_see_what_both_models_feed(tmp_path, monkeypatch, family_name):
-    """Cross-Grams against whole forward passes of the dense and of the finished compressed model."""
+    """Cross-Grams against whole forward passes of the dense and of the finished compressed
+    model.
+    """
     found = {}
     original = HiddenStream.observe_beside
-    monkeypatch.setattr(HiddenStream, "observe_beside", lambda self, index, *x: found.setdefault(index, original(self, index, *x)))
+    monkeypatch.setattr(
+        HiddenStream,
+        "observe_beside",
+        lambda self, index, *x: found.setdefault(index, original(self, index, *x)),
+    )
     inputs: dict[str, dict[str, torch.Tensor]] = {"dense": {}, "compressed": {}}
 
     def listen(run, where):
         for linear in run.linears:
             module = run.model.get_submodule(linear.name)
-            flat = lambda _, args, name=linear.name: inputs[where].update({name: args[0].flatten(0, -2)})  # noqa: E731
+
+            def flat(_, args, name=linear.name):
+                inputs[where][name] = args[0].flatten(0, -2)
+
             module.register_forward_pre_hook(flat)
         with torch.no_grad():
             run.model(input_ids=run.samples.tokens)
@@ -94,18 +109,29 @@ def test_both_streams_see_what_both_models_feed(tmp_path, monkeypatch, family_na
         x, y = inputs["dense"][linear.name], inputs["compressed"][linear.name]
         place = f"site{linear.site}"
         if linear.decoder_layer == 0 and linear.site == 0:  # nothing before it is compressed
-            assert_close({"": found[0][f"{place}:cross_gram"]}, {"": found[0][f"{place}:gram"]}, 1e-6)
-        if linear.site == 0:  # what a decoder layer's first site sees has no part of that layer in it
+            assert_close(
+                {"": found[0][f"{place}:cross_gram"]}, {"": found[0][f"{place}:gram"]}, 1e-6
+            )
+        if (
+            linear.site == 0
+        ):  # what a decoder layer's first site sees has no part of that layer in it
             cross, gram = x.T @ y, y.T @ y
-            assert_close({"": found[linear.decoder_layer][f"{place}:cross_gram"]}, {"": cross}, 1e-4)
+            assert_close(
+                {"": found[linear.decoder_layer][f"{place}:cross_gram"]}, {"": cross}, 1e-4
+            )
             assert_close({"": found[linear.decoder_layer][f"{place}:gram"]}, {"": gram}, 1e-4)
 
 
 def test_it_brings_the_compressed_model_closer_to_the_dense_one(tmp_path):
     """Hidden states at the end, on the calibration set itself."""
     errors = {}
-    for name, target in (("weight", method().target), ("anchored", anchored(mix=1.0, damping=1e-3))):
-        run = make_run("llama", Cache(tmp_path / name), num_samples=24, length=32, upstream="compressed")
+    for name, target in (
+        ("weight", method().target),
+        ("anchored", anchored(mix=1.0, damping=1e-3)),
+    ):
+        run = make_run(
+            "llama", Cache(tmp_path / name), num_samples=24, length=32, upstream="compressed"
+        )
         with torch.no_grad():
             dense = run.family.decoder(run.model)(input_ids=run.samples.tokens).last_hidden_state
             run_method(run, method(target=target), ranks=ranks_of(run, 6))
@@ -128,9 +154,18 @@ def test_dense_inputs_alone_have_nothing_to_compare():
 
 
 def test_from_the_command_line(tmp_path):
-    typed = ["method=specomp", "method/target=dense_output", "calibration.upstream=compressed", "ratio=cr40"]
+    typed = [
+        "method=specomp",
+        "method/target=dense_output",
+        "calibration.upstream=compressed",
+        "ratio=cr40",
+    ]
     record = compose_run(tmp_path, *typed)
     assert record.status == "ok"
     assert record.counted.measured_retention == pytest.approx(0.6, abs=0.02)
-    assert record.identity["method"]["target"] == {"class": "DenseOutput", "mix": 0.5, "damping": 0.01}
+    assert record.identity["method"]["target"] == {
+        "class": "DenseOutput",
+        "mix": 0.5,
+        "damping": 0.01,
+    }
     assert compose_run(tmp_path, *typed, "method.target.mix=0").metrics != record.metrics

@@ -1,4 +1,6 @@
-"""The library: the whole method in one call, without configuration, and the same as an experiment."""
+"""The library: the whole method in one call, without configuration, and the same as an
+experiment.
+"""
 
 import subprocess
 import sys
@@ -65,7 +67,9 @@ def test_the_whole_round(tmp_path, tokens):
     again = specomp.load(folder)
     assert again.tokenizer is None  # none was saved
     assert specomp.perplexity(again.model, tokens) == specomp.perplexity(model, tokens)
-    assert specomp.perplexity(AutoModelForCausalLM.from_pretrained(folder), tokens) == pytest.approx(specomp.perplexity(model, tokens))
+    assert specomp.perplexity(
+        AutoModelForCausalLM.from_pretrained(folder), tokens
+    ) == pytest.approx(specomp.perplexity(model, tokens))
     frame = report.to_frame()
     assert list(frame["name"]) == [x.name for x in report.linears]
     assert set(report.to_dict()) == {"ledger", "linears", "training", "seconds", "notes"}
@@ -100,8 +104,12 @@ def test_bits_are_a_budget(tokens):
 
 def test_training_may_read_other_tokens(tmp_path, tokens):
     lora = specomp.method("svd", training="lora")
-    lora = specomp.Method(**{**vars(lora), "training": specomp.rows.slot("training", "lora", steps=2, rank=2)})
-    report = specomp.compress(tiny_model("llama"), tokens, lora, 0.4, training_tokens=random_tokens(9, 32, seed=3))
+    lora = specomp.Method(
+        **{**vars(lora), "training": specomp.rows.slot("training", "lora", steps=2, rank=2)}
+    )
+    report = specomp.compress(
+        tiny_model("llama"), tokens, lora, 0.4, training_tokens=random_tokens(9, 32, seed=3)
+    )
     assert report.training["samples"] == 9
     assert report.training["steps"] == 2
 
@@ -116,7 +124,10 @@ REFUSALS = [
     ({"calibration": {"window": 3}}, "calibration.window"),
     ({"calibration": {"precision": "half"}}, "calibration.precision"),
     ({"method": "soco", "ratio": specomp.Bits(bits=4.0)}, "parameters"),
-    ({"method": "specomp", "calibration": {"upstream": "compressed"}, "quantizer": "nf4"}, "quantizer"),
+    (
+        {"method": "specomp", "calibration": {"upstream": "compressed"}, "quantizer": "nf4"},
+        "quantizer",
+    ),
 ]
 
 
@@ -137,7 +148,9 @@ def test_slots_are_named_where_they_do_not_fit(tokens):
         specomp.method("svd", allocations="uniform")
     with pytest.raises(specomp.UserError, match="compensation.iterationz"):
         specomp.method("adasvd", compensation={"iterationz": 3})
-    with pytest.raises(specomp.UserError, match="method.whitening is a object, which is no Whitening"):
+    with pytest.raises(
+        specomp.UserError, match="method.whitening is a object, which is no Whitening"
+    ):
         specomp.method("svd", whitening=object())
     with pytest.raises(specomp.UserError, match="refinement=block_refine"):
         specomp.method("svd", compensation="block_refine")
@@ -152,7 +165,9 @@ def test_a_compressed_model_is_not_compressed_again(tokens):
 
 
 def test_an_unknown_family_is_named_with_what_to_write(tokens):
-    model = AutoModelForCausalLM.from_config(__import__("transformers").GPT2Config(n_layer=1, n_head=2, n_embd=8, vocab_size=64))
+    model = AutoModelForCausalLM.from_config(
+        __import__("transformers").GPT2Config(n_layer=1, n_head=2, n_embd=8, vocab_size=64)
+    )
     with pytest.raises(specomp.UserError, match=r"'gpt2'.*ModelFamily"):
         specomp.compress(model, tokens, "svd", 0.4)
 
@@ -165,7 +180,12 @@ def test_a_plan_needs_a_config_alone():
         device_map=None,
         architecture="llama",
         seed=0,
-        config={"hidden_size": 32, "num_attention_heads": 4, "intermediate_size": 88, "num_hidden_layers": 2},
+        config={
+            "hidden_size": 32,
+            "num_attention_heads": 4,
+            "intermediate_size": 88,
+            "num_hidden_layers": 2,
+        },
     ).config_for_plan(None)
     found = specomp.plan(config, "svd_llm", 0.4, num_samples=4, length=16, dtype="float32")
     assert found.compressed.linear_params < found.size.linear_params
@@ -180,15 +200,17 @@ import torch
 sys.path.insert(0, "tests")
 from transformers import LlamaConfig, LlamaForCausalLM
 torch.set_num_threads(1)
-model = LlamaForCausalLM(LlamaConfig(hidden_size=32, num_attention_heads=4, intermediate_size=64,
-                                     num_hidden_layers=2, vocab_size=64, max_position_embeddings=64))
+sizes = {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 4}
+sizes |= {"num_hidden_layers": 2, "vocab_size": 64, "max_position_embeddings": 64}
+model = LlamaForCausalLM(LlamaConfig(**sizes))
 tokens = torch.randint(0, 64, (4, 16))
 report = specomp.compress(model, tokens, method="adasvd", ratio=0.4)
 str(report), report.to_dict()
 specomp.save(model, sys.argv[1])
 specomp.perplexity(specomp.load(sys.argv[1]).model, tokens)
 specomp.method_names()
-heavy = {"hydra", "lightning", "pytorch_lightning", "lm_eval", "wandb", "matplotlib"} & set(sys.modules)
+heavy = {"hydra", "lightning", "pytorch_lightning", "lm_eval", "wandb", "matplotlib"}
+heavy &= set(sys.modules)
 assert not heavy, heavy
 """
 

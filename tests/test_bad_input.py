@@ -1,4 +1,6 @@
-"""What users get wrong costs them one clear line, before hours are spent, and finished work is kept."""
+"""What users get wrong costs them one clear line, before hours are spent, and finished work is
+kept.
+"""
 
 import errno
 import importlib.metadata
@@ -73,7 +75,9 @@ def of_type(**changes: object) -> Callable[[Path], None]:
 
 
 def compressed(folder: Path) -> None:
-    save_compressed(tiny_model("llama"), tiny_tokenizer(), folder / "model", form="factors", info={})
+    save_compressed(
+        tiny_model("llama"), tiny_tokenizer(), folder / "model", form="factors", info={}
+    )
 
 
 def tensor(value: torch.Tensor) -> Callable[[Path], None]:
@@ -193,7 +197,11 @@ def refused(folder: Path, *overrides: str) -> str:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(specomp.compression.calibrate, "collect", no_calibration)
         with pytest.raises(UserError) as caught:
-            run(compose_config(folder, "options.save=false", *(x.format(folder=folder) for x in overrides)))
+            run(
+                compose_config(
+                    folder, "options.save=false", *(x.format(folder=folder) for x in overrides)
+                )
+            )
     return str(caught.value)
 
 
@@ -206,7 +214,11 @@ def test_what_was_typed(tmp_path, typed, fragments):
     check_line(refused(tmp_path, *typed), fragments)
 
 
-@pytest.mark.parametrize(("prepare", "typed", "fragments"), FILES, ids=[f"{i}-{x[2][0][:30]}" for i, x in enumerate(FILES)])
+@pytest.mark.parametrize(
+    ("prepare", "typed", "fragments"),
+    FILES,
+    ids=[f"{i}-{x[2][0][:30]}" for i, x in enumerate(FILES)],
+)
 def test_state_of_files(tmp_path, prepare, typed, fragments):
     prepare(tmp_path)
     check_line(refused(tmp_path, *typed), fragments)
@@ -221,7 +233,10 @@ def check_line(line: str, fragments: list[str]) -> None:
 # ---- what no user typed
 
 
-@pytest.mark.parametrize("damage", [lambda data: data[:-40], lambda data: b"x" * len(data), lambda data: data[:-4] + b"\0\0\0\1"])
+@pytest.mark.parametrize(
+    "damage",
+    [lambda data: data[:-40], lambda data: b"x" * len(data), lambda data: data[:-4] + b"\0\0\0\1"],
+)
 @pytest.mark.parametrize("kind", ["statistics", "spectra"])
 def test_damaged_cache_is_recomputed_and_said(tmp_path, caplog, kind, damage):
     """Truncated and garbage files, and one wrong bit at the end; the numbers come out as before."""
@@ -229,18 +244,29 @@ def test_damaged_cache_is_recomputed_and_said(tmp_path, caplog, kind, damage):
     part = sorted((tmp_path / "cache" / kind).rglob("*.safetensors"))[0]
     part.write_bytes(damage(part.read_bytes()))
     with caplog.at_level(logging.WARNING):
-        assert run(compose_config(tmp_path, "method=svd_llm", "options.save=false", "options.redo=true")) == expected
+        assert (
+            run(
+                compose_config(
+                    tmp_path, "method=svd_llm", "options.save=false", "options.redo=true"
+                )
+            )
+            == expected
+        )
     assert "is damaged" in caplog.text and part.name in caplog.text
 
 
 def test_statistics_are_never_taken_from_a_half_compressed_model(tmp_path):
-    """One wrong bit in the last decoder layer's Gram is seen only when the ones before are compressed: stop, and do it anew next time."""
+    """One wrong bit in the last decoder layer's Gram is seen only when the ones before are
+    compressed: stop, and do it anew next time.
+    """
     cfg = compose_config(tmp_path, "method=svd_llm", "options.save=false")
     expected = run(cfg)
     part = sorted((tmp_path / "cache" / "statistics").rglob("*.safetensors"))[-1]
     part.write_bytes(part.read_bytes()[:-4] + b"\0\0\0\1")
     again = ["method=svd_llm", "options.save=false", "options.redo=true"]
-    with pytest.raises(UserError, match="lost the statistics of decoder layer 2 .* run the same command again"):
+    with pytest.raises(
+        UserError, match="lost the statistics of decoder layer 2 .* run the same command again"
+    ):
         run(compose_config(tmp_path, *again))
     assert run(compose_config(tmp_path, *again)) == expected
 
@@ -252,7 +278,11 @@ def test_damaged_converted_model_is_converted_again(tmp_path, monkeypatch, caplo
     (package / "model.gguf").write_bytes(b"GGUF")
     monkeypatch.syspath_prepend(str(tmp_path))
     monkeypatch.setattr(importlib.metadata, "version", lambda _: "v1")
-    monkeypatch.setattr(specomp.models.gguf, "_convert", lambda _, target: model_folder(target.parent).rename(target))
+    monkeypatch.setattr(
+        specomp.models.gguf,
+        "_convert",
+        lambda _, target: model_folder(target.parent).rename(target),
+    )
     typed = [
         "model=smollm2_135m",
         "model.package=packed_model",
@@ -289,7 +319,10 @@ def test_damaged_record_is_made_again(tmp_path, caplog, content):
     assert "is not a readable record" in caplog.text and "made again" in caplog.text
 
 
-@pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "No space left on device"), OSError(errno.EDQUOT, "Quota exceeded")])
+@pytest.mark.parametrize(
+    "error",
+    [OSError(errno.ENOSPC, "No space left on device"), OSError(errno.EDQUOT, "Quota exceeded")],
+)
 def test_disk_full_while_the_cache_is_written(tmp_path, monkeypatch, error):
     """Nothing half-written stays, and once there is room the same command finishes."""
     cfg = compose_config(tmp_path, "options.save=false")
@@ -298,7 +331,9 @@ def test_disk_full_while_the_cache_is_written(tmp_path, monkeypatch, error):
         with pytest.raises(UserError) as caught:
             run(cfg)
     check_line(str(caught.value), ["No space left", "MiB free", "paths.cache"])
-    assert not list((tmp_path / "cache").rglob("*.safetensors")) and not list(tmp_path.rglob(".*.tmp"))
+    assert not list((tmp_path / "cache").rglob("*.safetensors")) and not list(
+        tmp_path.rglob(".*.tmp")
+    )
     record = store(tmp_path).load(key_of(cfg))
     assert record is not None and record.status == "failed" and "No space left" in str(record.error)
     assert run(cfg) is not None
@@ -307,7 +342,10 @@ def test_disk_full_while_the_cache_is_written(tmp_path, monkeypatch, error):
 def test_disk_full_while_the_model_is_saved(tmp_path, monkeypatch):
     cfg = compose_config(tmp_path)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("transformers.modeling_utils.safe_save_file", raiser(OSError(errno.ENOSPC, "No space left on device")))
+        patch.setattr(
+            "transformers.modeling_utils.safe_save_file",
+            raiser(OSError(errno.ENOSPC, "No space left on device")),
+        )
         with pytest.raises(UserError) as caught:
             run(cfg)
     check_line(str(caught.value), ["No space left", "paths.outputs"])
@@ -339,10 +377,17 @@ def raiser(error: Exception) -> Callable[..., None]:
 
 
 @pytest.mark.parametrize(
-    "error", [torch.OutOfMemoryError("CUDA out of memory.\nTried"), RuntimeError("DefaultCPUAllocator: can't allocate memory")]
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory.\nTried"),
+        RuntimeError("DefaultCPUAllocator: can't allocate memory"),
+    ],
 )
 def test_out_of_memory_says_what_to_lower(error):
-    check_line(str(actionable(error)), ["Out of memory", "calibration.batch_size", "calibration.layers_at_once"])
+    check_line(
+        str(actionable(error)),
+        ["Out of memory", "calibration.batch_size", "calibration.layers_at_once"],
+    )
 
 
 def test_refused_run_keeps_what_is_finished(tmp_path):
@@ -358,7 +403,10 @@ def test_refused_run_keeps_what_is_finished(tmp_path):
 def test_failed_record_is_not_retried_when_told_so(tmp_path):
     typed = ["options.save=false", "method=svd", "ratio.compression=0.945"]
     refused(tmp_path, *typed)
-    check_line(refused(tmp_path, *typed, "options.retry=false"), ["failed before", "rank 0", "options.retry=false"])
+    check_line(
+        refused(tmp_path, *typed, "options.retry=false"),
+        ["failed before", "rank 0", "options.retry=false"],
+    )
 
 
 @pytest.mark.parametrize("typed", [["ratio=dense", "method=svd"], ["ratio.compression=0"]])
@@ -374,7 +422,8 @@ def test_nothing_removed_is_the_dense_model(tmp_path, typed):
 # ---- the command line itself
 
 
-# Hydra's own words for keys and choices it does not know; nothing is imported yet, so these are quick.
+# Hydra's own words for keys and choices it does not know; nothing is imported yet, so these are
+# quick.
 HYDRA: list[tuple[list[str], list[str]]] = [
     (["sead=1"], ["Could not override 'sead'"]),
     (["ratio.compresion=0.1"], ["Could not override 'ratio.compresion'"]),
@@ -413,14 +462,26 @@ def test_command_ends_in_one_line(tmp_path):
     done = command(tmp_path, "ratio.compression=abc")
     assert done.returncode == 1
     assert "Traceback" not in done.stderr and "\nspecomp: ratio.compression=abc: " in done.stderr
-    assert len([line for line in done.stderr.splitlines() if line]) <= 3  # Hydra's announcement, ours, its hint
+    assert (
+        len([line for line in done.stderr.splitlines() if line]) <= 3
+    )  # Hydra's announcement, ours, its hint
 
 
 def test_command_goes_on_after_a_failed_job(tmp_path):
     """A sweep does its other jobs, says at once what failed, and ends with a non-zero status."""
-    done = command(tmp_path, "method=svd", "options.save=false", "ratio.compression=0.9999,0.5", "-m")
+    done = command(
+        tmp_path, "method=svd", "options.save=false", "ratio.compression=0.9999,0.5", "-m"
+    )
     assert done.returncode == 1
-    assert "Traceback" not in done.stderr and "specomp: ratio.compression=0.9999 keeps" in done.stderr
-    assert "specomp: ratio.compression=0.9999 keeps" in done.stdout  # the log, in the order of events
+    assert (
+        "Traceback" not in done.stderr and "specomp: ratio.compression=0.9999 keeps" in done.stderr
+    )
+    assert (
+        "specomp: ratio.compression=0.9999 keeps" in done.stdout
+    )  # the log, in the order of events
     records = store(tmp_path).all()
-    assert sorted((x.choices["method"], x.status) for x in records) == [("dense", "ok"), ("svd", "failed"), ("svd", "ok")]
+    assert sorted((x.choices["method"], x.status) for x in records) == [
+        ("dense", "ok"),
+        ("svd", "failed"),
+        ("svd", "ok"),
+    ]

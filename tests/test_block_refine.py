@@ -1,4 +1,6 @@
-"""Block refinement: packed decoder layers come closer to the dense ones, cost nothing, and never get worse."""
+"""Block refinement: packed decoder layers come closer to the dense ones, cost nothing, and never
+get worse.
+"""
 
 import dataclasses
 
@@ -28,7 +30,9 @@ def final_error(folder, family_name: str = "llama", **slots) -> float:
 
 
 @pytest.mark.parametrize("family_name", ["llama", "opt"])
-@pytest.mark.parametrize("packing", [Factors(), Pivoted(max_growth=2.0)], ids=["factors", "pivoted"])
+@pytest.mark.parametrize(
+    "packing", [Factors(), Pivoted(max_growth=2.0)], ids=["factors", "pivoted"]
+)
 def test_it_brings_the_model_closer(tmp_path, family_name, packing):
     plain = final_error(tmp_path / "plain", family_name, packing=packing)
     refined = final_error(tmp_path / "refined", family_name, packing=packing, refinement=REFINE)
@@ -47,20 +51,29 @@ def test_each_decoder_layer_says_what_it_gained_and_nothing_is_trainable(tmp_pat
 def test_one_rate_serves_decoder_layers_that_are_nearly_right_and_far_off(tmp_path, rank, caplog):
     """The rate is a multiple of the error: everywhere the fit helps."""
     run = make_run("llama", Cache(tmp_path), num_samples=12, length=32, batch_size=4)
-    reports = run_method(run, method(refinement=REFINE, packing=Pivoted(max_growth=2.0)), ranks=ranks_of(run, rank))
+    reports = run_method(
+        run, method(refinement=REFINE, packing=Pivoted(max_growth=2.0)), ranks=ranks_of(run, rank)
+    )
     assert max(x.compensation_gain for x in reports if not x.dense) < 0.97
     assert "was put back" not in caplog.text
 
 
 def test_a_fit_that_makes_it_worse_is_put_back(tmp_path, caplog):
     wild = dataclasses.replace(REFINE, learning_rate=10.0, learning_rate_final=1.0)
-    plain, after = (final_error(tmp_path / name, refinement=x) for name, x in (("plain", method().refinement), ("wild", wild)))
+    plain, after = (
+        final_error(tmp_path / name, refinement=x)
+        for name, x in (("plain", method().refinement), ("wild", wild))
+    )
     assert after == pytest.approx(plain, rel=1e-6)
     assert "was put back" in caplog.text
 
 
-@pytest.mark.parametrize("packing", [Factors(), Pivoted(max_growth=2.0)], ids=["factors", "pivoted"])
-def test_an_interrupted_refinement_goes_on_behind_the_last_finished_decoder_layer(tmp_path, monkeypatch, packing):
+@pytest.mark.parametrize(
+    "packing", [Factors(), Pivoted(max_growth=2.0)], ids=["factors", "pivoted"]
+)
+def test_an_interrupted_refinement_goes_on_behind_the_last_finished_decoder_layer(
+    tmp_path, monkeypatch, packing
+):
     """And gives the model that it would have given at once."""
     real, fitted = BlockRefine.__call__, []
 
@@ -73,7 +86,9 @@ def test_an_interrupted_refinement_goes_on_behind_the_last_finished_decoder_laye
 
     def refined_model(folder):
         run = make_run("opt", Cache(folder), num_samples=12, length=32, batch_size=4)
-        reports = run_method(run, method(refinement=REFINE, packing=packing), ranks=ranks_of(run, 6))
+        reports = run_method(
+            run, method(refinement=REFINE, packing=packing), ranks=ranks_of(run, 6)
+        )
         return run, {x.name: x.compensation_gain for x in reports}, run.model.state_dict()
 
     _, gains, at_once = refined_model(tmp_path / "other")
@@ -84,17 +99,29 @@ def test_an_interrupted_refinement_goes_on_behind_the_last_finished_decoder_laye
     run, resumed_gains, resumed = refined_model(tmp_path / "cache")
     assert fitted == [0, 1, *range(1, len(run.layers))]
     assert run.cache.hits["refined"] == 1 and resumed_gains == gains
-    assert resumed.keys() == at_once.keys() and all(torch.equal(resumed[name], at_once[name]) for name in resumed)
+    assert resumed.keys() == at_once.keys() and all(
+        torch.equal(resumed[name], at_once[name]) for name in resumed
+    )
 
 
 def test_what_is_trained_on_top_shares_the_refined_decoder_layers(tmp_path):
     """Packed as factors too, where a training reads complete spectra that nothing else needs."""
-    common = ("method=two_sided", "method/refinement=block_refine", "method.refinement.steps=2", "ratio=cr40", "benchmark=none")
+    common = (
+        "method=two_sided",
+        "method/refinement=block_refine",
+        "method.refinement.steps=2",
+        "ratio=cr40",
+        "benchmark=none",
+    )
     plain, trained, more = (
         compose_run(tmp_path, *common, *typed, "save=false")
         for typed in (
             ["method/training=none"],
-            ["method/training=polish", "method.training.stages.polish.steps=2", "method.training.num_samples=30"],
+            [
+                "method/training=polish",
+                "method.training.stages.polish.steps=2",
+                "method.training.num_samples=30",
+            ],
             ["method.refinement.steps=3"],
         )
     )
@@ -113,7 +140,13 @@ def test_as_a_compensation_it_is_the_refinement(tmp_path):
 
 
 def test_half_precision_models_are_fitted_in_float32_and_stored_as_they_were(tmp_path):
-    record = compose_run(tmp_path, "method=svd_llm", "method/refinement=block_refine", "model.dtype=bfloat16", "ratio=cr60")
+    record = compose_run(
+        tmp_path,
+        "method=svd_llm",
+        "method/refinement=block_refine",
+        "model.dtype=bfloat16",
+        "ratio=cr60",
+    )
     assert record.status == "ok"
     assert record.counted.compensation_gain < 1
     plain = compose_run(tmp_path, "method=svd_llm", "model.dtype=bfloat16", "ratio=cr60")

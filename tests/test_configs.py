@@ -1,4 +1,6 @@
-"""Every yaml composes, builds without a network, says what it is, and names nothing that its class does not know."""
+"""Every yaml composes, builds without a network, says what it is, and names nothing that its class
+does not know.
+"""
 
 import importlib
 import inspect
@@ -27,10 +29,23 @@ REQUIRED = {
     ("calibration", "token_ids"): ["calibration.path=ids.npy"],
     ("benchmark", "token_ids"): ["benchmark.path=ids.npy"],
 }
-GROUPS = ("model", "method", "ratio", "calibration", "benchmark", "quantizer", "trainer", "tracking")
+GROUPS = (
+    "model",
+    "method",
+    "ratio",
+    "calibration",
+    "benchmark",
+    "quantizer",
+    "trainer",
+    "tracking",
+)
 SLOTS = sorted(path.name for path in (CONF / "method").iterdir() if path.is_dir())
-CHOICES = [(group, path.stem) for group in GROUPS for path in sorted((CONF / group).glob("[!_]*.yaml"))]
-SLOT_CHOICES = [(slot, path.stem) for slot in SLOTS for path in sorted((CONF / "method" / slot).glob("*.yaml"))]
+CHOICES = [
+    (group, path.stem) for group in GROUPS for path in sorted((CONF / group).glob("[!_]*.yaml"))
+]
+SLOT_CHOICES = [
+    (slot, path.stem) for slot in SLOTS for path in sorted((CONF / "method" / slot).glob("*.yaml"))
+]
 
 
 def name(path: Path) -> str:
@@ -67,9 +82,13 @@ def parameters(cls: Any) -> tuple[set[str], set[str]]:
     """(all, required) constructor parameters."""
     if is_dataclass(cls):
         known = [field for field in fields(cls) if field.init]
-        return {x.name for x in known}, {x.name for x in known if x.default is MISSING and x.default_factory is MISSING}
+        return {x.name for x in known}, {
+            x.name for x in known if x.default is MISSING and x.default_factory is MISSING
+        }
     signature = inspect.signature(cls).parameters.values()
-    return {x.name for x in signature}, {x.name for x in signature if x.default is inspect.Parameter.empty}
+    return {x.name for x in signature}, {
+        x.name for x in signature if x.default is inspect.Parameter.empty
+    }
 
 
 def check_parameters(place: str, node: dict[str, Any]) -> None:
@@ -77,7 +96,9 @@ def check_parameters(place: str, node: dict[str, Any]) -> None:
     given = {key for key in node if not key.startswith("_")}
     assert given <= known, f"{place}: {node['_target_']} does not know {sorted(given - known)}"
     if not node.get("_partial_"):
-        assert required <= given, f"{place}: {node['_target_']} also needs {sorted(required - given)}"
+        assert required <= given, (
+            f"{place}: {node['_target_']} also needs {sorted(required - given)}"
+        )
 
 
 @pytest.mark.parametrize("path", FILES, ids=name)
@@ -91,7 +112,9 @@ def test_first_line_says_what_it_is(path):
 
 @pytest.mark.parametrize("path", FILES, ids=name)
 def test_every_parameter_says_what_it_means(path):
-    """In the groups that explain their numbers line by line; values inside `config`, `hub` and the like have a comment of their own."""
+    """In the groups that explain their numbers line by line; values inside `config`, `hub` and the
+    like have a comment of their own.
+    """
     lines = path.read_text().splitlines()
     content = yaml.safe_load(path.read_text()) or {}
     if path.parent.name in SLOTS or path.parent.name in {"model", "tracking", "ratio"}:
@@ -101,7 +124,9 @@ def test_every_parameter_says_what_it_means(path):
                 assert " # " in line, f"{name(path)}: {key} has no comment"
 
 
-@pytest.mark.parametrize("path", [p for p in FILES if p.parent.name != "debug" and p.stem != "none"], ids=name)
+@pytest.mark.parametrize(
+    "path", [p for p in FILES if p.parent.name != "debug" and p.stem != "none"], ids=name
+)
 def test_no_file_is_empty(path):
     assert yaml.safe_load(path.read_text())
 
@@ -111,7 +136,10 @@ def test_nothing_is_a_named_class_everywhere():
     none = [path for path in FILES if path.stem == "none"]
     assert len(none) >= 6
     for path in none:
-        if path.parent.name not in {"debug", "budget"}:  # packages of settings, not choices of a class
+        if path.parent.name not in {
+            "debug",
+            "budget",
+        }:  # packages of settings, not choices of a class
             assert "_target_" in yaml.safe_load(path.read_text()), name(path)
 
 
@@ -145,7 +173,9 @@ def alone_of(slot, choice):
 
 @pytest.mark.parametrize(("slot", "choice"), SLOT_CHOICES)
 def test_every_slot_choice_fits_into_every_method(slot, choice):
-    """Swapping one slot leaves nothing of the former choice behind (the reason for the slot rule)."""
+    """Swapping one slot leaves nothing of the former choice behind (the reason for the slot
+    rule).
+    """
     for method in ("svd", "adasvd"):
         cfg = composed(f"method={method}", f"method/{slot}={choice}")
         node = OmegaConf.to_container(cfg.method[slot])
@@ -157,14 +187,20 @@ def test_every_slot_choice_fits_into_every_method(slot, choice):
 @pytest.mark.parametrize("method", ["svd", "adasvd"])
 def test_the_old_name_of_a_refinement_sets_both_slots(method):
     """Also beside a refinement of one's own: what is typed about it wins."""
-    cfg = composed(f"method={method}", "method/compensation=block_refine", "method.refinement.steps=3")
-    assert OmegaConf.to_container(cfg.method.compensation) == alone_of("compensation", "none")
-    assert OmegaConf.to_container(cfg.method.refinement) == alone_of("refinement", "block_refine") | {"steps": 3}
-    new = composed(f"method={method}", "method/refinement=block_refine", "method.refinement.steps=3")
-    assert cfg.method.refinement == new.method.refinement
-    assert OmegaConf.to_container(new.method.compensation) == OmegaConf.to_container(composed(f"method={method}").method.compensation), (
-        "the new name leaves the compensation as it is"
+    cfg = composed(
+        f"method={method}", "method/compensation=block_refine", "method.refinement.steps=3"
     )
+    assert OmegaConf.to_container(cfg.method.compensation) == alone_of("compensation", "none")
+    assert OmegaConf.to_container(cfg.method.refinement) == alone_of(
+        "refinement", "block_refine"
+    ) | {"steps": 3}
+    new = composed(
+        f"method={method}", "method/refinement=block_refine", "method.refinement.steps=3"
+    )
+    assert cfg.method.refinement == new.method.refinement
+    assert OmegaConf.to_container(new.method.compensation) == OmegaConf.to_container(
+        composed(f"method={method}").method.compensation
+    ), "the new name leaves the compensation as it is"
 
 
 METHODS = sorted(path.stem for path in (CONF / "method").glob("*.yaml"))
@@ -193,7 +229,9 @@ def test_the_library_names_what_an_old_name_stands_for(slot, choice):
         rows.method("svd", **{slot: choice})
 
 
-@pytest.mark.parametrize("choice", sorted(path.stem for path in (CONF / "quantizer").glob("*.yaml")))
+@pytest.mark.parametrize(
+    "choice", sorted(path.stem for path in (CONF / "quantizer").glob("*.yaml"))
+)
 def test_the_library_reads_every_quantizer_as_hydra_does(choice):
     same(rows.method("svd", quantizer=choice), "method=svd", f"quantizer={choice}")
 
@@ -202,7 +240,9 @@ def test_the_library_changes_settings_as_the_command_line_does():
     changed = rows.method("adasvd", allocation="sensitivity", compensation={"iterations": 3})
     typed = ("method/allocation=sensitivity", "method.compensation.iterations=3")
     same(changed, "method=adasvd", *typed)
-    changed = rows.method("soco", training={"stages": {"coarse": {"steps": 7}}, "phases": ["coarse"]})
+    changed = rows.method(
+        "soco", training={"stages": {"coarse": {"steps": 7}}, "phases": ["coarse"]}
+    )
     typed = ("method.training.stages.coarse.steps=7", "method.training.phases=[coarse]")
     same(changed, "method=soco", *typed)
     rounding = made(composed("quantizer=rtn_int4"), "quantizer")
@@ -213,7 +253,11 @@ def test_the_library_changes_settings_as_the_command_line_does():
     ("row", "slots", "message"),
     [
         ("adasdv", {}, "method has no choice 'adasdv'; did you mean adasvd?"),
-        ("svd", {"whitening": "gramm"}, "method/whitening has no choice 'gramm'; did you mean gram?"),
+        (
+            "svd",
+            {"whitening": "gramm"},
+            "method/whitening has no choice 'gramm'; did you mean gram?",
+        ),
         ("svd", {"packaging": "factors"}, "A method has no slot 'packaging'"),
         ("adasvd", {"compensation": {"iteration": 3}}, "compensation.iteration"),
         ("adasvd", {"compensation": {"iterations": 0}}, "compensation.iterations=0"),
@@ -246,7 +290,12 @@ def test_a_method_selects_slots_and_sets_nothing_inside_them(path):
     content = yaml.safe_load(path.read_text())
     assert set(content) == {"defaults", "_target_", "name"}
     assert content["name"] == path.stem
-    chosen = {key: value for entry in content["defaults"] if isinstance(entry, dict) for key, value in entry.items()}
+    chosen = {
+        key: value
+        for entry in content["defaults"]
+        if isinstance(entry, dict)
+        for key, value in entry.items()
+    }
     assert sorted(chosen) == SLOTS, "every slot is chosen, by name"
     assert content["defaults"][-1] == "_self_"
 
@@ -312,7 +361,9 @@ def test_an_unknown_key_of_the_trainer_fails_before_a_model_is_loaded(tmp_path, 
         ("benchmark.window=0", "benchmark"),
     ],
 )
-def test_a_wrong_value_is_one_line_with_its_key_before_anything_is_loaded(tmp_path, no_weights_read, override, key):
+def test_a_wrong_value_is_one_line_with_its_key_before_anything_is_loaded(
+    tmp_path, no_weights_read, override, key
+):
     with pytest.raises(UserError) as caught:
         build(compose_config(tmp_path, "method=adasvd", override))
     message = str(caught.value)
@@ -326,7 +377,9 @@ def test_a_wrong_slot_object_is_refused(tmp_path, no_weights_read, calibration):
     """A training where a compensation belongs is noticed before a model is loaded."""
     wrong = "method.compensation._target_=specomp.methods.svd.NoTraining"
     needed = REQUIRED.get(("calibration", calibration), [])
-    with pytest.raises(UserError, match="method.compensation is a NoTraining, which is no Compensation: it lacks") as caught:
+    with pytest.raises(
+        UserError, match="method.compensation is a NoTraining, which is no Compensation: it lacks"
+    ) as caught:
         build(compose_config(tmp_path, "method=svd", wrong, f"calibration={calibration}", *needed))
     assert "\n" not in str(caught.value)
 
@@ -334,15 +387,26 @@ def test_a_wrong_slot_object_is_refused(tmp_path, no_weights_read, calibration):
 @pytest.mark.parametrize("path", sorted((CONF / "hydra" / "launcher").glob("*.yaml")), ids=name)
 def test_a_launcher_composes_without_its_plugin(path, monkeypatch):
     """Under a name that no plugin uses: Hydra would merge the two, and warn in every job."""
-    assert path.stem not in {"basic", "joblib", "submitit_local", "submitit_slurm", "ray", "ray_aws"}
+    assert path.stem not in {
+        "basic",
+        "joblib",
+        "submitit_local",
+        "submitit_slurm",
+        "ray",
+        "ray_aws",
+    }
     monkeypatch.delenv("SPECOMP_OUTPUTS", raising=False)
     with initialize_config_dir(str(CONF), version_base="1.3"):
-        launcher = compose("config", overrides=[f"hydra/launcher={path.stem}"], return_hydra_config=True).hydra.launcher
+        launcher = compose(
+            "config", overrides=[f"hydra/launcher={path.stem}"], return_hydra_config=True
+        ).hydra.launcher
     assert launcher._target_.startswith("hydra_plugins.")
 
 
 def test_a_ray_cluster_is_joined_with_absolute_paths(monkeypatch):
-    """The plugin adds object_store_memory where it is not named, and Ray then refuses; a worker's folder is not this one."""
+    """The plugin adds object_store_memory where it is not named, and Ray then refuses; a worker's
+    folder is not this one.
+    """
     monkeypatch.delenv("SPECOMP_OUTPUTS", raising=False)
     with initialize_config_dir(str(CONF), version_base="1.3"):
         cfg = compose("config", overrides=["hydra/launcher=ray_cluster"], return_hydra_config=True)
@@ -358,14 +422,22 @@ def test_config_yaml_explains_every_option():
     content = yaml.safe_load(text)["options"]
     assert set(content) - {"_target_"} == known
     for key in known - {"seed"}:
-        assert any(line.strip().startswith(f"{key}:") and " # " in line for line in text.splitlines()), key
+        assert any(
+            line.strip().startswith(f"{key}:") and " # " in line for line in text.splitlines()
+        ), key
 
 
 def test_the_defaults_are_the_readme_ones():
-    """The bare command is offline: the embedded model, the text Python brings along, no tracking."""
+    """The bare command is offline: the embedded model, the text Python brings along, no
+    tracking.
+    """
     cfg = composed()
     assert cfg.model._target_ == "specomp.models.gguf.PackagedGGUF"
-    assert cfg.calibration.corpus._target_ == cfg.benchmark.parts.pydocs.corpus._target_ == "specomp.data.pydocs.PyDocs"
+    assert (
+        cfg.calibration.corpus._target_
+        == cfg.benchmark.parts.pydocs.corpus._target_
+        == "specomp.data.pydocs.PyDocs"
+    )
     assert cfg.tracking._target_ == "specomp.experiment.tracking.NoTracking"
 
 

@@ -1,4 +1,6 @@
-"""Every protocol with a minimal class of somebody's own, through a whole compression: nothing in the package knows it."""
+"""Every protocol with a minimal class of somebody's own, through a whole compression: nothing in
+the package knows it.
+"""
 
 import subprocess
 import sys
@@ -24,7 +26,9 @@ NONE = frozenset()
 
 def compressed(name="svd", ratio=0.4, **slots):
     model = tiny_model("llama")
-    report = specomp.compress(model, TOKENS, specomp.method(name, **slots), ratio, calibration={"batch_size": 2})
+    report = specomp.compress(
+        model, TOKENS, specomp.method(name, **slots), ratio, calibration={"batch_size": 2}
+    )
     return model, report
 
 
@@ -101,7 +105,9 @@ class Halved:
 
     active: ClassVar = True
     upstream: ClassVar = "dense"
-    needs: ClassVar = frozenset({specomp.rows.importlib.import_module("specomp.numerics.statistics").AbsMean()})
+    needs: ClassVar = frozenset(
+        {specomp.rows.importlib.import_module("specomp.numerics.statistics").AbsMean()}
+    )
     num_samples: ClassVar = None
 
     def __call__(self, target, factors, stats):
@@ -123,7 +129,9 @@ def test_a_compensation():
 
 @dataclass(frozen=True)
 class Zeroed:
-    """A refinement: biases and weights of a decoder layer become zero; says that half of the loss is left."""
+    """A refinement: biases and weights of a decoder layer become zero; says that half of the loss
+    is left.
+    """
 
     active: ClassVar = True
     steps: ClassVar = 1
@@ -147,7 +155,9 @@ def test_a_refinement():
 
 @dataclass(frozen=True)
 class Told:
-    """A training without a gradient step: it sees the dense model, then what is stored, and negates that."""
+    """A training without a gradient step: it sees the dense model, then what is stored, and negates
+    that.
+    """
 
     active: ClassVar = True
     chooses: ClassVar = False
@@ -180,7 +190,9 @@ def test_a_training():
     model, report = compressed(training=Told())
     plain, _ = compressed()
     name = report.linears[0].name
-    assert torch.equal(model.get_submodule(name).merged_weight(), -plain.get_submodule(name).merged_weight())
+    assert torch.equal(
+        model.get_submodule(name).merged_weight(), -plain.get_submodule(name).merged_weight()
+    )
     assert report.training == {"told": "prepared"}
 
 
@@ -237,7 +249,9 @@ def test_a_folder_of_an_unknown_form_says_what_to_do(tmp_path):
     specomp.compress(model, TOKENS, specomp.method("svd", packing=HalvesForm()), 0.4)
     folder = specomp.save(model, tmp_path / "saved")
     code = f"import specomp; specomp.load({str(folder)!r})"
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False
+    )
     assert done.returncode != 0
     assert "strangers.Halves" in done.stderr and "trust_remote_code" in done.stderr
 
@@ -264,7 +278,9 @@ model = AutoModelForCausalLM.from_pretrained({str(folder)!r}, trust_remote_code=
 ids = torch.tensor([[int(x) for x in open({str(tmp_path / "ids.txt")!r}).read().split()]])
 print(json.dumps(model(input_ids=ids).logits.flatten().tolist()))
 """
-    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=False
+    )
     assert done.returncode == 0, done.stderr
     return __import__("json").loads(done.stdout.strip().splitlines()[-1])
 
@@ -280,7 +296,9 @@ def test_a_name_is_a_label(tmp_path):
 
 @pytest.mark.parametrize("slot", SLOTS)
 def test_what_a_class_lacks_is_named(slot):
-    with pytest.raises(specomp.UserError, match=rf"method\.{slot} is a Nothing, which is no .*lacks"):
+    with pytest.raises(
+        specomp.UserError, match=rf"method\.{slot} is a Nothing, which is no .*lacks"
+    ):
         specomp.method("svd", **{slot: Nothing()})
 
 

@@ -1,4 +1,6 @@
-"""Every paper table: its sweep composes for every model, its published cells belong to it, and a small one runs from sweep to table."""
+"""Every paper table: its sweep composes for every model, its published cells belong to it, and a
+small one runs from sweep to table.
+"""
 
 import csv
 import html
@@ -33,7 +35,10 @@ TINY = ["debug=tiny", "ratio=cr40", "benchmark=tiny", "save=false"]
 
 
 def test_there_is_an_experiment_for_every_table():
-    assert {f"adasvd_table{x}" for x in ("1", "2", "3a", "3b", "3c", "3d")} | {"soco_table", "soco_ablation"} <= set(EXPERIMENTS)
+    assert {f"adasvd_table{x}" for x in ("1", "2", "3a", "3b", "3c", "3d")} | {
+        "soco_table",
+        "soco_ablation",
+    } <= set(EXPERIMENTS)
 
 
 @pytest.mark.parametrize("name", EXPERIMENTS)
@@ -42,18 +47,25 @@ def test_opens_with_what_it_is(name):
     assert lines[0] == "# @package _global_"
     head = "\n".join(lines[: lines.index("defaults:")])
     assert all(x.startswith("# ") for x in lines[1 : lines.index("defaults:")])
-    assert f"python run.py -m experiment={name} " in head and f"specomp.tables.table {name} " in head
+    assert (
+        f"python run.py -m experiment={name} " in head and f"specomp.tables.table {name} " in head
+    )
     assert "# Expect: " in head
 
 
 @pytest.mark.parametrize("name", EXPERIMENTS)
 def test_every_point_is_a_valid_experiment_of_its_own(name):
-    """Method, ratio, quantizer and benchmark of every point pass their own checks, and no two points are the same."""
+    """Method, ratio, quantizer and benchmark of every point pass their own checks, and no two
+    points are the same.
+    """
     sweep = load_sweep(name, [], [])
     marks = set()
     with initialize_config_dir(str(CONF), version_base="1.3"):
         for point in sweep.points:
-            cfg = compose("config", overrides=[f"experiment={name}", *(f"{k}={v}" for k, v in point.keys.items())])
+            cfg = compose(
+                "config",
+                overrides=[f"experiment={name}", *(f"{k}={v}" for k, v in point.keys.items())],
+            )
             make(cfg, "method", rounding=cfg.quantizer)
             for group in ("ratio", "quantizer", "benchmark"):
                 make(cfg, group)
@@ -63,7 +75,11 @@ def test_every_point_is_a_valid_experiment_of_its_own(name):
 
 @pytest.mark.parametrize(
     "overrides",
-    [*([f"model={x}"] for x in PAPER_MODELS[1:]), ["model=smollm2_135m", "budget=cpu"], ["model=smollm2_135m", "budget=cpu_bf16"]],
+    [
+        *([f"model={x}"] for x in PAPER_MODELS[1:]),
+        ["model=smollm2_135m", "budget=cpu"],
+        ["model=smollm2_135m", "budget=cpu_bf16"],
+    ],
     ids=str,
 )
 @pytest.mark.parametrize("name", EXPERIMENTS)
@@ -72,7 +88,9 @@ def test_every_experiment_composes_for_every_model(name, overrides):
     assert load_sweep(name, [*overrides, *narrow], []).missing()
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "experiments").glob("*/expected.csv")), ids=lambda p: p.parent.name)
+@pytest.mark.parametrize(
+    "path", sorted((ROOT / "experiments").glob("*/expected.csv")), ids=lambda p: p.parent.name
+)
 def test_published_cells_belong_to_the_sweep(path):
     sweep = load_sweep(path.parent.name, [], [])
     with path.open(newline="") as file:
@@ -84,8 +102,15 @@ def test_published_cells_belong_to_the_sweep(path):
         assert quote.metric in labels
         assert re.match(r"arXiv:\d{4}\.\d{5} Table \d", quote.source)
         assert quote.value > 0 if quote.metric.endswith("ppl") else 0 < quote.value < 1
-    used = [q for p in sweep.points for c in sweep.columns if (q := sweep.quote(p, c)) is not None and q.model == p.models]
-    assert {id(q) for q in used} == {id(q) for q in sweep.quotes}, "every quoted cell has a place in the table, and one only"
+    used = [
+        q
+        for p in sweep.points
+        for c in sweep.columns
+        if (q := sweep.quote(p, c)) is not None and q.model == p.models
+    ]
+    assert {id(q) for q in used} == {id(q) for q in sweep.quotes}, (
+        "every quoted cell has a place in the table, and one only"
+    )
     assert len(used) == len(sweep.quotes)
 
 
@@ -94,7 +119,14 @@ def folder(tmp_path_factory) -> Path:
     """adasvd_table3a at debug=tiny, both points run."""
     folder = tmp_path_factory.mktemp("experiment")
     for choice in ("none", "adacomp"):
-        assert run(compose_config(folder, "experiment=adasvd_table3a", *TINY, f"method/compensation={choice}")) is not None
+        assert (
+            run(
+                compose_config(
+                    folder, "experiment=adasvd_table3a", *TINY, f"method/compensation={choice}"
+                )
+            )
+            is not None
+        )
     return folder
 
 
@@ -111,7 +143,10 @@ def test_a_sweep_becomes_a_table(folder):
     assert [line[1] for line in body[1:]] == ["none", "adacomp"]
     values = [point.values(sweep.columns[0])[0] for point in sweep.points]
     shown = [line[-1] for line in body[1:]]
-    assert all(f"{v:.2f}" in (x.text if isinstance(x, Bold) else x) for v, x in zip(values, shown, strict=True))
+    assert all(
+        f"{v:.2f}" in (x.text if isinstance(x, Bold) else x)
+        for v, x in zip(values, shown, strict=True)
+    )
     text = paper_table(sweep, "markdown")
     assert "Missing" not in text
     assert "predicted tokens in windows of 32" in text
@@ -132,7 +167,9 @@ def test_what_is_missing_is_a_command_that_fills_it(folder, tmp_path):
     assert len(missing) == 2
     assert all("ratio=cr60" in x for x in missing)
     run(compose_config(tmp_path, *shlex.split(missing[0])[2:]))
-    after = load_sweep("adasvd_table3a", [*TINY, "ratio=cr40,cr60"], [*store(folder).all(), *store(tmp_path).all()])
+    after = load_sweep(
+        "adasvd_table3a", [*TINY, "ratio=cr40,cr60"], [*store(folder).all(), *store(tmp_path).all()]
+    )
     assert after.missing() == missing[1:]
 
 
@@ -157,14 +194,20 @@ def test_seeds_become_mean_and_deviation(folder):
     assert sweep.keys == ["ratio", "method/compensation"]
     assert [len(p.commands) for p in sweep.points] == [2, 2]
     first = sweep.points[0].records[0]
-    other = replace(first, key="f" * 64, metrics={k: {**v, "ppl": v["ppl"] + 1} for k, v in first.metrics.items()})
+    other = replace(
+        first,
+        key="f" * 64,
+        metrics={k: {**v, "ppl": v["ppl"] + 1} for k, v in first.metrics.items()},
+    )
     both = replace(sweep, points=[replace(sweep.points[0], records=(first, other))])
     assert "± 0.71" in paper_table(both, "markdown")
 
 
 def test_two_records_in_one_cell_are_refused(folder):
     records = store(folder).all()
-    twin = replace(next(r for r in records if r.points and r.choices["method"] != "dense"), key="e" * 64)
+    twin = replace(
+        next(r for r in records if r.points and r.choices["method"] != "dense"), key="e" * 64
+    )
     with pytest.raises(UserError, match="answer to the same command"):
         load_sweep("adasvd_table3a", TINY, [*records, twin])
 
@@ -181,13 +224,19 @@ def test_published_records_give_the_same_table(folder, tmp_path):
     again = load_sweep("adasvd_table3a", TINY, RecordStore(tmp_path / "records").all())
     for form in ("markdown", "csv", "latex"):
         assert paper_table(again, form) == paper_table(sweep, form)
-    assert {p.name for p in write(again, tmp_path / "table")} == {"table.md", "table.csv", "table.tex"}
+    assert {p.name for p in write(again, tmp_path / "table")} == {
+        "table.md",
+        "table.csv",
+        "table.tex",
+    }
 
 
 def test_a_file_that_a_run_in_progress_wrote_is_no_part_of_a_record(folder, tmp_path):
     key, other = swept(folder).records[0].key, RecordStore(tmp_path)
     other.companion(key, "linears.csv").write_text("unfinished")
-    assert companions([other, store(folder)], key, "linears.csv") == [store(folder).companion(key, "linears.csv")]
+    assert companions([other, store(folder)], key, "linears.csv") == [
+        store(folder).companion(key, "linears.csv")
+    ]
 
 
 def test_command_line(folder, tmp_path, capsys):
@@ -196,16 +245,35 @@ def test_command_line(folder, tmp_path, capsys):
     assert "# AdaSVD Table 3a" in capsys.readouterr().out
     assert main(["adasvd_table3a", *TINY, "ratio=cr60", "--missing", *records]) == 0
     assert len(capsys.readouterr().out.splitlines()) == 2
-    assert main(["adasvd_table3a", *TINY, "--publish", str(tmp_path / "x"), "--write", str(tmp_path / "y"), *records]) == 0
+    assert (
+        main(
+            [
+                "adasvd_table3a",
+                *TINY,
+                "--publish",
+                str(tmp_path / "x"),
+                "--write",
+                str(tmp_path / "y"),
+                *records,
+            ]
+        )
+        == 0
+    )
     assert (tmp_path / "y" / "table.md").exists()
     assert main(["adasvd_table3a", "no_such_key=1"]) == 1
 
 
 def test_a_sweep_in_a_process_of_its_own(folder):
     """`python run.py -m experiment=...`: nothing is left to do."""
-    environment = {"SPECOMP_OUTPUTS": str(folder / "outputs"), "SPECOMP_CACHE": str(folder / "cache"), "OMP_NUM_THREADS": "1"}
+    environment = {
+        "SPECOMP_OUTPUTS": str(folder / "outputs"),
+        "SPECOMP_CACHE": str(folder / "cache"),
+        "OMP_NUM_THREADS": "1",
+    }
     line = [sys.executable, str(ROOT / "run.py"), "-m", "experiment=adasvd_table3a", *TINY]
-    done = subprocess.run(line, cwd=folder, env=os.environ | environment, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(
+        line, cwd=folder, env=os.environ | environment, capture_output=True, text=True, timeout=120
+    )
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("is complete.") == 2
 
@@ -220,40 +288,100 @@ def test_bold_and_escapes():
 
 
 def browser() -> str | None:
-    return next((path for x in ("chromium", "chromium-browser", "google-chrome") if (path := shutil.which(x))), None)
+    return next(
+        (
+            path
+            for x in ("chromium", "chromium-browser", "google-chrome")
+            if (path := shutil.which(x))
+        ),
+        None,
+    )
 
 
 def test_the_report_is_one_file_with_everything_in_it(folder, tmp_path):
     for ratio in ("cr40", "cr60"):
         for choice in ("none", "adacomp"):
-            run(compose_config(folder, "experiment=adasvd_table3a", *TINY, f"ratio={ratio}", f"method/compensation={choice}"))
-    typed = ["adasvd_table3a", *TINY, "ratio=cr40,cr60", "--records", str(folder / "outputs" / "records")]
+            run(
+                compose_config(
+                    folder,
+                    "experiment=adasvd_table3a",
+                    *TINY,
+                    f"ratio={ratio}",
+                    f"method/compensation={choice}",
+                )
+            )
+    typed = [
+        "adasvd_table3a",
+        *TINY,
+        "ratio=cr40,cr60",
+        "--records",
+        str(folder / "outputs" / "records"),
+    ]
     assert report(typed + ["--output", str(tmp_path / "report.html")]) == 0
     assert report(typed + ["--write", str(tmp_path / "written")]) == 0
-    assert (tmp_path / "written" / "report.html").read_text() == (tmp_path / "report.html").read_text()
+    assert (tmp_path / "written" / "report.html").read_text() == (
+        tmp_path / "report.html"
+    ).read_text()
     drawn = sorted(x.name for x in (tmp_path / "written").glob("*.svg"))
-    assert drawn == ["pydocs-ppl-against-bytes-of-the-model.svg", "pydocs-ppl-against-retention.svg"]
+    assert drawn == [
+        "pydocs-ppl-against-bytes-of-the-model.svg",
+        "pydocs-ppl-against-retention.svg",
+    ]
     page = (tmp_path / "report.html").read_text()
     assert not re.search(r'(src|href)="(https?:)?//', page), "nothing is loaded from a network"
-    assert page.count("<svg") == page.count("</svg>") == 2 + 2 + 4 + 1 + 1  # curves, profiles, maps, spectra (of one norm), times
+    assert (
+        page.count("<svg") == page.count("</svg>") == 2 + 2 + 4 + 1 + 1
+    )  # curves, profiles, maps, spectra (of one norm), times
     assert "<table>" in page
     assert "Missing" not in page
-    assert page.count(' id="') == len(set(re.findall(r' id="([^"]+)"', page))), "figures share one page and must not share ids"
+    assert page.count(' id="') == len(set(re.findall(r' id="([^"]+)"', page))), (
+        "figures share one page and must not share ids"
+    )
 
 
 @pytest.mark.skipif(browser() is None, reason="no Chromium on this machine")
 @pytest.mark.parametrize("width", [390, 1280])
 def test_the_report_in_a_browser(folder, tmp_path, width):
-    """Tables and figures are there, and at the width of a phone nothing but a table's own box scrolls sideways."""
+    """Tables and figures are there, and at the width of a phone nothing but a table's own box
+    scrolls sideways.
+    """
     path = tmp_path / "report.html"
-    assert report(["adasvd_table3a", *TINY, "--records", str(folder / "outputs" / "records"), "--output", str(path)]) == 0
+    assert (
+        report(
+            [
+                "adasvd_table3a",
+                *TINY,
+                "--records",
+                str(folder / "outputs" / "records"),
+                "--output",
+                str(path),
+            ]
+        )
+        == 0
+    )
     measure = """<script>document.title = JSON.stringify({
-      page: document.documentElement.scrollWidth, window: window.innerWidth, tables: document.querySelectorAll("table tbody tr").length,
-      drawn: [...document.querySelectorAll("figure svg")].filter(x => x.closest("details") || x.getBoundingClientRect().height > 50).length,
+      page: document.documentElement.scrollWidth, window: window.innerWidth,
+      tables: document.querySelectorAll("table tbody tr").length,
+      drawn: [...document.querySelectorAll("figure svg")].filter(
+        x => x.closest("details") || x.getBoundingClientRect().height > 50).length,
       figures: document.querySelectorAll("figure").length})</script>"""
     path.write_text(path.read_text().replace("</body>", measure + "</body>"))
-    quiet = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-sync", "--no-first-run"]
-    line = [str(browser()), *quiet, f"--user-data-dir={tmp_path / 'profile'}", f"--window-size={width},900", "--dump-dom", path.as_uri()]
+    quiet = [
+        "--headless",
+        "--no-sandbox",
+        "--disable-gpu",
+        "--disable-background-networking",
+        "--disable-sync",
+        "--no-first-run",
+    ]
+    line = [
+        str(browser()),
+        *quiet,
+        f"--user-data-dir={tmp_path / 'profile'}",
+        f"--window-size={width},900",
+        "--dump-dom",
+        path.as_uri(),
+    ]
     page = subprocess.run(line, capture_output=True, text=True, timeout=120).stdout
     found = json.loads(html.unescape(re.findall("<title>(.*?)</title>", page)[0]))
     assert found["page"] <= found["window"]
@@ -261,16 +389,28 @@ def test_the_report_in_a_browser(folder, tmp_path, width):
     assert found["drawn"] == found["figures"] > 0
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "experiments").glob("*/table.csv")), ids=lambda p: p.parent.name)
+@pytest.mark.parametrize(
+    "path", sorted((ROOT / "experiments").glob("*/table.csv")), ids=lambda p: p.parent.name
+)
 def test_committed_tables_and_reports_come_from_committed_records(path, tmp_path):
-    """The command in each table's own text makes it again, to the letter, from experiments/records."""
-    words = shlex.split(re.findall(r"made by `python run\.py -m ([^`]+)`", path.with_suffix(".md").read_text())[0])
+    """The command in each table's own text makes it again, to the letter, from
+    experiments/records.
+    """
+    words = shlex.split(
+        re.findall(r"made by `python run\.py -m ([^`]+)`", path.with_suffix(".md").read_text())[0]
+    )
     name = next(x.partition("=")[2] for x in words if x.startswith("experiment="))
-    sweep = load_sweep(name, [x for x in words if not x.startswith("experiment=")], stored([COMMITTED]))
+    sweep = load_sweep(
+        name, [x for x in words if not x.startswith("experiment=")], stored([COMMITTED])
+    )
     for suffix, form in ((".md", "markdown"), (".csv", "csv"), (".tex", "latex")):
-        assert path.with_suffix(suffix).read_text() == paper_table(sweep, form), f"made again by --write {path.parent}"
+        assert path.with_suffix(suffix).read_text() == paper_table(sweep, form), (
+            f"made again by --write {path.parent}"
+        )
     if path.with_name("report.html").exists():
         made = report_files(sweep, [RecordStore(COMMITTED)], tmp_path)
         assert len(made) > 1
         for file in made:
-            assert path.with_name(file.name).read_text() == file.read_text(), f"made again by report --write {path.parent}"
+            assert path.with_name(file.name).read_text() == file.read_text(), (
+                f"made again by report --write {path.parent}"
+            )

@@ -1,4 +1,6 @@
-"""Who may import whom, and which third-party package is known where: read from the sources, nothing is run."""
+"""Who may import whom, and which third-party package is known where: read from the sources, nothing
+is run.
+"""
 
 import ast
 import sys
@@ -94,7 +96,9 @@ def tree(path: Path) -> ast.Module:
 
 
 def nodes(body: Iterable[ast.AST], *, deferred: bool) -> Iterator[ast.AST]:
-    """Everything in a file but what is there for type checkers; deferred: also what stands inside functions."""
+    """Everything in a file but what is there for type checkers; deferred: also what stands inside
+    functions.
+    """
     for node in body:
         if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING":
             yield from nodes(node.orelse, deferred=deferred)
@@ -128,7 +132,9 @@ def file_of(module: str) -> Path | None:
 
 
 def own(path: Path, *, deferred: bool = True) -> set[Path]:
-    """The files of the package that a file imports; names of the package itself (its version) left out."""
+    """The files of the package that a file imports; names of the package itself (its version) left
+    out.
+    """
     found: set[Path] = set()
     for module, names in imports(path, deferred=deferred):
         if module.split(".")[0] != "specomp":
@@ -168,7 +174,11 @@ def test_the_tables_name_files_that_exist():
     for package, places in THIRD_PARTY.items():
         for place in places:
             assert (ROOT / place).exists()
-            here = [x for x in FILES if label(x) == place or (place.endswith("/") and label(x).startswith(place))]
+            here = [
+                x
+                for x in FILES
+                if label(x) == place or (place.endswith("/") and label(x).startswith(place))
+            ]
             assert any(package in packages(x) for x in here), f"{place} does not import {package}"
 
 
@@ -190,12 +200,18 @@ def test_the_package_itself_imports_only_models():
     assert {room(x) for x in own(path)} == {"models"}
     (hint,) = [x for x in tree(path).body if isinstance(x, ast.If)]
     told = {alias.name for x in hint.body if isinstance(x, ast.ImportFrom) for alias in x.names}
-    (public,) = [ast.literal_eval(x.value) for x in tree(path).body if isinstance(x, ast.Assign) and ast.unparse(x.targets[0]) == "__all__"]
+    (public,) = [
+        ast.literal_eval(x.value)
+        for x in tree(path).body
+        if isinstance(x, ast.Assign) and ast.unparse(x.targets[0]) == "__all__"
+    ]
     assert told == set(public)
 
 
 def test_the_library_imports_none_of_what_experiments_need():
-    """`import specomp; specomp.compress`: whatever is imported on the way, before any function is called."""
+    """`import specomp; specomp.compress`: whatever is imported on the way, before any function is
+    called.
+    """
     reached, left = set(), {PACKAGE / "api.py", PACKAGE / "rows.py"}
     while left:
         reached |= left
@@ -210,7 +226,9 @@ def test_third_party_packages_stay_where_they_belong(path):
     for package in packages(path) - COMMON:
         assert package in THIRD_PARTY, f"{label(path)} imports {package}, which is on no list"
         places = THIRD_PARTY[package]
-        allowed = any(label(path) == x or (x.endswith("/") and label(path).startswith(x)) for x in places)
+        allowed = any(
+            label(path) == x or (x.endswith("/") and label(path).startswith(x)) for x in places
+        )
         assert allowed, f"{label(path)} imports {package}"
 
 
@@ -251,7 +269,9 @@ def test_no_print_no_pickle_no_foreign_code(path):
 
 
 def test_the_checks_can_fail(tmp_path):
-    """The readers above see imports inside functions and classes, aliases, whole modules, and calls."""
+    """The readers above see imports inside functions and classes, aliases, whole modules, and
+    calls.
+    """
     path = tmp_path / "x.py"
     path.write_text(
         "from typing import TYPE_CHECKING\n"
@@ -264,7 +284,11 @@ def test_the_checks_can_fail(tmp_path):
     assert ("wandb.sdk", ()) in set(imports(path))
     assert packages(path) == {"wandb", "lightning"}
     assert packages(path, deferred=False) == {"lightning"}
-    assert {x.relative_to(PACKAGE).as_posix() for x in own(path)} == {"experiment/pipeline.py", "tables/charts.py", "rows.py"}
+    assert {x.relative_to(PACKAGE).as_posix() for x in own(path)} == {
+        "experiment/pipeline.py",
+        "tables/charts.py",
+        "rows.py",
+    }
     assert [name for name, _ in calls(path)] == ["print", "torch.load"]
     a, b, c = (tmp_path / x for x in "abc")
     assert in_a_circle({a: {b}, b: {c}, c: set()}) == set()

@@ -1,4 +1,6 @@
-"""The contract of every method: runs offline, meets its budget, stays finite, keeps shapes, reloads bit for bit, and is deterministic."""
+"""The contract of every method: runs offline, meets its budget, stays finite, keeps shapes, reloads
+bit for bit, and is deterministic.
+"""
 
 import math
 
@@ -28,13 +30,19 @@ MODELS = {
     "qwen2": ["model=tiny_llama", "model.architecture=qwen2"],  # biases on q, k and v only
 }
 RATIOS = ("cr20", "cr60")
-# The search tries every candidate on every linear; V2 divides by log(loss), and losses grow with the number of tokens.
+# The search tries every candidate on every linear; V2 divides by log(loss), and losses grow with
+# the number of tokens.
 EXTRA = {
     "soco": ["method.training.steps_factor=0.02"],
     "asvd_strs": ["method.allocation.candidates=[0.1,0.6]", "calibration.num_samples=2"],
-    # 128 products in bfloat16 make a Gram that is not positive definite, which only the Cholesky route minds.
+    # 128 products in bfloat16 make a Gram that is not positive definite, which only the Cholesky
+    # route minds.
     "svd_llm_cholesky": ["calibration.precision=float32"],
-    "svd_llm_v2": ["calibration.num_samples=64", "calibration.length=128", "calibration.batch_size=32"],
+    "svd_llm_v2": [
+        "calibration.num_samples=64",
+        "calibration.length=128",
+        "calibration.batch_size=32",
+    ],
 }
 # Their retention is not a rounding of the target: candidates are coarse.
 COARSE = {"asvd_strs"}
@@ -42,8 +50,12 @@ IDS = torch.arange(3, 27)[None]
 
 
 def compressed(folder, *overrides):
-    """(experiment, record, model, dense logits, reports of the linears) of one run without benchmarks."""
-    experiment = build(compose_config(folder, "benchmark=none", "options.reference=false", *overrides))
+    """(experiment, record, model, dense logits, reports of the linears) of one run without
+    benchmarks.
+    """
+    experiment = build(
+        compose_config(folder, "benchmark=none", "options.reference=false", *overrides)
+    )
     record = resume(experiment, record_key(experiment.identity()))
     dense = logits(experiment.source.load(experiment.cache).model)
     model, _, linears = produce(experiment, record)
@@ -62,7 +74,9 @@ def model_name(request):
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory, model_name):
-    """One cache and one outputs folder per model: methods share statistics and spectra, as in a sweep."""
+    """One cache and one outputs folder per model: methods share statistics and spectra, as in a
+    sweep.
+    """
     return tmp_path_factory.mktemp(model_name)
 
 
@@ -93,7 +107,12 @@ def test_contract(folder, model_name, method, ratio):
     packing = experiment.method.packing
     kind = {"factors": LowRankLinear, "pivoted": PivotedLinear}[record.counted.packing]
     assert record.counted.packing == ("pivoted" if method == "specomp" else "factors")
-    held = sum(p.numel() for name in specs for key, p in model.get_submodule(name).named_parameters() if not key.endswith("bias"))
+    held = sum(
+        p.numel()
+        for name in specs
+        for key, p in model.get_submodule(name).named_parameters()
+        if not key.endswith("bias")
+    )
     assert measured == pytest.approx(held / sum(x.params for x in specs.values()), abs=1e-12)
 
     # every linear is reported as it is, low-rank exactly where that saves parameters
@@ -124,7 +143,11 @@ def test_the_same_seed_gives_the_same_ranks_and_weights(tmp_path, method):
     runs = []
     for name in ("first", "second"):
         _, record, model, _, linears = compressed(
-            tmp_path / name, *MODELS["llama_gqa"], f"method={method}", "ratio=cr60", *EXTRA.get(method, [])
+            tmp_path / name,
+            *MODELS["llama_gqa"],
+            f"method={method}",
+            "ratio=cr60",
+            *EXTRA.get(method, []),
         )
         runs.append((record.key, [x.rank for x in linears], model.state_dict()))
     (key, ranks, state), (other_key, other_ranks, other_state) = runs
@@ -134,9 +157,17 @@ def test_the_same_seed_gives_the_same_ranks_and_weights(tmp_path, method):
     assert all(torch.equal(state[name], other_state[name]) for name in state)
 
 
-@pytest.mark.parametrize("method", ["svd", "svd_llm", "svd_llm_cholesky", "fwsvd", "fwsvd_out", "asvd", "two_sided"])
+@pytest.mark.parametrize(
+    "method", ["svd", "svd_llm", "svd_llm_cholesky", "fwsvd", "fwsvd_out", "asvd", "two_sided"]
+)
 def test_uniform_methods_reach_the_eckart_young_bound_at_published_ranks(tmp_path, method):
-    _, _, _, _, linears = compressed(tmp_path, f"method={method}", "ratio=cr40", "model=tiny_opt", "calibration.precision=float32")
+    _, _, _, _, linears = compressed(
+        tmp_path,
+        f"method={method}",
+        "ratio=cr40",
+        "model=tiny_opt",
+        "calibration.precision=float32",
+    )
     for report in linears:
         assert report.rank == math.floor(0.6 * report.m * report.n / (report.m + report.n))
         assert report.loss_over_bound == pytest.approx(1, abs=2e-3)
@@ -145,11 +176,21 @@ def test_uniform_methods_reach_the_eckart_young_bound_at_published_ranks(tmp_pat
 @pytest.mark.parametrize("architecture", ["gemma2", "phi3", "qwen3"])
 @pytest.mark.parametrize("method", ["specomp", "two_sided"])
 def test_our_rows_in_other_architectures(tmp_path, method, architecture):
-    """Fused projections, soft caps, heads that do not divide the width; bfloat16 as models come from the hub."""
-    fields = {"gemma2": ["+model.config.head_dim=8", "+model.config.query_pre_attn_scalar=8"], "qwen3": ["+model.config.head_dim=8"]}
+    """Fused projections, soft caps, heads that do not divide the width; bfloat16 as models come
+    from the hub.
+    """
+    fields = {
+        "gemma2": ["+model.config.head_dim=8", "+model.config.query_pre_attn_scalar=8"],
+        "qwen3": ["+model.config.head_dim=8"],
+    }
     _, record, model, _, linears = compressed(
         tmp_path,
-        *("model=tiny_llama", f"model.architecture={architecture}", "model.dtype=bfloat16", *fields.get(architecture, [])),
+        *(
+            "model=tiny_llama",
+            f"model.architecture={architecture}",
+            "model.dtype=bfloat16",
+            *fields.get(architecture, []),
+        ),
         *(f"method={method}", "ratio=cr40"),
     )
     assert any(not x.dense for x in linears)
@@ -164,7 +205,9 @@ def test_every_method_can_be_packed_pivoted(tmp_path, method):
     """The same budget buys higher ranks, and the record says which kind of rank it was."""
     settings = [f"method={method}", "ratio=cr40", *EXTRA.get(method, [])]
     _, plain, _, _, pairs = compressed(tmp_path, *settings)
-    experiment, record, model, _, linears = compressed(tmp_path, *settings, "method/packing=pivoted")
+    experiment, record, model, _, linears = compressed(
+        tmp_path, *settings, "method/packing=pivoted"
+    )
     assert record.key != plain.key
     assert (plain.counted.packing, record.counted.packing) == ("factors", "pivoted")
     target = experiment.ratio.retention
@@ -173,13 +216,21 @@ def test_every_method_can_be_packed_pivoted(tmp_path, method):
     assert method in COARSE or record.counted.measured_retention >= target - one_rank_each
     assert sum(x.rank for x in linears) > sum(x.rank for x in pairs)
     assert max(x.facts["growth"] for x in linears if not x.dense) <= 2.01
-    assert any("pivoted, with coefficients up to" in note for note in record.notes) or method == "soco"
+    assert (
+        any("pivoted, with coefficients up to" in note for note in record.notes) or method == "soco"
+    )
     reloaded = AutoModelForCausalLM.from_pretrained(record.model_folder)
     assert (logits(reloaded) - logits(model)).abs().max() == 0.0
 
 
 def test_training_starts_from_the_two_sided_spectrum_and_packs_pivoted(tmp_path):
-    settings = ["method=soco", "method/whitening=kronecker", "method/packing=pivoted", "ratio=cr40", *EXTRA["soco"]]
+    settings = [
+        "method=soco",
+        "method/whitening=kronecker",
+        "method/packing=pivoted",
+        "ratio=cr40",
+        *EXTRA["soco"],
+    ]
     _, record, model, _, linears = compressed(tmp_path, *settings)
     assert record.counted.measured_retention == pytest.approx(0.6, abs=0.02)
     assert max(x.damping for x in linears) == pytest.approx(1e-2)
@@ -188,15 +239,24 @@ def test_training_starts_from_the_two_sided_spectrum_and_packs_pivoted(tmp_path)
 
 @pytest.mark.parametrize("compression", ["cr20", "cr40", "cr60"])
 @pytest.mark.parametrize("packing", ["factors", "pivoted"])
-def test_global_allocation_uses_its_budget_and_loses_less_than_uniform_ranks(tmp_path, compression, packing):
+def test_global_allocation_uses_its_budget_and_loses_less_than_uniform_ranks(
+    tmp_path, compression, packing
+):
     """Predicted loss, in the two-sided norm that both share."""
     found = {}
     for allocation in ("uniform", "global_loss"):
-        settings = ["method=specomp", f"method/packing={packing}", f"method/allocation={allocation}", f"ratio={compression}"]
+        settings = [
+            "method=specomp",
+            f"method/packing={packing}",
+            f"method/allocation={allocation}",
+            f"ratio={compression}",
+        ]
         _, record, _, _, linears = compressed(tmp_path, *settings, "calibration.precision=float32")
         found[allocation] = (record, linears)
     record, linears = found["global_loss"]
-    assert 0 <= record.counted.target_retention - record.counted.measured_retention < 2e-3  # one rank of the smallest is 1e-3 here
+    assert (
+        0 <= record.counted.target_retention - record.counted.measured_retention < 2e-3
+    )  # one rank of the smallest is 1e-3 here
     assert [x.rank for x in linears] != [x.rank for x in found["uniform"][1]]
 
 
@@ -210,20 +270,28 @@ def test_compensation_never_makes_its_own_loss_worse(tmp_path):
 
 
 def test_whitening_beats_plain_svd_on_what_it_optimizes(tmp_path):
-    """Mean loss of all linears in the Gram norm at equal ranks: what truncation-aware whitening is for."""
+    """Mean loss of all linears in the Gram norm at equal ranks: what truncation-aware whitening is
+    for.
+    """
     reports = {}
     for method in ("svd", "svd_llm"):
         experiment, _, model, _, _ = compressed(tmp_path, f"method={method}", "ratio=cr60")
         dense = experiment.source.load(experiment.cache).model
         batch = experiment.samples.tokens
         with torch.no_grad():
-            reports[method] = float((model(input_ids=batch).logits - dense(input_ids=batch).logits).norm())
+            reports[method] = float(
+                (model(input_ids=batch).logits - dense(input_ids=batch).logits).norm()
+            )
     assert reports["svd_llm"] < reports["svd"]
 
 
 def test_both_whitening_routes_of_svd_llm_agree(tmp_path):
     weights = {}
-    settings = ["calibration.precision=float32", "calibration.num_samples=16", "calibration.length=64"]
+    settings = [
+        "calibration.precision=float32",
+        "calibration.num_samples=16",
+        "calibration.length=64",
+    ]
     for method in ("svd_llm", "svd_llm_cholesky"):
         _, _, model, _, _ = compressed(tmp_path, f"method={method}", "ratio=cr40", *settings)
         weights[method] = {name: x.merged_weight() for name, x in substitutes(model).items()}
@@ -235,7 +303,9 @@ def test_both_whitening_routes_of_svd_llm_agree(tmp_path):
 def test_adasvd_without_its_parts_is_svd_llm(tmp_path):
     """A method is a row: the same slots are the same weights, the same record, the same folder."""
     one = compressed(tmp_path, "method=svd_llm")
-    other = compressed(tmp_path, "method=adasvd", "method/allocation=uniform", "method/compensation=none")
+    other = compressed(
+        tmp_path, "method=adasvd", "method/allocation=uniform", "method/compensation=none"
+    )
     assert one[1].key == other[1].key
     assert describe(one[0].method) | {"name": None} == describe(other[0].method) | {"name": None}
     assert torch.equal(logits(one[2]), logits(other[2]))
@@ -243,12 +313,18 @@ def test_adasvd_without_its_parts_is_svd_llm(tmp_path):
 
 def test_v2_refuses_losses_that_its_formula_cannot_take(tmp_path):
     with pytest.raises(UserError, match=r"SVD-LLM V2 divides by log\(loss\).*more tokens"):
-        compressed(tmp_path, "method=svd_llm_v2", "model.config.initializer_range=0.001", "ratio=cr20")
+        compressed(
+            tmp_path, "method=svd_llm_v2", "model.config.initializer_range=0.001", "ratio=cr20"
+        )
 
 
 def test_cholesky_says_which_gram_it_could_not_factorize(tmp_path):
     with pytest.raises(
-        UserError, match=r"model\.decoder\.layers\.\d\.\S+: Gram matrix \(\d+ x \d+\) is not positive definite.*precision=float32"
+        UserError,
+        match=(
+            r"model\.decoder\.layers\.\d\.\S+: Gram matrix \(\d+ x \d+\) is not positive"
+            r" definite.*precision=float32"
+        ),
     ):
         compressed(
             tmp_path,
@@ -262,7 +338,13 @@ def test_cholesky_says_which_gram_it_could_not_factorize(tmp_path):
 
 def test_search_refuses_a_target_that_no_candidate_reaches(tmp_path):
     with pytest.raises(UserError, match="add lower values to method.allocation.candidates"):
-        compressed(tmp_path, "method=asvd_strs", "ratio=cr60", "method.allocation.candidates=[0.9]", "calibration.num_samples=1")
+        compressed(
+            tmp_path,
+            "method=asvd_strs",
+            "ratio=cr60",
+            "method.allocation.candidates=[0.9]",
+            "calibration.num_samples=1",
+        )
 
 
 @pytest.mark.parametrize("method", ["svd", "svd_llm", "adasvd", "specomp"])

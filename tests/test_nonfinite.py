@@ -1,4 +1,6 @@
-"""Numbers that are none, gradients that vanish, precisions that do not fit: said in one line, never stored as a model."""
+"""Numbers that are none, gradients that vanish, precisions that do not fit: said in one line, never
+stored as a model.
+"""
 
 import pytest
 import torch
@@ -17,7 +19,10 @@ from specomp.numerics.statistics import Fisher
 
 @pytest.mark.parametrize(
     ("whitening", "said"),
-    [(NoWhitening(solve="auto"), "factors are not finite"), (GramWhitening(solve="auto"), "gram is not finite")],
+    [
+        (NoWhitening(solve="auto"), "factors are not finite"),
+        (GramWhitening(solve="auto"), "gram is not finite"),
+    ],
     ids=["svd", "svd_llm"],
 )
 def test_a_weight_that_is_no_number_is_found_where_it_shows_first(tmp_path, whitening, said):
@@ -45,7 +50,10 @@ def test_outputs_that_no_loss_depends_on_count_alike():
 @pytest.mark.parametrize(
     ("overrides", "said"),
     [
-        (["method=soco", "method/whitening=gram", "calibration.upstream=compressed"], "calibration.upstream=dense"),
+        (
+            ["method=soco", "method/whitening=gram", "calibration.upstream=compressed"],
+            "calibration.upstream=dense",
+        ),
         (["method=svd_llm", "method/training=lora", "model.dtype=float16"], "model.dtype=bfloat16"),
         (["method=soco", "model.dtype=float16"], "method.training.precision=float32"),
     ],
@@ -61,4 +69,8 @@ def test_packing_is_told_of_the_linear(tmp_path):
     linear = next(x for x in run.linears if x.decoder_layer == 1)
     run.model.get_submodule(linear.name).weight.data.fill_(torch.inf)
     with pytest.raises(UserError, match=linear.name):
-        run_method(run, method(whitening=NoWhitening(solve="auto"), packing=Pivoted(max_growth=2.0)), ranks=ranks_of(run, 4))
+        run_method(
+            run,
+            method(whitening=NoWhitening(solve="auto"), packing=Pivoted(max_growth=2.0)),
+            ranks=ranks_of(run, 4),
+        )

@@ -20,7 +20,11 @@ def cells(script: Path) -> list[tuple[str, str]]:
     found = []
     for marker, body in zip(parts[::2], parts[1::2], strict=True):
         lines = body.rstrip("\n").split("\n")
-        found.append(("markdown", "\n".join(x[2:] if x != "#" else "" for x in lines)) if marker else ("code", "\n".join(lines)))
+        found.append(
+            ("markdown", "\n".join(x[2:] if x != "#" else "" for x in lines))
+            if marker
+            else ("code", "\n".join(lines))
+        )
     return found
 
 
@@ -39,6 +43,13 @@ def test_runs(script, tmp_path):
         "SPECOMP_OUTPUTS": str(tmp_path / "outputs"),
         "HF_HUB_OFFLINE": "1",
     }
-    done = subprocess.run([sys.executable, str(script)], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=600)
+    done = subprocess.run(
+        [sys.executable, str(script)],
+        cwd=tmp_path,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
     assert done.returncode == 0, done.stderr
     assert done.stdout

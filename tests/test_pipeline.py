@@ -1,4 +1,6 @@
-"""Whole runs: what is done once, what is done again, what a key depends on, and what stays after a failure."""
+"""Whole runs: what is done once, what is done again, what a key depends on, and what stays after a
+failure.
+"""
 
 import csv
 import json
@@ -43,7 +45,14 @@ def evaluations(monkeypatch):
 
     def counted(self, model, tokenizer):
         measured.append(
-            (self.id, any("v_proj.weight" in name and "u_proj" not in name for name in model.state_dict() if "proj.v_proj" in name))
+            (
+                self.id,
+                any(
+                    "v_proj.weight" in name and "u_proj" not in name
+                    for name in model.state_dict()
+                    if "proj.v_proj" in name
+                ),
+            )
         )
         return original(self, model, tokenizer)
 
@@ -56,7 +65,7 @@ def contents(folder):
     return {path.name: path.read_text() for path in store(folder).folder.glob("*.json")}
 
 
-# --- one run -------------------------------------------------------------------------------------------------------------------------
+# --- one run --------------------------------------------------------------------------------------
 
 
 def test_a_run_leaves_a_complete_record(tmp_path):
@@ -91,7 +100,15 @@ def test_a_run_leaves_a_complete_record(tmp_path):
         values = [float(x) for x in row["spectrum"].split()]
         assert values[0] == 1 and values == sorted(values, reverse=True)
     assert (
-        json.loads((tmp_path / "outputs" / "models" / f"tiny_llama-svd-{record.key[:12]}" / "specomp.json").read_text())["record"]
+        json.loads(
+            (
+                tmp_path
+                / "outputs"
+                / "models"
+                / f"tiny_llama-svd-{record.key[:12]}"
+                / "specomp.json"
+            ).read_text()
+        )["record"]
         == record.key
     )
 
@@ -125,11 +142,13 @@ def test_the_dense_row(tmp_path, loads):
     assert record.model_folder is None
     assert not (tmp_path / "outputs" / "models").exists()
     assert loads == ["tiny_llama"]
-    assert compose_run(tmp_path, "method=dense", "ratio=cr80").key == record.key, "its ratio is ignored"
+    assert compose_run(tmp_path, "method=dense", "ratio=cr80").key == record.key, (
+        "its ratio is ignored"
+    )
     assert loads == ["tiny_llama"]
 
 
-# --- resuming ------------------------------------------------------------------------------------------------------------------------
+# --- resuming -------------------------------------------------------------------------------------
 
 
 def test_the_second_run_does_nothing(tmp_path, monkeypatch, evaluations):
@@ -144,7 +163,9 @@ def test_the_second_run_does_nothing(tmp_path, monkeypatch, evaluations):
     monkeypatch.setattr("specomp.experiment.pipeline.load_folder", refuse)
     assert compose_run(tmp_path, *SVD) == first
     assert contents(tmp_path) == before
-    assert {path: path.stat().st_mtime_ns for path in store(tmp_path).folder.glob("*.json")} == stamps
+    assert {
+        path: path.stat().st_mtime_ns for path in store(tmp_path).folder.glob("*.json")
+    } == stamps
     assert len(evaluations) == done
 
 
@@ -162,7 +183,9 @@ def test_a_new_benchmark_joins_the_record_without_recompressing(tmp_path, loads,
     assert os.stat(second.model_folder).st_mtime_ns == folder_stamp
     (new,) = second.metrics.keys() - first.metrics.keys()
     assert (new, True) in evaluations
-    assert second.dense_metrics.keys() == second.metrics.keys(), "options.reference asks for the dense model's number too"
+    assert second.dense_metrics.keys() == second.metrics.keys(), (
+        "options.reference asks for the dense model's number too"
+    )
     assert sorted(evaluations) == [(new, False), (new, True)]
     assert next(iter(first.metrics)) not in [name for name, _ in evaluations]
 
@@ -180,7 +203,9 @@ def test_redo_does_everything_again(tmp_path, loads, evaluations):
     evaluations.clear()
     second = compose_run(tmp_path, *SVD, "options.redo=true")
     assert loads == ["tiny_llama"]
-    assert [compressed for _, compressed in evaluations] == [True], "the dense reference is shared, not redone"
+    assert [compressed for _, compressed in evaluations] == [True], (
+        "the dense reference is shared, not redone"
+    )
     assert second.metrics == first.metrics
     assert second.key == first.key
 
@@ -225,15 +250,26 @@ def test_the_dense_export_is_a_plain_model_of_the_same_numbers(tmp_path):
     assert type(model).__name__ == "LlamaForCausalLM"
     ids = torch.arange(20)[None]
     with torch.no_grad():
-        difference = (model(ids).logits - AutoModelForCausalLM.from_pretrained(factors.model_folder)(ids).logits).abs().max()
+        difference = (
+            (
+                model(ids).logits
+                - AutoModelForCausalLM.from_pretrained(factors.model_folder)(ids).logits
+            )
+            .abs()
+            .max()
+        )
     assert difference < 1e-4
 
 
-# --- dense reference -----------------------------------------------------------------------------------------------------------------
+# --- dense reference ------------------------------------------------------------------------------
 
 
 def test_the_dense_reference_is_measured_once(tmp_path, evaluations):
-    records = [compose_run(tmp_path, f"method={method}", f"ratio={ratio}") for method in ("svd", "svd_llm") for ratio in ("cr20", "cr60")]
+    records = [
+        compose_run(tmp_path, f"method={method}", f"ratio={ratio}")
+        for method in ("svd", "svd_llm")
+        for ratio in ("cr20", "cr60")
+    ]
     assert [compressed for _, compressed in evaluations] == [False, True, True, True, True]
     assert all(record.dense_metrics == records[0].dense_metrics for record in records)
     dense = compose_run(tmp_path, "method=dense", "ratio=dense")
@@ -256,7 +292,7 @@ def test_no_reference_when_not_asked_for(tmp_path, evaluations):
     assert len(contents(tmp_path)) == 1
 
 
-# --- failures ------------------------------------------------------------------------------------------------------------------------
+# --- failures -------------------------------------------------------------------------------------
 
 
 def test_a_failed_run_says_why_and_is_tried_again(tmp_path, monkeypatch):
@@ -269,9 +305,13 @@ def test_a_failed_run_says_why_and_is_tried_again(tmp_path, monkeypatch):
     assert record.status == "failed"
     assert record.error == "RuntimeError: no luck"
     assert record.ledger is None
-    with pytest.raises(UserError, match=r"failed before \(RuntimeError: no luck\) and options.retry=false"):
+    with pytest.raises(
+        UserError, match=r"failed before \(RuntimeError: no luck\) and options.retry=false"
+    ):
         compose_run(tmp_path, *SVD, "options.retry=false")
-    assert stored_record(tmp_path, cfg).error == "RuntimeError: no luck", "a refusal is not a new failure"
+    assert stored_record(tmp_path, cfg).error == "RuntimeError: no luck", (
+        "a refusal is not a new failure"
+    )
     again = compose_run(tmp_path, *SVD)
     assert again.status == "ok"
     assert again.error is None
@@ -306,10 +346,22 @@ def test_a_failing_benchmark_keeps_the_compressed_model(tmp_path, monkeypatch, l
 
 
 @pytest.mark.parametrize("interruption", [KeyboardInterrupt, RuntimeError])
-def test_an_interrupted_benchmark_keeps_the_finished_ones(tmp_path, monkeypatch, evaluations, interruption):
-    """Three perplexities, the second interrupted: the first is kept, the others are run by the same command."""
-    suite = ["+corpus@benchmark.parts.{0}.corpus=pydocs", "+benchmark/part@benchmark.parts.{0}=perplexity", "+benchmark.parts.{0}.name={0}"]
-    overrides = [*SVD, "options.reference=false", *(x.format(name) for name in ("second", "third") for x in suite)]
+def test_an_interrupted_benchmark_keeps_the_finished_ones(
+    tmp_path, monkeypatch, evaluations, interruption
+):
+    """Three perplexities, the second interrupted: the first is kept, the others are run by the same
+    command.
+    """
+    suite = [
+        "+corpus@benchmark.parts.{0}.corpus=pydocs",
+        "+benchmark/part@benchmark.parts.{0}=perplexity",
+        "+benchmark.parts.{0}.name={0}",
+    ]
+    overrides = [
+        *SVD,
+        "options.reference=false",
+        *(x.format(name) for name in ("second", "third") for x in suite),
+    ]
     original = Perplexity.__call__
 
     def interrupt(self, model, tokenizer):
@@ -326,7 +378,11 @@ def test_an_interrupted_benchmark_keeps_the_finished_ones(tmp_path, monkeypatch,
     assert [name.split("@")[0] for name in record.metrics] == ["pydocs"]
     assert record.status == ("running" if interruption is KeyboardInterrupt else "failed")
     evaluations.clear()
-    again = compose_run(tmp_path, *overrides, *(["options.retry=false"] if interruption is KeyboardInterrupt else []))
+    again = compose_run(
+        tmp_path,
+        *overrides,
+        *(["options.retry=false"] if interruption is KeyboardInterrupt else []),
+    )
     assert again.status == "ok"
     assert again.error is None
     assert [name.split("@")[0] for name, _ in evaluations] == ["second", "third"]
@@ -351,20 +407,35 @@ def test_whatever_is_wrong_with_a_context_is_said_before_loading(tmp_path, no_we
     assert not store(tmp_path).folder.exists()
 
 
-def test_a_gradient_whitening_on_compressed_inputs_is_refused_before_loading(tmp_path, no_weights_read):
+def test_a_gradient_whitening_on_compressed_inputs_is_refused_before_loading(
+    tmp_path, no_weights_read
+):
     with pytest.raises(UserError, match=r"calibration\.upstream=dense"):
         compose_run(tmp_path, "method=fwsvd", "calibration.upstream=compressed")
 
 
-@pytest.mark.parametrize("method", ["svd_llm", "svd_llm_v2", "svd_llm_update", "adasvd", "asvd", "asvd_strs"])
+@pytest.mark.parametrize(
+    "method", ["svd_llm", "svd_llm_v2", "svd_llm_update", "adasvd", "asvd", "asvd_strs"]
+)
 def test_every_activation_method_runs_on_compressed_inputs(tmp_path, method):
-    extra = ["method.allocation.candidates=[0.2]", "calibration.num_samples=1"] if method == "asvd_strs" else []
-    record = compose_run(tmp_path, f"method={method}", "ratio=cr60", "calibration.upstream=compressed", "benchmark=none", *extra)
+    extra = (
+        ["method.allocation.candidates=[0.2]", "calibration.num_samples=1"]
+        if method == "asvd_strs"
+        else []
+    )
+    record = compose_run(
+        tmp_path,
+        f"method={method}",
+        "ratio=cr60",
+        "calibration.upstream=compressed",
+        "benchmark=none",
+        *extra,
+    )
     assert record.status == "ok"
     assert record.counted.measured_retention < 0.55
 
 
-# --- keys ----------------------------------------------------------------------------------------------------------------------------
+# --- keys -----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -414,17 +485,24 @@ def test_the_key_does_not_depend_on(tmp_path, override):
 )
 def test_the_key_depends_on(tmp_path, override):
     base = ["method=svd_llm", "calibration.precision=bfloat16"]
-    assert key_of(compose_config(tmp_path, *base, override)) != key_of(compose_config(tmp_path, *base))
+    assert key_of(compose_config(tmp_path, *base, override)) != key_of(
+        compose_config(tmp_path, *base)
+    )
 
 
 def test_another_way_to_the_same_tokens_is_the_same_record(tmp_path):
     cfg = compose_config(tmp_path, "method=svd_llm")
     torch.save(build(cfg).samples.tokens, tmp_path / "ids.pt")
-    other = compose_config(tmp_path, "method=svd_llm", "calibration=token_ids", f"calibration.path={tmp_path / 'ids.pt'}")
+    other = compose_config(
+        tmp_path,
+        "method=svd_llm",
+        "calibration=token_ids",
+        f"calibration.path={tmp_path / 'ids.pt'}",
+    )
     assert key_of(other) == key_of(cfg)
 
 
-# --- the command line ----------------------------------------------------------------------------------------------------------------
+# --- the command line -----------------------------------------------------------------------------
 
 
 def command(folder, *overrides, check=False):
@@ -436,7 +514,13 @@ def command(folder, *overrides, check=False):
     }
     environment.pop("SPECOMP_DATA", None)
     done = subprocess.run(
-        [sys.executable, "run.py", *overrides], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300, check=False
+        [sys.executable, "run.py", *overrides],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
     )
     assert not check or done.returncode == 0, done.stderr
     return done
@@ -450,19 +534,34 @@ def test_a_sweep_goes_on_after_a_failing_job_and_then_does_only_what_is_missing(
     text = done.stdout + done.stderr
     assert "lower ratio.compression" in text
     records = store(tmp_path).all()
-    outcome = {(x.choices["method"], x.config["ratio"]["compression"]): x.status for x in records if x.choices["method"] != "dense"}
+    outcome = {
+        (x.choices["method"], x.config["ratio"]["compression"]): x.status
+        for x in records
+        if x.choices["method"] != "dense"
+    }
     failed = {job for job, status in outcome.items() if status == "failed"}
-    assert outcome.keys() == {(method, ratio) for method in ("svd", "svd_llm", "adasvd") for ratio in (0.2, 0.9999)}
+    assert outcome.keys() == {
+        (method, ratio) for method in ("svd", "svd_llm", "adasvd") for ratio in (0.2, 0.9999)
+    }
     assert failed == {("svd", 0.9999), ("svd_llm", 0.9999), ("adasvd", 0.9999)}
     assert "Traceback" not in text
 
-    finished = {path: path.stat().st_mtime_ns for x in records if x.status == "ok" for path in [store(tmp_path).path(x.key)]}
+    finished = {
+        path: path.stat().st_mtime_ns
+        for x in records
+        if x.status == "ok"
+        for path in [store(tmp_path).path(x.key)]
+    }
     models = {path: path.stat().st_mtime_ns for path in (tmp_path / "outputs" / "models").iterdir()}
     assert len(finished) == 4
     assert len(models) == 3
-    one_more = command(tmp_path, "-m", "debug=tiny", "method=svd,svd_llm,adasvd", "ratio.compression=0.2,0.4")
+    one_more = command(
+        tmp_path, "-m", "debug=tiny", "method=svd,svd_llm,adasvd", "ratio.compression=0.2,0.4"
+    )
     assert one_more.returncode == 0, one_more.stderr
-    assert {path: path.stat().st_mtime_ns for path in finished} == finished, "finished jobs are not touched"
+    assert {path: path.stat().st_mtime_ns for path in finished} == finished, (
+        "finished jobs are not touched"
+    )
     assert {path: path.stat().st_mtime_ns for path in models} == models
     assert len(list((tmp_path / "outputs" / "models").iterdir())) == 6
 

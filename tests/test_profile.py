@@ -1,4 +1,6 @@
-"""profile=true leaves a trace, a flame graph's input and a table for every stage, and changes nothing else."""
+"""profile=true leaves a trace, a flame graph's input and a table for every stage, and changes
+nothing else.
+"""
 
 import gzip
 import json
@@ -13,7 +15,12 @@ def test_every_stage_is_traced(tmp_path):
     assert "a run that torch's profiler watched" in done.stdout, "the record says so"
     tables = sorted(folder.glob("*.txt"))
     names = [path.stem[3:] for path in tables]
-    assert [name.split("_")[0] for name in names] == ["pydocs", "calibrate", "compress", "pydocs"], "dense first, then the compressed one"
+    assert [name.split("_")[0] for name in names] == [
+        "pydocs",
+        "calibrate",
+        "compress",
+        "pydocs",
+    ], "dense first, then the compressed one"
     for table in tables:
         assert "Self CPU" in table.read_text()
         lines = table.with_suffix(".stacks").read_text().splitlines()
@@ -21,9 +28,14 @@ def test_every_stage_is_traced(tmp_path):
         assert len({line.rpartition(" ")[0] for line in lines}) == len(lines), "every stack once"
         with gzip.open(table.with_suffix(".json.gz"), "rt") as file:
             assert json.load(file)["traceEvents"]
-    assert "aten::mm" in (folder / f"{tables[1].stem}.txt").read_text() or "aten::matmul" in tables[1].read_text()
+    assert (
+        "aten::mm" in (folder / f"{tables[1].stem}.txt").read_text()
+        or "aten::matmul" in tables[1].read_text()
+    )
     calibration = tables[1].with_suffix(".stacks").read_text()
-    assert "statistics.py" in calibration and "update" in calibration, "our own functions are in the stacks"
+    assert "statistics.py" in calibration and "update" in calibration, (
+        "our own functions are in the stacks"
+    )
 
 
 def test_nothing_is_traced_unless_asked(tmp_path):

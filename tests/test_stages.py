@@ -37,9 +37,24 @@ from specomp.forms.prices import Numbers
 from specomp.methods.adasvd import AdaComp, AdaCR
 from specomp.methods.fwsvd import FisherWhitening
 from specomp.methods.kronecker import KroneckerWhitening
-from specomp.methods.svd import NoCompensation, NoRefinement, NoTraining, NoWhitening, UniformAllocation, Weight
+from specomp.methods.svd import (
+    NoCompensation,
+    NoRefinement,
+    NoTraining,
+    NoWhitening,
+    UniformAllocation,
+    Weight,
+)
 from specomp.methods.svd_llm import GramWhitening, UpdateU
-from specomp.numerics.statistics import AbsMean, Fisher, Gram, IOCosine, OutputGradGram, StackedGram, TokenWeightedGram
+from specomp.numerics.statistics import (
+    AbsMean,
+    Fisher,
+    Gram,
+    IOCosine,
+    OutputGradGram,
+    StackedGram,
+    TokenWeightedGram,
+)
 from specomp.quantization.none import NoQuantizer
 from specomp.slots import Choice, Method
 from specomp.training.spectrum import stored_as
@@ -63,11 +78,19 @@ def method(**slots) -> Method:
     return Method(**plain | slots)
 
 
-ADACOMP = AdaComp(iterations=1, update="pseudo_inverse", stack_of_batch="gram", num_buckets=2, upstream="compressed")
+ADACOMP = AdaComp(
+    iterations=1,
+    update="pseudo_inverse",
+    stack_of_batch="gram",
+    num_buckets=2,
+    upstream="compressed",
+)
 ADACR = AdaCR(min_retention_gap=0.1, importance="block_influence", budget="water_filling")
 
 
-def run_method(run: Run, chosen: Method, compression: float = 0.4, ranks: dict[str, int] | None = None) -> list[LinearReport]:
+def run_method(
+    run: Run, chosen: Method, compression: float = 0.4, ranks: dict[str, int] | None = None
+) -> list[LinearReport]:
     """Another method on a run's model and tokens; ranks: by linear, instead of the allocation's."""
     own = replace(run, method=chosen, budget=Numbers(compression=compression))
     statistics = calibrate(own)
@@ -114,10 +137,16 @@ def count_layers(run) -> Counter:
 
 def all_values(run, statistics) -> dict[str, torch.Tensor]:
     dense = Statistics(run, statistics)
-    return {f"{index}/{name}": value.clone() for index in range(len(run.layers)) for name, value in dense.layer(index).items()}
+    return {
+        f"{index}/{name}": value.clone()
+        for index in range(len(run.layers))
+        for name, value in dense.layer(index).items()
+    }
 
 
-def assert_close(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor], tolerance: float) -> None:
+def assert_close(
+    found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor], tolerance: float
+) -> None:
     assert found.keys() == expected.keys()
     assert found
     for name, value in expected.items():
@@ -125,16 +154,20 @@ def assert_close(found: dict[str, torch.Tensor], expected: dict[str, torch.Tenso
         assert (found[name] - value).norm() <= tolerance * value.norm(), name
 
 
-# --- streaming -----------------------------------------------------------------------------------------------------------------------
+# --- streaming ------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("num_samples", "batch_size"), [(4, 2), (5, 2), (3, 1), (3, 8)])
 @pytest.mark.parametrize("family_name", FAMILY_NAMES)
-def test_decoder_layer_by_decoder_layer_equals_the_whole_forward(cache, family_name, num_samples, batch_size):
+def test_decoder_layer_by_decoder_layer_equals_the_whole_forward(
+    cache, family_name, num_samples, batch_size
+):
     """Length 40 is beyond the sliding windows (16) of mistral and gemma2, so their masks matter."""
     run = make_run(family_name, cache, num_samples=num_samples, batch_size=batch_size, length=40)
     with torch.no_grad():
-        whole = run.family.decoder(run.model)(input_ids=run.samples.tokens, use_cache=False, output_hidden_states=True).hidden_states
+        whole = run.family.decoder(run.model)(
+            input_ids=run.samples.tokens, use_cache=False, output_hidden_states=True
+        ).hidden_states
     stream = HiddenStream(run, run.samples)
     assert torch.equal(torch.cat(stream.hidden), whole[0])
     for index in range(len(run.layers)):
@@ -148,7 +181,9 @@ def test_decoder_layer_by_decoder_layer_equals_the_whole_forward(cache, family_n
 
 
 def test_masks_matter_in_that_test(cache):
-    """Without its sliding window mistral gives something else, so the recorded masks were needed."""
+    """Without its sliding window mistral gives something else, so the recorded masks were
+    needed.
+    """
     run = make_run("mistral", cache, length=40)
     stream = HiddenStream(run, run.samples)
     masked = torch.cat(list(stream.run(0)))
@@ -160,7 +195,8 @@ def test_masks_matter_in_that_test(cache):
 
 def test_the_model_is_untouched_by_recording(cache):
     run = make_run("gemma2", cache)
-    layers, state = run.layers, {name: value.clone() for name, value in run.model.state_dict().items()}
+    layers = run.layers
+    state = {name: value.clone() for name, value in run.model.state_dict().items()}
     HiddenStream(run, run.samples)
     assert all(before is after for before, after in zip(layers, run.layers, strict=True))
     assert all(torch.equal(value, run.model.state_dict()[name]) for name, value in state.items())
@@ -183,17 +219,23 @@ def test_streamed_statistics_of_the_dense_model_equal_the_dense_pass(cache, fami
     stream = HiddenStream(run, run.samples)
     found = {}
     for index in range(len(run.layers)):
-        found |= {f"{index}/{name}": value for name, value in stream.observe(index, SITE_STATISTICS).items()}
+        found |= {
+            f"{index}/{name}": value
+            for name, value in stream.observe(index, SITE_STATISTICS).items()
+        }
         stream.advance(index)
     assert_close(found, expected, 1e-5)
 
 
 @pytest.mark.parametrize(
-    ("limit", "batch_size", "length"), [(1, 2, 24), (3, 2, 24), (4, 2, 24), (5, 2, 24), (3, 8, 24), (3, 5, 5), (1, 5, 5)]
+    ("limit", "batch_size", "length"),
+    [(1, 2, 24), (3, 2, 24), (4, 2, 24), (5, 2, 24), (3, 8, 24), (3, 5, 5), (1, 5, 5)],
 )
 @pytest.mark.parametrize("family_name", ["llama", "mistral", "opt"])
 def test_the_first_samples_are_the_first_samples(cache, family_name, limit, batch_size, length):
-    """A limit inside a batch cuts hidden states and masks alike, also where the length equals the batch size."""
+    """A limit inside a batch cuts hidden states and masks alike, also where the length equals the
+    batch size.
+    """
     run = make_run(family_name, cache, num_samples=5, batch_size=batch_size, length=length)
     stream = HiddenStream(run, run.samples)
     whole = torch.cat(list(stream.run(0)))
@@ -202,7 +244,7 @@ def test_the_first_samples_are_the_first_samples(cache, family_name, limit, batc
     assert (part - whole[:limit]).abs().max() <= 1e-6
 
 
-# --- ranges of decoder layers, and dtypes --------------------------------------------------------------------------------------------
+# --- ranges of decoder layers, and dtypes ---------------------------------------------------------
 
 
 @LOOPS
@@ -241,7 +283,9 @@ def test_grams_are_what_their_definition_says(cache):
     run = make_run("llama_gqa", cache)
     seen = {}
     handles = [
-        run.model.get_submodule(x.name).register_forward_pre_hook(lambda _, args, name=x.name: seen.update({name: args[0].flatten(0, 1)}))
+        run.model.get_submodule(x.name).register_forward_pre_hook(
+            lambda _, args, name=x.name: seen.update({name: args[0].flatten(0, 1)})
+        )
         for x in run.linears
     ]
     with torch.no_grad():
@@ -258,16 +302,23 @@ def test_grams_are_what_their_definition_says(cache):
 def test_bfloat16_products_agree_with_float32_to_a_percent(tmp_path):
     values = {}
     for precision in ("float32", "bfloat16"):
-        run = make_run("llama", Cache(tmp_path / precision), precision=precision, num_samples=16, length=64)
+        run = make_run(
+            "llama", Cache(tmp_path / precision), precision=precision, num_samples=16, length=64
+        )
         calibrate(run, {Gram()})
         values[precision] = all_values(run, {Gram()})
     assert_close(values["bfloat16"], values["float32"], 1e-2)
-    assert any(not torch.equal(value, values["float32"][name]) for name, value in values["bfloat16"].items())
+    assert any(
+        not torch.equal(value, values["float32"][name])
+        for name, value in values["bfloat16"].items()
+    )
     assert all(value.dtype == torch.float32 for value in values["bfloat16"].values())
 
 
 def test_products_of_gradients_are_never_rounded_to_half_precision(tmp_path):
-    """A bfloat16 forward pass leaves autocast on in its hooks. What it must not round: a Gram of T < m gradients has rank T, to float32."""
+    """A bfloat16 forward pass leaves autocast on in its hooks. What it must not round: a Gram of T
+    < m gradients has rank T, to float32.
+    """
     run = make_run("llama", Cache(tmp_path), precision="bfloat16", num_samples=2, length=8)
     calibrate(run, {OutputGradGram(), TokenWeightedGram("in")})
     for name, value in all_values(run, {OutputGradGram(), TokenWeightedGram("in")}).items():
@@ -282,7 +333,7 @@ def test_float64_sums_are_float64(cache):
     assert all(value.dtype == torch.float64 for value in all_values(run, {Gram()}).values())
 
 
-# --- gradients -----------------------------------------------------------------------------------------------------------------------
+# --- gradients ------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("family_name", ["llama_gqa", "opt", "phi3"])
@@ -294,16 +345,24 @@ def test_fisher_is_the_mean_squared_gradient_of_the_shifted_loss(cache, family_n
         run.model.get_submodule(x.name).weight.requires_grad_(True)
     for sequence in run.samples.tokens.split(1):
         logits = run.model(input_ids=sequence).logits
-        loss = torch.nn.functional.cross_entropy(logits[0, :-1], sequence[0, 1:])  # token t predicts t + 1, once
-        gradients = torch.autograd.grad(loss, [run.model.get_submodule(x.name).weight for x in run.linears])
+        loss = torch.nn.functional.cross_entropy(
+            logits[0, :-1], sequence[0, 1:]
+        )  # token t predicts t + 1, once
+        gradients = torch.autograd.grad(
+            loss, [run.model.get_submodule(x.name).weight for x in run.linears]
+        )
         for x, gradient in zip(run.linears, gradients, strict=True):
             expected[x.name] = expected[x.name] + gradient.square() / 3
     for x in run.linears:
         stats = dense(x)
         assert stats[Fisher("in")].shape == (x.n,)
         assert stats[Fisher("out")].shape == (x.m,)
-        assert (stats[Fisher("in")] - expected[x.name].sum(0)).norm() <= 1e-4 * stats[Fisher("in")].norm()
-        assert (stats[Fisher("out")] - expected[x.name].sum(1)).norm() <= 1e-4 * stats[Fisher("out")].norm()
+        assert (stats[Fisher("in")] - expected[x.name].sum(0)).norm() <= 1e-4 * stats[
+            Fisher("in")
+        ].norm()
+        assert (stats[Fisher("out")] - expected[x.name].sum(1)).norm() <= 1e-4 * stats[
+            Fisher("out")
+        ].norm()
 
 
 @pytest.mark.parametrize("family_name", ["llama_gqa", "opt", "phi3", "gemma2"])
@@ -319,18 +378,24 @@ def test_gram_matrices_of_output_gradients_against_their_definition(cache, famil
         inputs[name], outputs[name] = args[0].detach(), output
 
     handles = [
-        run.model.get_submodule(x.name).register_forward_hook(lambda _, args, output, name=x.name: remember(name, args, output))
+        run.model.get_submodule(x.name).register_forward_hook(
+            lambda _, args, output, name=x.name: remember(name, args, output)
+        )
         for x in run.linears
     ]
     run.model.get_input_embeddings().weight.requires_grad_(True)
     for sequence in run.samples.tokens.split(1):
         logits = run.model(input_ids=sequence).logits
         loss = torch.nn.functional.cross_entropy(logits[0, :-1], sequence[0, 1:])
-        for name, gradient in zip(outputs, torch.autograd.grad(loss, list(outputs.values())), strict=True):
+        for name, gradient in zip(
+            outputs, torch.autograd.grad(loss, list(outputs.values())), strict=True
+        ):
             g, x = (y.reshape(-1, y.shape[-1]) for y in (gradient, inputs[name]))
             weights = [torch.ones(len(g)), g.square().sum(1), x.square().sum(1)]
             for statistic, own, weight in zip(statistics, (g, x, g), weights, strict=True):
-                expected[name, statistic] = expected[name, statistic] + own.T @ (weight[:, None] * own)
+                expected[name, statistic] = expected[name, statistic] + own.T @ (
+                    weight[:, None] * own
+                )
     for handle in handles:
         handle.remove()
     for x in run.linears:
@@ -345,7 +410,12 @@ def test_output_gradients_make_no_gradient_of_a_weight(cache, monkeypatch):
     asked = []
     original = torch.Tensor.backward
     monkeypatch.setattr(
-        torch.Tensor, "backward", lambda loss: (asked.extend(p.requires_grad for p in run.model.parameters()), original(loss))
+        torch.Tensor,
+        "backward",
+        lambda loss: (
+            asked.extend(p.requires_grad for p in run.model.parameters()),
+            original(loss),
+        ),
     )
     calibrate(run, {OutputGradGram()})
     assert asked and not any(asked)
@@ -363,7 +433,10 @@ def test_no_gradient_and_no_trainable_parameter_is_left(cache, loop):
 
 def test_gradient_statistics_do_not_exist_for_compressed_inputs():
     with pytest.raises(UserError, match=r"calibration\.upstream=dense"):
-        dense_needs(method(whitening=KroneckerWhitening(fit="nearest", damping=1e-2, solve="auto")), "compressed")
+        dense_needs(
+            method(whitening=KroneckerWhitening(fit="nearest", damping=1e-2, solve="auto")),
+            "compressed",
+        )
     fisher = FisherWhitening(side="in", eps=1e-6, solve="auto")
     assert dense_needs(method(whitening=fisher), "dense") == {Fisher("in")}
     with pytest.raises(UserError, match=r"calibration\.upstream=dense"):
@@ -374,12 +447,14 @@ def test_dense_needs_are_the_union_of_what_is_read_from_the_dense_model():
     whole = method(allocation=ADACR, compensation=ADACOMP)
     assert dense_needs(whole, "dense") == {Gram(), IOCosine()}
     assert dense_needs(whole, "compressed") == {IOCosine()}
-    assert dense_needs(method(compensation=UpdateU(upstream="dense", num_samples=None)), "compressed") == {Gram()}
+    assert dense_needs(
+        method(compensation=UpdateU(upstream="dense", num_samples=None)), "compressed"
+    ) == {Gram()}
     with pytest.raises(UserError, match="num_samples=null"):
         dense_needs(method(compensation=UpdateU(upstream="dense", num_samples=2)), "dense")
 
 
-# --- compressed upstream -------------------------------------------------------------------------------------------------------------
+# --- compressed upstream --------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -402,12 +477,18 @@ def test_a_compression_that_keeps_everything_streams_the_calibrate(cache, observ
     calibrate(run, {Gram()})
     reports = run_method(run, method(), ranks=full_ranks(run))
     assert all(x.dense for x in reports)
-    found = {f"{index}/{name}": value for index, values in observed.items() for name, value in values.items()}
+    found = {
+        f"{index}/{name}": value
+        for index, values in observed.items()
+        for name, value in values.items()
+    }
     assert_close(found, all_values(run, {Gram()}), 1e-5)
 
 
 def test_an_exact_low_rank_compression_streams_the_calibrate(cache, observed):
-    """Weights of rank 6 are cut at rank 6: modules are replaced and still nothing changes for the decoder layers behind them."""
+    """Weights of rank 6 are cut at rank 6: modules are replaced and still nothing changes for the
+    decoder layers behind them.
+    """
     run = make_run("llama_gqa", cache, upstream="compressed")
     with torch.no_grad():
         for x in run.linears:
@@ -420,13 +501,21 @@ def test_an_exact_low_rank_compression_streams_the_calibrate(cache, observed):
     reports = run_method(run, method(compensation=ADACOMP), ranks=ranks_of(run, 6))
     assert not any(x.dense for x in reports)
     assert all(isinstance(run.model.get_submodule(x.name), LowRankLinear) for x in run.linears)
-    found = {f"{index}/{name}": value for index, values in observed.items() for name, value in values.items()}
+    found = {
+        f"{index}/{name}": value
+        for index, values in observed.items()
+        for name, value in values.items()
+    }
     assert_close(found, expected, 1e-3)
     with torch.no_grad():
-        assert (run.model(input_ids=run.samples.tokens).logits - before).abs().max() < 1e-3 * before.abs().max()
+        assert (
+            run.model(input_ids=run.samples.tokens).logits - before
+        ).abs().max() < 1e-3 * before.abs().max()
 
 
-def test_a_lossy_compression_streams_other_statistics_behind_the_first_decoder_layer(cache, observed):
+def test_a_lossy_compression_streams_other_statistics_behind_the_first_decoder_layer(
+    cache, observed
+):
     run = make_run("llama", cache, upstream="compressed")
     calibrate(run, {Gram()})
     expected = all_values(run, {Gram()})
@@ -441,7 +530,9 @@ def test_a_lossy_compression_streams_other_statistics_behind_the_first_decoder_l
 
 
 def test_whitening_on_compressed_inputs_sees_what_the_compressed_model_feeds(cache, observed):
-    """The Gram used for decoder layer 1 is that of the finished compressed model's own input to it."""
+    """The Gram used for decoder layer 1 is that of the finished compressed model's own
+    input to it.
+    """
     run = make_run("llama", cache, upstream="compressed")
     run_method(run, method(), ranks=ranks_of(run, 5))
     seen = {}
@@ -461,20 +552,33 @@ def test_whitening_on_compressed_inputs_gives_other_weights_than_on_dense_ones(t
         run_method(run, method(), ranks=ranks_of(run, 5))
         weights[upstream] = [run.model.get_submodule(x.name).merged_weight() for x in run.linears]
     pairs = list(zip(run.linears, weights["dense"], weights["compressed"], strict=True))
-    assert all(torch.allclose(a, b, atol=1e-5) for x, a, b in pairs if x.decoder_layer == 0 and x.site == 0)
+    assert all(
+        torch.allclose(a, b, atol=1e-5) for x, a, b in pairs if x.decoder_layer == 0 and x.site == 0
+    )
     assert all((a - b).norm() > 1e-4 * a.norm() for x, a, b in pairs if x.decoder_layer > 0)
 
 
 def test_a_repair_reads_only_the_samples_it_asks_for(cache, observed):
-    """SVD-LLM's update of U on two samples equals the same update with a calibration set of those two."""
+    """SVD-LLM's update of U on two samples equals the same update with a calibration set of those
+    two.
+    """
     run = make_run("llama", cache, num_samples=5)
-    run_method(run, method(compensation=UpdateU(upstream="compressed", num_samples=2)), ranks=ranks_of(run, 4))
+    run_method(
+        run,
+        method(compensation=UpdateU(upstream="compressed", num_samples=2)),
+        ranks=ranks_of(run, 4),
+    )
     first = dict(observed)
     observed.clear()
     run = make_run("llama", cache, num_samples=5)
-    run_method(run, method(compensation=UpdateU(upstream="compressed", num_samples=None)), ranks=ranks_of(run, 4))
+    run_method(
+        run,
+        method(compensation=UpdateU(upstream="compressed", num_samples=None)),
+        ranks=ranks_of(run, 4),
+    )
     token_share = {
-        index: float(first[index]["site0:gram"].trace() / observed[index]["site0:gram"].trace()) for index in range(len(run.layers))
+        index: float(first[index]["site0:gram"].trace() / observed[index]["site0:gram"].trace())
+        for index in range(len(run.layers))
     }
     assert all(share == pytest.approx(2 / 5, abs=0.05) for share in token_share.values())
 
@@ -490,7 +594,9 @@ def test_a_repair_reads_only_the_samples_it_asks_for(cache, observed):
         (method(compensation=AdaComp(**{**vars(ADACOMP), "upstream": "dense"})), "dense", 0),
     ],
 )
-def test_decoder_layers_run_once_for_dense_statistics_and_twice_along_the_stream(cache, chosen, upstream, streams):
+def test_decoder_layers_run_once_for_dense_statistics_and_twice_along_the_stream(
+    cache, chosen, upstream, streams
+):
     run = make_run("llama", cache, upstream=upstream)
     counts = count_layers(run)
     batches = len(run.samples.batches())
@@ -499,7 +605,9 @@ def test_decoder_layers_run_once_for_dense_statistics_and_twice_along_the_stream
     dense_passes = 1 if needs else 0
     assert counts.total() <= (dense_passes + streams) * len(run.layers) * batches
     assert counts.total() >= (dense_passes + bool(streams)) * len(run.layers) * batches - batches
-    assert max(counts.values(), default=0) - min(counts.values(), default=0) <= batches, "no decoder layer is favoured: no quadratic cost"
+    assert max(counts.values(), default=0) - min(counts.values(), default=0) <= batches, (
+        "no decoder layer is favoured: no quadratic cost"
+    )
 
 
 @pytest.mark.parametrize("stack_of_batch", ["mean", "off"])
@@ -513,7 +621,7 @@ def test_both_other_readings_of_stack_of_batch_run_on_the_stream(cache, stack_of
     assert max(gains) <= 1 + 1e-3
 
 
-# --- certificate ---------------------------------------------------------------------------------------------------------------------
+# --- certificate ----------------------------------------------------------------------------------
 
 
 class Damaged(Factors):
@@ -540,18 +648,36 @@ DAMAGES = {
 
 @pytest.mark.parametrize("damage", [None, *DAMAGES])
 def test_the_certificate_measures_what_is_stored(cache, damage):
-    """Whatever is wrong with the stored factors, loss_over_bound rises by as much as outputs on the calibration set go wrong."""
+    """Whatever is wrong with the stored factors, loss_over_bound rises by as much as outputs on the
+    calibration set go wrong.
+    """
     run = make_run("llama_gqa", cache)
     dense = calibrate(run, {Gram()})
     grams = {x.name: dense(x)[Gram()].double() for x in run.linears}
-    weights = {x.name: run.model.get_submodule(x.name).weight.detach().double().clone() for x in run.linears}
-    reports = run_method(run, method(packing=Damaged(DAMAGES[damage]) if damage else Factors()), ranks=ranks_of(run, 5))
+    weights = {
+        x.name: run.model.get_submodule(x.name).weight.detach().double().clone()
+        for x in run.linears
+    }
+    reports = run_method(
+        run,
+        method(packing=Damaged(DAMAGES[damage]) if damage else Factors()),
+        ranks=ranks_of(run, 5),
+    )
     for report in reports:
-        W, S = weights[report.name], torch.linalg.cholesky(grams[report.name] + 1e-9 * torch.eye(report.n, dtype=torch.float64))
+        W = weights[report.name]
+        S = torch.linalg.cholesky(
+            grams[report.name] + 1e-9 * torch.eye(report.n, dtype=torch.float64)
+        )
         stored = run.model.get_submodule(report.name).merged_weight().double()
         bound = float(torch.linalg.svdvals(W @ S)[5:].norm())
-        assert report.loss_over_bound == pytest.approx(float(((stored - W) @ S).norm()) / bound, rel=1e-3)
-        assert report.loss_over_bound > 1.01 if damage else report.loss_over_bound == pytest.approx(1, abs=1e-3)
+        assert report.loss_over_bound == pytest.approx(
+            float(((stored - W) @ S).norm()) / bound, rel=1e-3
+        )
+        assert (
+            report.loss_over_bound > 1.01
+            if damage
+            else report.loss_over_bound == pytest.approx(1, abs=1e-3)
+        )
 
 
 def test_the_longest_units_start_first_and_reports_keep_their_order(cache):
@@ -577,7 +703,7 @@ def test_the_longest_units_start_first_and_reports_keep_their_order(cache):
     assert {count for _, count in started} == {1}
 
 
-# --- cache ---------------------------------------------------------------------------------------------------------------------------
+# --- cache ----------------------------------------------------------------------------------------
 
 
 def test_the_second_call_computes_nothing(cache):
@@ -596,7 +722,10 @@ def test_only_what_is_missing_is_computed(cache):
     calibrate(run, {Gram()})
     stamp = cache.path("statistics", statistic_key(run, Gram()), part_name(0)).stat().st_mtime_ns
     calibrate(run, {Gram(), AbsMean()})
-    assert cache.path("statistics", statistic_key(run, Gram()), part_name(0)).stat().st_mtime_ns == stamp
+    assert (
+        cache.path("statistics", statistic_key(run, Gram()), part_name(0)).stat().st_mtime_ns
+        == stamp
+    )
     assert cache.misses == {"statistics/gram": 1, "statistics/abs_mean": 1}
 
 
@@ -615,7 +744,9 @@ def test_a_damaged_entry_is_logged_and_made_again(cache, caplog, damage):
         path.unlink()
     counts = count_layers(run)
     dense = calibrate(run, {Gram()})
-    found = {f"{i}/{name}": value.clone() for i in range(3) for name, value in dense.layer(i).items()}
+    found = {
+        f"{i}/{name}": value.clone() for i in range(3) for name, value in dense.layer(i).items()
+    }
     assert_close(found, expected, 0.0)
     assert counts.total() > 0
     assert cache.load("statistics", statistic_key(run, Gram()), part_name(1)) is not None
@@ -628,7 +759,11 @@ def test_methods_that_need_the_same_statistic_share_it(tmp_path):
     run_method(first, method())
     second = make_run("llama", Cache(tmp_path))
     counts = count_layers(second)
-    run_method(second, method(name="other", allocation=UniformAllocation(exact_budget=True)), compression=0.7)
+    run_method(
+        second,
+        method(name="other", allocation=UniformAllocation(exact_budget=True)),
+        compression=0.7,
+    )
     assert counts.total() == 0
     assert second.cache.hits["statistics/gram"] == 1
     assert second.cache.hits["spectra"] == len(second.linears), "spectra know no ratio"
@@ -661,13 +796,17 @@ def test_other_tokens_of_the_same_shape_are_another_calibration_set(cache):
     for seed in (0, 1):
         run = make_run("llama", cache)
         tokens = random_tokens(5, 24, seed=seed)
-        samples = CalibrationSet(tokens, description={"tokenizer": {"sha256": "tiny"}}, batch_size=2)
+        samples = CalibrationSet(
+            tokens, description={"tokenizer": {"sha256": "tiny"}}, batch_size=2
+        )
         keys.add(statistic_key(replace(run, samples=samples), Gram()))
     assert len(keys) == 2
 
 
 def test_warm_and_cold_caches_give_the_same_bits(tmp_path):
-    """A spectrum from the cache and a fresh one truncate to the same factors: nothing depends on what ran before."""
+    """A spectrum from the cache and a fresh one truncate to the same factors: nothing depends on
+    what ran before.
+    """
     states = []
     for _ in range(2):
         run = make_run("opt", Cache(tmp_path))
@@ -677,7 +816,7 @@ def test_warm_and_cold_caches_give_the_same_bits(tmp_path):
     assert all(torch.equal(value, states[1][name]) for name, value in states[0].items())
 
 
-# --- calibration only ----------------------------------------------------------------------------------------------------------------
+# --- calibration only -----------------------------------------------------------------------------
 
 
 def test_the_module_has_no_optimizer_and_no_parameters_of_its_own(cache):
@@ -699,12 +838,17 @@ def test_the_module_does_what_the_plain_loops_do(tmp_path):
         module = CalibrationOnlyModule(run)
         module.calibrate()
         found = module.finish().linears
-        assert [replace(x, seconds=0.0) for x in found] == [replace(x, seconds=0.0) for x in expected]
+        assert [replace(x, seconds=0.0) for x in found] == [
+            replace(x, seconds=0.0) for x in expected
+        ]
         state, other = run.model.state_dict(), plain.model.state_dict()
         assert state.keys() == other.keys() and all(torch.equal(state[x], other[x]) for x in other)
 
 
-@pytest.mark.parametrize("chosen", [method(whitening=NoWhitening(solve="auto")), method(allocation=ADACR, compensation=ADACOMP)])
+@pytest.mark.parametrize(
+    "chosen",
+    [method(whitening=NoWhitening(solve="auto")), method(allocation=ADACR, compensation=ADACOMP)],
+)
 def test_nothing_is_trainable_afterwards_whatever_the_cache_held(tmp_path, chosen):
     for _ in ("cold", "warm"):
         run = make_run("llama", Cache(tmp_path))
@@ -724,7 +868,10 @@ def test_no_hook_stays_behind(cache):
 def test_the_observer_removes_its_hooks_after_an_error(cache):
     run = make_run("llama", cache)
     layer = run.layers[0]
-    with pytest.raises(RuntimeError, match="stop"), LayerObserver(layer, run.family, {Gram(), Fisher("in")}, run.precision, 5):
+    with (
+        pytest.raises(RuntimeError, match="stop"),
+        LayerObserver(layer, run.family, {Gram(), Fisher("in")}, run.precision, 5),
+    ):
         raise RuntimeError("stop")
     assert not any(module._forward_pre_hooks for module in layer.modules())
     assert not any(p.requires_grad for name, p in layer.named_parameters() if "proj" in name)
@@ -735,7 +882,9 @@ def test_the_lightning_loop_removes_its_hooks_after_an_error(cache, monkeypatch)
     monkeypatch.setattr(type(run.samples), "batches", lambda _: [torch.full((1, 4), 10**6)])
     with pytest.raises(IndexError):
         by_lightning(run, {Gram(), Fisher("in"), OutputGradGram()})
-    assert not any(module._forward_pre_hooks or module._forward_hooks for module in run.model.modules())
+    assert not any(
+        module._forward_pre_hooks or module._forward_hooks for module in run.model.modules()
+    )
     assert not any(p.requires_grad for p in run.model.parameters())
 
 
@@ -750,7 +899,9 @@ def test_the_probe_puts_the_linear_back(cache):
     assert probe(None, None) == whole
     assert cut != whole
     with torch.no_grad():
-        expected = [float(run.model(input_ids=x, labels=x).loss) for x in run.samples.tokens.split(1)]
+        expected = [
+            float(run.model(input_ids=x, labels=x).loss) for x in run.samples.tokens.split(1)
+        ]
     assert whole == pytest.approx(sum(expected) / len(expected), rel=1e-5)
 
 
@@ -764,7 +915,10 @@ def test_progress_is_logged_with_what_is_computed(cache, caplog, loop):
 
 def test_no_gpu_is_said_to_be_unused(cache, monkeypatch):
     """The loop that feeds a calibration is on the CPU; the model it feeds is where it is."""
-    monkeypatch.setattr("lightning.pytorch.accelerators.cuda.CUDAAccelerator.is_available", staticmethod(lambda: True))
+    monkeypatch.setattr(
+        "lightning.pytorch.accelerators.cuda.CUDAAccelerator.is_available",
+        staticmethod(lambda: True),
+    )
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
         by_lightning(make_run("llama", cache), {Gram()})
@@ -772,14 +926,18 @@ def test_no_gpu_is_said_to_be_unused(cache, monkeypatch):
 
 
 def test_jobs_that_meet_at_a_linear_share_out_the_rest(tmp_path):
-    """Where another process decomposes a linear, this one goes on from the other end until that is done."""
+    """Where another process decomposes a linear, this one goes on from the other end until that is
+    done.
+    """
     run = make_run("llama", Cache(tmp_path))
     spectra = spectra_of(run, method())
     first, last = run.linears[0], run.linears[-1]
     lock = run.cache.root / "locks" / f"spectra-{digest([spectra.key, first.name])[:24]}.lock"
     with other_process_locks(lock) as release, ThreadPoolExecutor(1) as pool:
         found = pool.submit(spectra, first)
-        wait_for(lambda: all(run.cache.has("spectra", spectra.key, x.name) for x in run.linears[1:]))
+        wait_for(
+            lambda: all(run.cache.has("spectra", spectra.key, x.name) for x in run.linears[1:])
+        )
         assert not found.done() and not run.cache.has("spectra", spectra.key, first.name)
         release()
         spectrum = found.result(timeout=60)
@@ -792,8 +950,13 @@ def test_jobs_that_meet_at_a_linear_share_out_the_rest(tmp_path):
 @contextmanager
 def other_process_locks(path: Path):
     """A process that holds a lock until it is told to release it."""
-    script = f"from filelock import FileLock\nwith FileLock({str(path)!r}):\n    print('held', flush=True)\n    input()"
-    process = subprocess.Popen([sys.executable, "-c", script], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    script = (
+        f"from filelock import FileLock\nwith FileLock({str(path)!r}):\n    print('held',"
+        " flush=True)\n    input()"
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-c", script], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
     try:
         assert process.stdout.readline().strip() == "held"
 

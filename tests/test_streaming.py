@@ -1,4 +1,6 @@
-"""Streamed models: decoder layers on disk give the folder, the statistics and the logits that a model in memory gives."""
+"""Streamed models: decoder layers on disk give the folder, the statistics and the logits that a
+model in memory gives.
+"""
 
 import gc
 import json
@@ -45,7 +47,9 @@ def folders(tmp_path_factory):
             saved.save_pretrained(made[key], max_shard_size="30KB" if sharded else "1GB")
             if base:
                 config = json.loads((made[key] / "config.json").read_text())
-                (made[key] / "config.json").write_text(json.dumps(config | {"architectures": [type(model).__name__]}))
+                (made[key] / "config.json").write_text(
+                    json.dumps(config | {"architectures": [type(model).__name__]})
+                )
             tiny_tokenizer().save_pretrained(made[key])
         return made[key]
 
@@ -53,7 +57,15 @@ def folders(tmp_path_factory):
 
 
 def local(folder, *, stream, dtype="float32") -> LocalModel:
-    return LocalModel(name="m", path=str(folder), dtype=dtype, device="cpu", device_map=None, trust_remote_code=False, stream=stream)
+    return LocalModel(
+        name="m",
+        path=str(folder),
+        dtype=dtype,
+        device="cpu",
+        device_map=None,
+        trust_remote_code=False,
+        stream=stream,
+    )
 
 
 def opened(folder, **options) -> LoadedModel:
@@ -70,13 +82,23 @@ def in_memory(model, layers) -> list[bool]:
 
 
 def overrides(folder, stream, *more):
-    place = ["model=local", f"model.path={folder}", "model.dtype=float32", "model.device=cpu", f"model.stream={str(stream).lower()}"]
+    place = [
+        "model=local",
+        f"model.path={folder}",
+        "model.dtype=float32",
+        "model.device=cpu",
+        f"model.stream={str(stream).lower()}",
+    ]
     given = {x.partition("=")[0] for x in more}
-    return [x for x in (*place, "benchmark=none", "reference=false") if x.partition("=")[0] not in given] + list(more)
+    return [
+        x for x in (*place, "benchmark=none", "reference=false") if x.partition("=")[0] not in given
+    ] + list(more)
 
 
 def both(tmp_path, folder, *more):
-    """The same run with and without streaming, each with a cache of its own: (record, folder of the compressed model) of each."""
+    """The same run with and without streaming, each with a cache of its own: (record, folder of the
+    compressed model) of each.
+    """
     found = []
     for stream in (False, True):
         where = tmp_path / ("streamed" if stream else "whole")
@@ -87,7 +109,11 @@ def both(tmp_path, folder, *more):
 
 
 def tensors(folder) -> dict[str, torch.Tensor]:
-    return {name: tensor for path in folder.glob("*.safetensors") for name, tensor in load_file(path).items()}
+    return {
+        name: tensor
+        for path in folder.glob("*.safetensors")
+        for name, tensor in load_file(path).items()
+    }
 
 
 # ---- the model
@@ -97,7 +123,8 @@ def tensors(folder) -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize("name", FAMILY_NAMES)
 def test_a_streamed_model_is_the_model(folders, name, dtype):
     folder = folders(name)
-    loaded, whole = opened(folder, dtype=dtype), local(folder, stream=False, dtype=dtype).load(Cache("unused"))
+    loaded = opened(folder, dtype=dtype)
+    whole = local(folder, stream=False, dtype=dtype).load(Cache("unused"))
     layers = loaded.family.layers(loaded.model)
     assert not any(in_memory(loaded.model, layers))
     assert torch.equal(logits(loaded.model), logits(whole.model))
@@ -183,16 +210,25 @@ def test_damaged_folders_are_refused_when_opened(folders, tmp_path):
         assert "\n" not in str(error.value)
         return str(error.value)
 
-    assert f"lacks 1 weights that its config.json asks for ({name})" in refusal({k: v for k, v in state.items() if k != name})
-    assert f"{name} is (88, 31), expected (88, 32)" in refusal(state | {name: state[name][:, :31].contiguous()})
-    assert "lacks 1 weights" in refusal({k: v for k, v in state.items() if k != "model.norm.weight"})
+    assert f"lacks 1 weights that its config.json asks for ({name})" in refusal(
+        {k: v for k, v in state.items() if k != name}
+    )
+    assert f"{name} is (88, 31), expected (88, 32)" in refusal(
+        state | {name: state[name][:, :31].contiguous()}
+    )
+    assert "lacks 1 weights" in refusal(
+        {k: v for k, v in state.items() if k != "model.norm.weight"}
+    )
 
 
 def test_a_buffer_that_no_file_has_is_refused(folders, tmp_path):
     with torch.device("meta"):
         layer = nn.Sequential(nn.Linear(2, 2))
     layer.register_buffer("table", torch.empty(3, device="meta"), persistent=False)
-    save_file({f"layers.0.{n}": torch.zeros(p.shape) for n, p in layer.named_parameters()}, tmp_path / "model.safetensors")
+    save_file(
+        {f"layers.0.{n}": torch.zeros(p.shape) for n, p in layer.named_parameters()},
+        tmp_path / "model.safetensors",
+    )
     with pytest.raises(UserError, match=r"layers\.0\.table: made by the model's code"):
         LayerStore([layer], "layers", "model", TensorFiles(tmp_path), torch.device("cpu"))
 
@@ -206,7 +242,13 @@ def test_a_streamed_model_of_the_hub(folders, cache, monkeypatch):
         return str(folder)
 
     monkeypatch.setattr(hub, "snapshot_download", snapshot)
-    place = {"dtype": "float32", "device": "cpu", "device_map": None, "trust_remote_code": False, "stream": True}
+    place = {
+        "dtype": "float32",
+        "device": "cpu",
+        "device_map": None,
+        "trust_remote_code": False,
+        "stream": True,
+    }
     source = HubModel(name="m", repo=str(folder), revision="main", weights="safetensors", **place)
     assert source.unstreamable() is None
     assert torch.equal(logits(source.load(cache).model), logits(tiny_model("llama")))
@@ -215,7 +257,9 @@ def test_a_streamed_model_of_the_hub(folders, cache, monkeypatch):
 
 def test_the_fingerprint_does_not_know_of_streaming(folders, cache):
     folder = folders("llama")
-    assert local(folder, stream=True).fingerprint(cache) == local(folder, stream=False).fingerprint(cache)
+    assert local(folder, stream=True).fingerprint(cache) == local(folder, stream=False).fingerprint(
+        cache
+    )
     configs = [{"model": {"path": "x", "stream": stream}} for stream in (False, True)]
     assert point_of(configs[0]) == point_of(configs[1])
 
@@ -225,15 +269,24 @@ def test_the_fingerprint_does_not_know_of_streaming(folders, cache):
 
 def assert_same_run(whole, streamed, atol=1e-6, rtol=1e-5) -> None:
     (whole_record, whole_folder), (record, folder) = whole, streamed
-    assert record.key == whole_record.key and folder.name == whole_folder.name and record.points == whole_record.points
+    assert (
+        record.key == whole_record.key
+        and folder.name == whole_folder.name
+        and record.points == whole_record.points
+    )
     expected, found = tensors(whole_folder), tensors(folder)
     assert found.keys() == expected.keys()
     for key, tensor in expected.items():
         assert found[key].dtype == tensor.dtype
         torch.testing.assert_close(found[key], tensor, atol=atol, rtol=rtol)
     for file in ("config.json", "generation_config.json", "tokenizer_config.json", "specomp.json"):
-        assert json.loads((folder / file).read_text()) == json.loads((whole_folder / file).read_text())
-    others = [{p.name for p in x.iterdir() if not p.name.startswith("model")} for x in (folder, whole_folder)]
+        assert json.loads((folder / file).read_text()) == json.loads(
+            (whole_folder / file).read_text()
+        )
+    others = [
+        {p.name for p in x.iterdir() if not p.name.startswith("model")}
+        for x in (folder, whole_folder)
+    ]
     assert others[0] == others[1]
     counted, expected = record.counted, whole_record.counted
     assert (counted.dense, counted.compressed) == (expected.dense, expected.compressed)
@@ -247,8 +300,12 @@ def test_a_streamed_run_makes_the_same_folder(folders, tmp_path, name, method):
     runs = both(tmp_path, folders(name), f"method={method}", "ratio=cr40")
     assert_same_run(*runs)
     whole, streamed = (made for _, made in runs)
-    assert torch.allclose(logits(specomp.load(streamed).model), logits(specomp.load(whole).model), atol=1e-5)
-    assert torch.equal(logits(specomp.load(streamed, stream=True).model), logits(specomp.load(streamed).model))
+    assert torch.allclose(
+        logits(specomp.load(streamed).model), logits(specomp.load(whole).model), atol=1e-5
+    )
+    assert torch.equal(
+        logits(specomp.load(streamed, stream=True).model), logits(specomp.load(streamed).model)
+    )
 
 
 @pytest.mark.parametrize(
@@ -261,8 +318,16 @@ def test_a_streamed_run_makes_the_same_folder(folders, tmp_path, name, method):
         ["method=svd_llm_update"],
         ["method=asvd", "quantizer=gptq_int4"],
         ["method=svd_llm", "method/allocation=global_loss"],
-        ["method=adasvd", "method.compensation.stack_of_batch=off", "method.compensation.num_buckets=3"],
-        ["method=adasvd", "method.compensation.stack_of_batch=mean", "method.compensation.num_buckets=2"],
+        [
+            "method=adasvd",
+            "method.compensation.stack_of_batch=off",
+            "method.compensation.num_buckets=3",
+        ],
+        [
+            "method=adasvd",
+            "method.compensation.stack_of_batch=mean",
+            "method.compensation.num_buckets=2",
+        ],
     ],
     ids=" ".join,
 )
@@ -272,19 +337,33 @@ def test_slots(folders, tmp_path, settings):
     runs = both(tmp_path, folders("llama"), "ratio=cr40", *settings)
     assert_same_run(*runs, atol=1e-5, rtol=1e-4)
     whole, streamed = (made for _, made in runs)
-    assert torch.allclose(logits(specomp.load(streamed).model), logits(specomp.load(whole).model), atol=1e-4)
-    assert torch.equal(logits(specomp.load(streamed, stream=True).model), logits(specomp.load(streamed).model))
+    assert torch.allclose(
+        logits(specomp.load(streamed).model), logits(specomp.load(whole).model), atol=1e-4
+    )
+    assert torch.equal(
+        logits(specomp.load(streamed, stream=True).model), logits(specomp.load(streamed).model)
+    )
 
 
 @pytest.mark.parametrize("options", [{"sharded": True}, {"untied": True}, {"base": True}])
 def test_runs_from_ways_to_store_a_model(folders, tmp_path, options):
-    assert_same_run(*both(tmp_path, folders("llama_gqa", **options), "method=svd_llm", "ratio=cr40", "model.dtype=bfloat16"))
+    assert_same_run(
+        *both(
+            tmp_path,
+            folders("llama_gqa", **options),
+            "method=svd_llm",
+            "ratio=cr40",
+            "model.dtype=bfloat16",
+        )
+    )
 
 
 def test_the_folder_is_an_ordinary_sharded_one(folders, tmp_path):
     _, (_, made) = both(tmp_path, folders("llama"), "method=svd_llm", "ratio=cr40")
     files = sorted(p.name for p in made.glob("*.safetensors"))
-    assert files == [f"model-0000{i}-of-00004.safetensors" for i in (1, 2, 3, 4)], "one for every decoder layer, and one for the rest"
+    assert files == [f"model-0000{i}-of-00004.safetensors" for i in (1, 2, 3, 4)], (
+        "one for every decoder layer, and one for the rest"
+    )
     index = json.loads((made / "model.safetensors.index.json").read_text())
     state = tensors(made)
     assert index["weight_map"].keys() == state.keys()
@@ -301,9 +380,15 @@ def test_benchmarks_of_streamed_models(folders, tmp_path):
     found = []
     for stream in (False, True):
         measured = ["benchmark=tiny", "reference=true", "method=svd_llm", "ratio=cr40"]
-        found.append(compose_run(tmp_path / str(stream), *overrides(folders("llama"), stream, *measured)))
+        found.append(
+            compose_run(tmp_path / str(stream), *overrides(folders("llama"), stream, *measured))
+        )
     whole, streamed = found
-    assert streamed.metrics.keys() == whole.metrics.keys() and streamed.metrics and streamed.dense_metrics
+    assert (
+        streamed.metrics.keys() == whole.metrics.keys()
+        and streamed.metrics
+        and streamed.dense_metrics
+    )
     for name in whole.metrics:
         assert streamed.metrics[name] == pytest.approx(whole.metrics[name], rel=1e-5)
         assert streamed.dense_metrics[name] == pytest.approx(whole.dense_metrics[name], rel=1e-5)
@@ -312,7 +397,10 @@ def test_benchmarks_of_streamed_models(folders, tmp_path):
 def test_a_benchmark_is_added_to_a_streamed_folder(folders, tmp_path):
     common = overrides(folders("llama"), True, "method=svd_llm", "ratio=cr40")
     first = compose_run(tmp_path, *common)
-    later = compose_run(tmp_path, *overrides(folders("llama"), True, "method=svd_llm", "ratio=cr40", "benchmark=tiny"))
+    later = compose_run(
+        tmp_path,
+        *overrides(folders("llama"), True, "method=svd_llm", "ratio=cr40", "benchmark=tiny"),
+    )
     assert later.key == first.key and not first.metrics and later.metrics
     assert later.seconds["compress"] == first.seconds["compress"], "not compressed again"
 
@@ -334,12 +422,19 @@ def test_no_two_decoder_layers_are_ever_in_memory(folders, tmp_path, monkeypatch
 def test_statistics_are_shared_with_runs_in_memory(folders, tmp_path):
     for stream in (True, False):
         method = "adasvd" if stream else "svd_llm"
-        record = compose_run(tmp_path, *overrides(folders("llama"), stream, f"method={method}", "ratio=cr40"))
-    assert record.cache["hits"]["statistics/gram"] == 1 and "statistics/gram" not in record.cache["misses"]
+        record = compose_run(
+            tmp_path, *overrides(folders("llama"), stream, f"method={method}", "ratio=cr40")
+        )
+    assert (
+        record.cache["hits"]["statistics/gram"] == 1
+        and "statistics/gram" not in record.cache["misses"]
+    )
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, OSError])
-def test_an_interrupted_run_leaves_nothing_and_can_be_repeated(folders, tmp_path, monkeypatch, error):
+def test_an_interrupted_run_leaves_nothing_and_can_be_repeated(
+    folders, tmp_path, monkeypatch, error
+):
     common = overrides(folders("llama"), True, "method=adasvd", "ratio=cr40")
     expected = compose_run(tmp_path / "other", *common)
     add, models = Export.add, tmp_path / "outputs" / "models"
@@ -359,7 +454,10 @@ def test_an_interrupted_run_leaves_nothing_and_can_be_repeated(folders, tmp_path
     name = next((tmp_path / "other" / "outputs" / "models").iterdir()).name
     (models / f".{name}.1.tmp").mkdir()  # of a process that was killed
     record = store(tmp_path).load(key_of(cfg))
-    assert record.status == ("running" if error is KeyboardInterrupt else "failed") and not record.ledger
+    assert (
+        record.status == ("running" if error is KeyboardInterrupt else "failed")
+        and not record.ledger
+    )
     run(cfg)
     record = stored_record(tmp_path, cfg)
     assert record.status == "ok"
@@ -412,7 +510,9 @@ def test_models_without_files_are_refused(tmp_path):
 
 
 def test_statistics_of_gradients_are_refused_by_the_stage_too(folders, tmp_path):
-    cfg = compose_config(tmp_path, *overrides(folders("llama"), True, "method=svd_llm", "ratio=cr40"))
+    cfg = compose_config(
+        tmp_path, *overrides(folders("llama"), True, "method=svd_llm", "ratio=cr40")
+    )
     experiment = build(cfg)
     loaded = load_dense(experiment, Record(key="0" * 64))
     with pytest.raises(UserError, match="gradients need the whole model"):

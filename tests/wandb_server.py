@@ -1,5 +1,6 @@
-"""As much of W&B's server, on the loopback device, as a run needs: it says yes to everything and remembers what it was told.
-Also what W&B itself has no reader for: the files of an offline run."""
+"""As much of W&B's server, on the loopback device, as a run needs: it says yes to everything and
+remembers what it was told. Also what W&B itself has no reader for: the files of an offline run.
+"""
 
 import gzip
 import json
@@ -19,13 +20,17 @@ class Server(ThreadingHTTPServer):
 
     def __init__(self) -> None:
         super().__init__(("127.0.0.1", 0), Handler)
-        self.runs: dict[str, dict[str, Any]] = {}  # id -> the variables of its last UpsertBucket that had any
+        self.runs: dict[
+            str, dict[str, Any]
+        ] = {}  # id -> the variables of its last UpsertBucket that had any
         self.history: list[dict[str, Any]] = []
         self.summaries: list[dict[str, Any]] = []
         self.artifacts: list[dict[str, Any]] = []
         self.views: list[dict[str, Any]] = []
         self.asked: list[str] = []
-        threading.Thread(target=self.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()
+        threading.Thread(
+            target=self.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True
+        ).start()
 
     @property
     def url(self) -> str:
@@ -53,12 +58,28 @@ class Server(ThreadingHTTPServer):
             self.views.append(variables)
         project = {"id": "p", "name": "specomp", "entity": {"id": "e", "name": "someone"}}
         name = variables.get("name") or "run"
-        bucket = {"id": "r", "name": name, "displayName": name, "description": "", "config": "{}", "sweepName": "", "historyLineCount": 0}
+        bucket = {
+            "id": "r",
+            "name": name,
+            "displayName": name,
+            "description": "",
+            "config": "{}",
+            "sweepName": "",
+            "historyLineCount": 0,
+        }
         artifact = {"id": "a", "digest": "", "state": "COMMITTED", "aliases": [], "versionIndex": 0}
         artifact |= {"artifactSequence": {"id": "s", "name": "n", "latestArtifact": None}}
-        files = [{"name": x, "uploadUrl": f"{self.url}/upload/{x}"} for x in variables.get("files") or []]
+        files = [
+            {"name": x, "uploadUrl": f"{self.url}/upload/{x}"} for x in variables.get("files") or []
+        ]
         return {
-            "viewer": {"id": "u", "entity": "someone", "username": "someone", "flags": "{}", "teams": {"edges": []}},
+            "viewer": {
+                "id": "u",
+                "entity": "someone",
+                "username": "someone",
+                "flags": "{}",
+                "teams": {"edges": []},
+            },
             "serverInfo": {
                 "cliVersionInfo": {"min_cli_version": "0.1", "max_cli_version": "99"},
                 "latestLocalVersionInfo": None,
@@ -75,7 +96,10 @@ class Server(ThreadingHTTPServer):
 
     def streamed(self, files: dict[str, Any]) -> None:
         """Lines of a run's history and summary."""
-        for name, into in (("wandb-history.jsonl", self.history), ("wandb-summary.json", self.summaries)):
+        for name, into in (
+            ("wandb-history.jsonl", self.history),
+            ("wandb-summary.json", self.summaries),
+        ):
             into += [json.loads(line) for line in files.get(name, {}).get("content", ())]
 
 
@@ -96,7 +120,9 @@ class Handler(BaseHTTPRequestHandler):
         if self.path.endswith("/graphql"):
             asked = json.loads(body)
             found = re.search(r"(?:query|mutation)\s+(\w+)", asked["query"])
-            reply = {"data": self.server.answer(found[1] if found else "", asked.get("variables") or {})}
+            reply = {
+                "data": self.server.answer(found[1] if found else "", asked.get("variables") or {})
+            }
         elif self.path.endswith("/file_stream"):
             self.server.streamed(json.loads(body).get("files") or {})
         self.reply(json.dumps(reply).encode())
@@ -117,10 +143,16 @@ class Handler(BaseHTTPRequestHandler):
 
 
 def stored(path: Path) -> Iterator[Any]:
-    """Records of a `.wandb` file: LevelDB's log format behind 7 bytes (https://github.com/google/leveldb/blob/main/doc/log_format.md)."""
+    """Records of a `.wandb` file: LevelDB's log format behind 7 bytes
+    (https://github.com/google/leveldb/blob/main/doc/log_format.md).
+    """
     from wandb.proto import wandb_internal_pb2
 
-    block, header, last = 32768, 7, {1, 4}  # types: 1 a whole record; 2, 3, 4 its first, middle and last fragment
+    block, header, last = (
+        32768,
+        7,
+        {1, 4},
+    )  # types: 1 a whole record; 2, 3, 4 its first, middle and last fragment
     data, position, record = path.read_bytes(), header, b""
     while position + header <= len(data):
         if block - position % block < header:  # padding

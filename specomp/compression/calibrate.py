@@ -1,7 +1,9 @@
-"""Calibration: statistics of the dense model over the calibration set, once, cached by content, shared by every job.
+"""Calibration: statistics of the dense model over the calibration set, once, cached by content,
+shared by every job.
 
-The forward pass stops at the last hidden state (no logits), except for gradient statistics, which need the loss. A streamed
-model is calibrated decoder layer by decoder layer, each in memory once: the hidden states of all samples wait for the next one.
+The forward pass stops at the last hidden state (no logits), except for gradient statistics, which
+need the loss. A streamed model is calibrated decoder layer by decoder layer, each in memory once:
+the hidden states of all samples wait for the next one.
 """
 
 import logging
@@ -26,7 +28,9 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Pass:
-    """One pass over the calibration set: what is accumulated, in which decoder layers, and whether it takes a backward pass."""
+    """One pass over the calibration set: what is accumulated, in which decoder layers, and whether
+    it takes a backward pass.
+    """
 
     statistics: Sequence[Statistic]
     layers: range
@@ -52,7 +56,13 @@ class Observation:
         run = self.run
         run.model.requires_grad_(False)
         for index in self.job.layers:
-            observer = LayerObserver(run.layers[index], run.family, self.job.statistics, run.precision, run.samples.num_samples)
+            observer = LayerObserver(
+                run.layers[index],
+                run.family,
+                self.job.statistics,
+                run.precision,
+                run.samples.num_samples,
+            )
             self._observers[index] = self._hooks.enter_context(observer)
         return self
 
@@ -60,7 +70,9 @@ class Observation:
         self._hooks.close()
 
     def observe(self, batch: Tensor) -> None:
-        """Token ids (batch, length) through the decoder, or one backward pass per sequence for gradient statistics."""
+        """Token ids (batch, length) through the decoder, or one backward pass per sequence for
+        gradient statistics.
+        """
         run, batch = self.run, batch.to(self.run.model.device)
         with run.forward_precision():
             if not self.job.gradients:
@@ -73,7 +85,9 @@ class Observation:
                     run.model(input_ids=sequence, labels=sequence, use_cache=False).loss.backward()
 
     def keep(self, total: Callable[[Tensor], Tensor] | None = None, *, store: bool = True) -> None:
-        """Store what was seen and forget it, one decoder layer at a time; total: adds up over processes first."""
+        """Store what was seen and forget it, one decoder layer at a time; total: adds up over
+        processes first.
+        """
         self._hooks.close()
         for index in list(self._observers):
             observer = self._observers.pop(index)
@@ -108,10 +122,11 @@ class Statistics:
         return stats_of(linear, self.layer(linear.decoder_layer), self.statistics)
 
     def layer(self, index: int) -> dict[str, Tensor]:
-        """All values of one decoder layer, on the device its linears will be worked on; recomputed when the cache lost them.
+        """All values of one decoder layer, on the device its linears will be worked on; recomputed
+        when the cache lost them.
 
-        Raises UserError when they are lost after the first linear was replaced: what the model sees now is not what the
-        dense one saw.
+        Raises UserError when they are lost after the first linear was replaced: what the model sees
+        now is not what the dense one saw.
         """
         if index != self._layer:
             self._values = {}
@@ -120,8 +135,9 @@ class Statistics:
                 if part is None:
                     if not self.run.is_dense:
                         raise UserError(
-                            f"The cache in {self.run.cache.root} lost the statistics of decoder layer {index} while the model was "
-                            "being compressed: run the same command again, which computes them anew."
+                            f"The cache in {self.run.cache.root} lost the statistics of decoder"
+                            f" layer {index} while the model was being compressed: run the same"
+                            " command again, which computes them anew."
                         )
                     collect(self.run, self.statistics, in_this_process)
                     part = self._load(statistic, index)
@@ -135,7 +151,9 @@ class Statistics:
         self._layer, self._values = -1, {}
 
     def _load(self, statistic: Statistic, index: int) -> dict[str, Tensor] | None:
-        part = self.run.cache.load("statistics", statistic_key(self.run, statistic), part_name(index))
+        part = self.run.cache.load(
+            "statistics", statistic_key(self.run, statistic), part_name(index)
+        )
         device = self.run.device(index)
         return None if part is None else {name: value.to(device) for name, value in part.items()}
 
@@ -160,12 +178,17 @@ def statistic_key(run: Run, statistic: Statistic) -> str:
     )
 
 
-def calibrate(run: Run, statistics: Iterable[Statistic] | None = None, drive: Drive = in_this_process) -> Statistics:
-    """Make sure that the statistics (those of the route) of the dense model are in the cache, in one pass for those that are not."""
+def calibrate(
+    run: Run, statistics: Iterable[Statistic] | None = None, drive: Drive = in_this_process
+) -> Statistics:
+    """Make sure that the statistics (those of the route) of the dense model are in the cache, in
+    one pass for those that are not.
+    """
     wanted = Statistics(run, run.route.dense if statistics is None else statistics)
     missing = [x for x in wanted.statistics if not _complete(run, x)]
     if missing:
-        # One lock per model and calibration set: a second job waits and then finds everything. Who misses nothing does not wait.
+        # One lock per model and calibration set: a second job waits and then finds everything. Who
+        # misses nothing does not wait.
         lock = run.cache.lock("statistics", digest([run.model_key, run.samples.hash]))
         with waiting(lock, "calibrates this model"):
             missing = [x for x in missing if not _complete(run, x)]
@@ -182,9 +205,11 @@ def _complete(run: Run, statistic: Statistic) -> bool:
 
 
 def passes(run: Run, statistics: Iterable[Statistic]) -> Iterator[Pass]:
-    """Those that these statistics take, range of decoder layers by range; gradient statistics in passes of their own.
+    """Those that these statistics take, range of decoder layers by range; gradient statistics in
+    passes of their own.
 
-    Several processes share the batches of what is a sum over tokens; the rest is taken by one of them.
+    Several processes share the batches of what is a sum over tokens; the rest is taken by one of
+    them.
     """
     groups: dict[tuple[bool, bool], list[Statistic]] = {}
     for statistic in statistics:
@@ -192,7 +217,12 @@ def passes(run: Run, statistics: Iterable[Statistic]) -> Iterator[Pass]:
         groups.setdefault((statistic.scope in GRADIENT_SCOPES, shared), []).append(statistic)
     for gradients, shared in sorted(groups):
         for layers in run.family.layer_ranges(run.model, run.calibration.layers_at_once):
-            yield Pass(groups[gradients, shared], layers, gradients, shared and len(run.samples.batches()) >= run.processes)
+            yield Pass(
+                groups[gradients, shared],
+                layers,
+                gradients,
+                shared and len(run.samples.batches()) >= run.processes,
+            )
 
 
 def collect(run: Run, statistics: Iterable[Statistic], drive: Drive) -> None:
@@ -202,14 +232,24 @@ def collect(run: Run, statistics: Iterable[Statistic], drive: Drive) -> None:
         _collect_streamed(run, statistics)
         return
     for job in passes(run, statistics):
-        by = "" if run.processes == 1 else f" by {run.processes} processes" if job.shared else " by one of them"
-        log.info("%s: %d samples of %d tokens%s", job.label, samples.num_samples, samples.length, by)
+        by = (
+            ""
+            if run.processes == 1
+            else f" by {run.processes} processes"
+            if job.shared
+            else " by one of them"
+        )
+        log.info(
+            "%s: %d samples of %d tokens%s", job.label, samples.num_samples, samples.length, by
+        )
         drive(Observation(run, job), samples.batches())
 
 
 def _collect_streamed(run: Run, statistics: list[Statistic]) -> None:
     if any(x.scope in GRADIENT_SCOPES for x in statistics):
-        raise UserError("Statistics of gradients need the whole model in memory: set model.stream=false.")
+        raise UserError(
+            "Statistics of gradients need the whole model in memory: set model.stream=false."
+        )
     samples, count = run.samples, len(run.layers)
     label = f"calibrate {', '.join(x.name for x in statistics)}, streamed"
     log.info("%s: %d samples of %d tokens", label, samples.num_samples, samples.length)
@@ -219,11 +259,17 @@ def _collect_streamed(run: Run, statistics: list[Statistic]) -> None:
             keep(run, statistics, i, stream.advance(i, statistics))
 
 
-def keep(run: Run, statistics: Iterable[Statistic], decoder_layer: int, values: Mapping[str, Tensor]) -> None:
+def keep(
+    run: Run, statistics: Iterable[Statistic], decoder_layer: int, values: Mapping[str, Tensor]
+) -> None:
     """Store what one decoder layer accumulated. Raises UserError where it is not finite."""
     for statistic in statistics:
-        part = {name: value for name, value in values.items() if name.endswith(f":{statistic.name}")}
+        part = {
+            name: value for name, value in values.items() if name.endswith(f":{statistic.name}")
+        }
         wrong = [name for name, value in part.items() if not bool(value.isfinite().all())]
         if wrong:
-            raise not_finite(f"Decoder layer {decoder_layer}: {wrong[0]} is not finite on the calibration set")
+            raise not_finite(
+                f"Decoder layer {decoder_layer}: {wrong[0]} is not finite on the calibration set"
+            )
         run.cache.save("statistics", statistic_key(run, statistic), part_name(decoder_layer), part)

@@ -1,4 +1,6 @@
-"""What cannot work, found before any number is seen, whoever asks: the library and an experiment alike."""
+"""What cannot work, found before any number is seen, whoever asks: the library and an experiment
+alike.
+"""
 
 from collections.abc import Sequence
 
@@ -12,16 +14,26 @@ from specomp.models.family import Unit
 from specomp.slots import Method, Upstream, check_slots
 
 
-def check_method(method: Method, budget: Budget, upstream: Upstream, num_samples: int, processes: int, dtype: str) -> Route:
-    """Whether the slots fit each other, the budget, the samples, the processes and the model's dtype ("float32"). Raises UserError."""
+def check_method(
+    method: Method, budget: Budget, upstream: Upstream, num_samples: int, processes: int, dtype: str
+) -> Route:
+    """Whether the slots fit each other, the budget, the samples, the processes and the model's
+    dtype ("float32"). Raises UserError.
+    """
     check_slots(method)
     route = Route.of(method, upstream, num_samples)
     training, refinement = method.training, method.refinement
-    moves = "training" if training.moves_stored else "refinement" if refinement.moves_stored and not training.chooses else None
+    moves = (
+        "training"
+        if training.moves_stored
+        else "refinement"
+        if refinement.moves_stored and not training.chooses
+        else None
+    )
     if method.rounding.grid is not None and moves is not None:
         raise UserError(
-            f"{type(getattr(method, moves)).__name__} moves numbers off the grid they were rounded to: use another method/{moves}, "
-            "or quantizer=none."
+            f"{type(getattr(method, moves)).__name__} moves numbers off the grid they were rounded"
+            f" to: use another method/{moves}, or quantizer=none."
         )
     if training.active:
         training.check(method, budget, training.samples_of(num_samples), processes, dtype)
@@ -29,7 +41,9 @@ def check_method(method: Method, budget: Budget, upstream: Upstream, num_samples
 
 
 def check_budget(units: Sequence[Unit], method: Method, budget: Budget, dtype: torch.dtype) -> None:
-    """No allocation helps when the budget cannot pay the smallest form everywhere. Raises UserError."""
+    """No allocation helps when the budget cannot pay the smallest form everywhere. Raises
+    UserError.
+    """
     form, grid, least, whole = method.packing, method.rounding.grid, 0, 0
     for unit in units:
         sizes, dense = form.sizes(unit), budget.price(DENSE.parts(unit, 0), dtype)
@@ -38,6 +52,6 @@ def check_budget(units: Sequence[Unit], method: Method, budget: Budget, dtype: t
     allowed = budget.share(dtype) * whole
     if allowed < least:
         raise UserError(
-            f"{budget.setting} keeps {allowed:.0f} {budget.currency} of the {len(units)} linears, rank 1 in each takes {least}: "
-            f"{budget.remedy}."
+            f"{budget.setting} keeps {allowed:.0f} {budget.currency} of the {len(units)} linears,"
+            f" rank 1 in each takes {least}: {budget.remedy}."
         )

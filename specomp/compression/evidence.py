@@ -1,4 +1,6 @@
-"""What forms are made of: the norm, the target, the spectrum and the factors of a linear, as the route of the method says."""
+"""What forms are made of: the norm, the target, the spectrum and the factors of a linear, as the
+route of the method says.
+"""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -45,7 +47,12 @@ class DenseEvidence:
         return truncate(self.spectrum(linear), rank)
 
     def rounded(
-        self, linear: LinearSpec, matrices: Sequence[Tensor], assemble: Callable[..., Tensor], *, free_basis: bool
+        self,
+        linear: LinearSpec,
+        matrices: Sequence[Tensor],
+        assemble: Callable[..., Tensor],
+        *,
+        free_basis: bool,
     ) -> tuple[Rounded, ...]:
         """As they are."""
         return tuple(map(Rounded, matrices))
@@ -114,7 +121,12 @@ class LayerEvidence(DenseEvidence):
                 whole = self.spectra(linear)
                 target = whole.U @ whole.rows
             else:
-                target = target_of(method.target, linear_module(self.run.model, linear).weight.detach(), stats, linear.name)
+                target = target_of(
+                    method.target,
+                    linear_module(self.run.model, linear).weight.detach(),
+                    stats,
+                    linear.name,
+                )
             self._norms[linear.name] = stats, method.whitening(stats), target
         return self._norms[linear.name]
 
@@ -124,12 +136,19 @@ class LayerEvidence(DenseEvidence):
             if self.run.route.caches_spectra:
                 found = self.spectra(linear)
             else:
-                found = decompose(self.norm(linear), self.weight(linear), linear.name, keep=self.sizes[linear.name])
+                found = decompose(
+                    self.norm(linear),
+                    self.weight(linear),
+                    linear.name,
+                    keep=self.sizes[linear.name],
+                )
             self._spectra[linear.name] = found
         return self._spectra[linear.name]
 
     def factors(self, linear: LinearSpec, rank: int) -> LowRankFactors:
-        """Truncated and compensated; or what a training kept. Raises UserError where they are not finite."""
+        """Truncated and compensated; or what a training kept. Raises UserError where they are not
+        finite.
+        """
         if self.trained is not None:
             return self.trained.factors(linear, rank)
         factors, repair = truncate(self.spectrum(linear), rank), self.run.method.compensation
@@ -145,24 +164,39 @@ class LayerEvidence(DenseEvidence):
 
     def _repair_stats(self, linear: LinearSpec) -> Stats:
         streamed = self.run.route.compensation.streamed
-        return stats_of(linear, self.compensation, streamed) if streamed else self.statistics(linear)
+        return (
+            stats_of(linear, self.compensation, streamed) if streamed else self.statistics(linear)
+        )
 
     def rounded(
-        self, linear: LinearSpec, matrices: Sequence[Tensor], assemble: Callable[..., Tensor], *, free_basis: bool
+        self,
+        linear: LinearSpec,
+        matrices: Sequence[Tensor],
+        assemble: Callable[..., Tensor],
+        *,
+        free_basis: bool,
     ) -> tuple[Rounded, ...]:
-        """On the inputs that the route says. Raises UserError where that is numerically impossible."""
+        """On the inputs that the route says. Raises UserError where that is numerically
+        impossible.
+        """
         rounding = self.run.method.rounding
-        stats = self._repair_stats(linear) if self.run.route.rounds == "compensation" else self.stats(linear)
+        stats = (
+            self._repair_stats(linear)
+            if self.run.route.rounds == "compensation"
+            else self.stats(linear)
+        )
         try:
             found = rounding(matrices, stats, self.place(linear)["dtype"], free_basis=free_basis)
         except ValueError as error:
             raise UserError(
-                f"{linear.name}, quantizing its factors: {error}: calibrate on more tokens, or raise quantizer.damping."
+                f"{linear.name}, quantizing its factors: {error}: calibrate on more tokens, or"
+                " raise quantizer.damping."
             ) from error
         if all(x.grid is None for x in found):
             return found
         account, norm = self.account(linear), self.norm(linear)
-        before, after = assemble(*(x.float() for x in matrices)), assemble(*(x.values for x in found))
+        before = assemble(*(x.float() for x in matrices))
+        after = assemble(*(x.values for x in found))
         account.quantization_error = relative(norm.loss(after - before), norm.loss(before))
         account.quantization_damping = max(x.damping for x in found)
         return found
@@ -180,12 +214,18 @@ class LayerEvidence(DenseEvidence):
         whole = nn.Linear(linear.n, linear.m, bias=False, device="meta")
         whole.weight = nn.Parameter(factors.product().to(dtype))
         bias = self.bias(linear)
-        whole.register_parameter("bias", None if bias is None else nn.Parameter(bias.to(whole.weight.device, dtype)))
+        whole.register_parameter(
+            "bias", None if bias is None else nn.Parameter(bias.to(whole.weight.device, dtype))
+        )
         return whole
 
     def place(self, linear: LinearSpec) -> dict[str, Any]:
         """dtype and device of what is stored."""
-        return {"dtype": self.run.model.dtype, "device": self.run.device(linear.decoder_layer)} if self.trained else super().place(linear)
+        return (
+            {"dtype": self.run.model.dtype, "device": self.run.device(linear.decoder_layer)}
+            if self.trained
+            else super().place(linear)
+        )
 
     def hold(self, linear: LinearSpec, spectrum: Spectrum) -> None:
         """Use this spectrum of it."""

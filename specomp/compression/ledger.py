@@ -1,7 +1,8 @@
-"""What compression kept, counted on the modules as they are: parameters, bits, bytes, multiply-adds.
+"""What compression kept, counted on the modules as they are: parameters, bits, bytes,
+multiply-adds.
 
-Two scopes, never mixed: `linears` is the decoder layers' linear weights, which is what the papers' ratios count; `model` is
-everything, embeddings and head included (tied weights once).
+Two scopes, never mixed: `linears` is the decoder layers' linear weights, which is what the papers'
+ratios count; `model` is everything, embeddings and head included (tied weights once).
 """
 
 from collections.abc import Mapping, Sequence
@@ -17,11 +18,13 @@ from specomp.models.family import LinearSpec
 
 @dataclass(frozen=True, kw_only=True)
 class Size:
-    """Counts of one model. Multiply-adds per token: every linear and the head, without attention scores, which depend on the context.
+    """Counts of one model. Multiply-adds per token: every linear and the head, without attention
+    scores, which depend on the context.
 
-    linear_bits: all that is stored of the linears' weights. model_bytes: what a folder of factors stores, with scales and
-    zeros where weights are integers. held_bytes: what the parameters took while the model was evaluated, which is more where
-    the integers are simulated (their values held in the model's dtype).
+    linear_bits: all that is stored of the linears' weights. model_bytes: what a folder of factors
+    stores, with scales and zeros where weights are integers. held_bytes: what the parameters took
+    while the model was evaluated, which is more where the integers are simulated (their values held
+    in the model's dtype).
     """
 
     linear_params: int
@@ -33,21 +36,32 @@ class Size:
 
 
 def measure(model: nn.Module, linears: Sequence[LinearSpec]) -> Size:
-    """Count a model; `linears` are the compressible ones. Biases are not weights: they count in the model, not in the linears."""
+    """Count a model; `linears` are the compressible ones. Biases are not weights: they count in the
+    model, not in the linears.
+    """
     parameters = list(model.parameters())  # each shared tensor once
     modules = [model.get_submodule(x.name) for x in linears]
-    parts = {f"{x.name}.{name}": part for x, module in zip(linears, modules, strict=True) for name, part in parts_of(module).items()}
+    parts = {
+        f"{x.name}.{name}": part
+        for x, module in zip(linears, modules, strict=True)
+        for name, part in parts_of(module).items()
+    }
     dtype = next(p.dtype for p in modules[0].parameters())
     indices = sum(part.index_bits * torch.Size(part.shape).numel() for part in parts.values()) // 8
     held = sum(p.numel() * p.element_size() for p in parameters) + indices
     stored = bits(parts, dtype)
-    unrounded = sum(numbers({name: part}) * 8 * dtype.itemsize for name, part in parts.items()) + 8 * indices
+    unrounded = (
+        sum(numbers({name: part}) * 8 * dtype.itemsize for name, part in parts.items())
+        + 8 * indices
+    )
     return Size(
         linear_params=numbers(parts),
         model_params=sum(p.numel() for p in parameters),
         model_bytes=held - (unrounded - stored) // 8,
         held_bytes=held,
-        macs_per_token=sum(module.weight.numel() for module in model.modules() if isinstance(module, nn.Linear)),
+        macs_per_token=sum(
+            module.weight.numel() for module in model.modules() if isinstance(module, nn.Linear)
+        ),
         linear_bits=stored,
     )
 
@@ -66,7 +80,9 @@ class Ledger:
     num_linears: int = 0
     num_dense: int = 0
     packing: str = "factors"
-    norm_error: float | None = None  # mean over the factorized linears, relative, in the method's norm
+    norm_error: float | None = (
+        None  # mean over the factorized linears, relative, in the method's norm
+    )
     compensation_gain: float | None = None  # mean over them: what compensation left of the loss
 
     @property
@@ -81,7 +97,9 @@ class Ledger:
         """What was measured beside what was asked for, in the budget's currency."""
         if self.target_bits is not None:
             return f"measured {self.measured_bits:.4f} bits a weight, target {self.target_bits:.4f}"
-        return f"measured retention {self.measured_retention:.4f}, target {self.target_retention:.4f}"
+        return (
+            f"measured retention {self.measured_retention:.4f}, target {self.target_retention:.4f}"
+        )
 
     @property
     def measured_bits(self) -> float:
@@ -100,7 +118,8 @@ class Ledger:
             return {x.name: values[x.name] for x in fields(kind) if x.name in values}
 
         def size(values: Mapping[str, Any]) -> Size:
-            return Size(**{"held_bytes": values["model_bytes"]} | known(Size, values))  # the first records had no held_bytes
+            # the first records had no held_bytes
+            return Size(**{"held_bytes": values["model_bytes"]} | known(Size, values))
 
         sizes = {name: size(content[name]) for name in ("dense", "compressed")}
         return cls(**known(cls, content) | sizes)

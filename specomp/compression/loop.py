@@ -1,6 +1,8 @@
-"""The compression itself: allocate; decoder layer by decoder layer fit, repair, round, install, refine; train where a method does.
+"""The compression itself: allocate; decoder layer by decoder layer fit, repair, round, install,
+refine; train where a method does.
 
-Where a slot asks for inputs from the compressed model, the hidden states of the calibration set travel along (stream.py).
+Where a slot asks for inputs from the compressed model, the hidden states of the calibration set
+travel along (stream.py).
 """
 
 import time
@@ -40,8 +42,12 @@ def compress(run: Run, statistics: Statistics) -> Report:
     spectra = dense_spectra(run, statistics)
     with progress.stage("allocate"):
         evidence = DenseEvidence(run, spectra)
-        menu = options(run.units, [method.packing], run.budget, run.model.dtype, evidence, method.rounding.grid)
-        choices = method.allocation(menu, run.budget.share(run.model.dtype), Probe(run, statistics, evidence))
+        menu = options(
+            run.units, [method.packing], run.budget, run.model.dtype, evidence, method.rounding.grid
+        )
+        choices = method.allocation(
+            menu, run.budget.share(run.model.dtype), Probe(run, statistics, evidence)
+        )
     prepared = method.training.before(run)
     trained = method.training.forms(run, prepared, choices, statistics, spectra)
     chosen = choices if trained is None else trained.choices
@@ -49,24 +55,38 @@ def compress(run: Run, statistics: Statistics) -> Report:
         reports = compress_layers(run, chosen, statistics, spectra, trained)
     account = trained.account if trained is not None else method.training.after(run, prepared)
     balance = ledger(run.budget, before, measure(run.model, run.linears))
-    found = Report(linears=reports, ledger=balance, training=dict(account), seconds=progress.seconds, notes=progress.notes)
+    found = Report(
+        linears=reports,
+        ledger=balance,
+        training=dict(account),
+        seconds=progress.seconds,
+        notes=progress.notes,
+    )
     return explained(run, found, chosen, trained)
 
 
 def dense_spectra(run: Run, statistics: Statistics) -> Spectra:
-    """Of the dense model: an allocation may ask for them although the norm will see compressed inputs."""
+    """Of the dense model: an allocation may ask for them although the norm will see compressed
+    inputs.
+    """
     method, dense = run.method, run.calibration.upstream == "dense"
-    # In the dense model a linear's outputs are those of its weight, whatever the target makes of compressed inputs.
+    # In the dense model a linear's outputs are those of its weight, whatever the target makes of
+    # compressed inputs.
     target = method.target if dense else Weight()
     read = statistics if dense else Statistics(run, method.whitening.needs)
     return Spectra(run, target, method.whitening, read, complete=run.route.complete)
 
 
 def compress_layers(
-    run: Run, choices: Mapping[Unit, Choice], statistics: Statistics, spectra: Spectra, trained: Trained | None = None
+    run: Run,
+    choices: Mapping[Unit, Choice],
+    statistics: Statistics,
+    spectra: Spectra,
+    trained: Trained | None = None,
 ) -> list[LinearReport]:
     """Replace the model's units by the forms chosen for them; returns one report per linear."""
-    run.model.requires_grad_(False)  # also where every statistic came from the cache and no calibration pass did it
+    # also where every statistic came from the cache and no calibration pass did it
+    run.model.requires_grad_(False)
     streams = Streams(run) if trained is None else None
     key = refinement_key(run, choices) if run.route.refines and trained is None else None
     count, reports = len(run.layers), []
@@ -83,23 +103,33 @@ def compress_layers(
 
 
 class Streams:
-    """The hidden states that travel, as the route says: of the compressed model, of the dense one beside it, or none."""
+    """The hidden states that travel, as the route says: of the compressed model, of the dense one
+    beside it, or none.
+    """
 
     def __init__(self, run: Run) -> None:
         """Embeds the calibration set if anything has to see compressed inputs."""
         route, samples = run.route, run.samples
         self.run, self.own, self.dense = run, None, None
         if route.stream_samples:
-            few = samples if route.stream_samples == samples.num_samples else samples.subset(route.stream_samples)
+            few = (
+                samples
+                if route.stream_samples == samples.num_samples
+                else samples.subset(route.stream_samples)
+            )
             self.own = HiddenStream(run, few)
             self.dense = self.own.twin() if route.compares else None
 
     def observe(self, index: int) -> tuple[Values, Values]:
-        """What the still dense decoder layer sees of compressed inputs: for the norm, and for the repair."""
+        """What the still dense decoder layer sees of compressed inputs: for the norm, and for the
+        repair.
+        """
         if self.own is None:
             return {}, {}
         route = self.run.route
-        whitening, repair, limit = route.whitening.streamed, route.compensation.streamed, route.compensation.num_samples
+        whitening = route.whitening.streamed
+        repair = route.compensation.streamed
+        limit = route.compensation.num_samples
         if limit is None:
             values = self._observe_all(index, whitening | repair)
             return values, values
@@ -136,7 +166,13 @@ def _compress_layer(
     sizes = {x.name: choice.size for unit, choice in choices.items() for x in unit.linears}
     evidence = LayerEvidence(run, spectra, statistics, whitening, repair, trained, sizes)
     with one_thread_each(list(choices), run.device(index)) as side_by_side:
-        found = [x for part in side_by_side(lambda unit: store_unit(run, unit, choices[unit], evidence), list(choices)) for x in part]
+        found = [
+            x
+            for part in side_by_side(
+                lambda unit: store_unit(run, unit, choices[unit], evidence), list(choices)
+            )
+            for x in part
+        ]
     if refinement is not None and not all(x.dense for x in found):
         assert streams is not None and streams.own is not None and streams.dense is not None
         gain = refined(run, refinement, index, streams.own, streams.dense)
@@ -151,13 +187,26 @@ def store_unit(run: Run, unit: Unit, choice: Choice, evidence: LayerEvidence) ->
     modules = choice.form.fit(unit, choice.size, evidence)
     for linear in unit.linears:
         module = modules[linear.name]
-        report = LinearReport(name=linear.name, m=linear.m, n=linear.n, rank=choice.size, stored=linear.params, dense=choice.form == DENSE)
+        report = LinearReport(
+            name=linear.name,
+            m=linear.m,
+            n=linear.n,
+            rank=choice.size,
+            stored=linear.params,
+            dense=choice.form == DENSE,
+        )
         if evidence.trained is not None:
             evidence.account(linear).compensation_gain = evidence.trained.gains.get(linear.name)
         if module is not run.model.get_submodule(linear.name):
             run.model.get_submodule(linear.name).requires_grad_(False)
             weight = weight_of(module)
-            errors = errors_of(weight, evidence.weight(linear).float(), evidence.norm(linear), evidence.spectrum(linear), choice.size)
+            errors = errors_of(
+                weight,
+                evidence.weight(linear).float(),
+                evidence.norm(linear),
+                evidence.spectrum(linear),
+                choice.size,
+            )
             replace_linear(run.model, linear.name, module.requires_grad_(False))
             report = replace(
                 report,
@@ -174,22 +223,35 @@ def store_unit(run: Run, unit: Unit, choice: Choice, evidence: LayerEvidence) ->
 
 
 @contextmanager
-def one_thread_each(units: Sequence[Unit], device: torch.device) -> Iterator[Callable[..., Iterable[Any]]]:
-    """A `map` over the units of a decoder layer: side by side on a CPU where they are small, one after the other elsewhere.
+def one_thread_each(
+    units: Sequence[Unit], device: torch.device
+) -> Iterator[Callable[..., Iterable[Any]]]:
+    """A `map` over the units of a decoder layer: side by side on a CPU where they are small, one
+    after the other elsewhere.
 
-    Small eigenproblems do not fill several threads (two of 576 at once on two cores: 12 % faster than one after the other on both,
-    and everything around them overlaps); those of large models do. The longest start first: the last linear of a decoder layer is
-    often the longest, and everyone would wait for it (a fifth of the time of SmolLM2). Results keep the order of the units.
+    Small eigenproblems do not fill several threads (two of 576 at once on two cores: 12 % faster
+    than one after the other on both, and everything around them overlaps); those of large models
+    do. The longest start first: the last linear of a decoder layer is often the longest, and
+    everyone would wait for it (a fifth of the time of SmolLM2). Results keep the order of the
+    units.
     """
     threads = torch.get_num_threads()
-    if device.type != "cpu" or threads == 1 or max(min(x.m, x.n) for unit in units for x in unit.linears) > SMALL:
+    if (
+        device.type != "cpu"
+        or threads == 1
+        or max(min(x.m, x.n) for unit in units for x in unit.linears) > SMALL
+    ):
         yield map
         return
     try:
-        with ThreadPoolExecutor(min(threads, len(units)), initializer=torch.set_num_threads, initargs=(1,)) as pool:
+        with ThreadPoolExecutor(
+            min(threads, len(units)), initializer=torch.set_num_threads, initargs=(1,)
+        ) as pool:
 
             def longest_first(work: Callable[[Unit], Any], units: Sequence[Unit]) -> Iterable[Any]:
-                ordered = sorted(units, key=lambda x: (x.params, max(y.n for y in x.linears)), reverse=True)
+                ordered = sorted(
+                    units, key=lambda x: (x.params, max(y.n for y in x.linears)), reverse=True
+                )
                 done = dict(zip(ordered, pool.map(work, ordered), strict=True))
                 return [done[x] for x in units]
 

@@ -1,4 +1,6 @@
-"""Calibration and compression as a LightningModule: no optimizer, no training step. It wraps what the library calls directly."""
+"""Calibration and compression as a LightningModule: no optimizer, no training step. It wraps what
+the library calls directly.
+"""
 
 import logging
 import signal
@@ -18,20 +20,24 @@ from specomp.compression.report import Report
 from specomp.compression.run import Run
 from specomp.progress import track
 
-# The model is hidden from the loop and stays where it is, so the loop is one process on the CPU, whatever the trainer's.
+# The model is hidden from the loop and stays where it is, so the loop is one process on the CPU,
+# whatever the trainer's.
 ALONE = {"accelerator": "cpu", "devices": 1, "num_nodes": 1, "strategy": "auto"}
 
 
 class CalibrationOnlyModule(L.LightningModule):
-    """Runs batches of token ids (batch, length) through the model while hooks listen, then compresses what it has seen.
+    """Runs batches of token ids (batch, length) through the model while hooks listen, then
+    compresses what it has seen.
 
-    `calibrate()` takes one `trainer.predict` per pass; `finish()` does the rest in plain loops (not in a hook: Lightning skips
-    hooks when a warm cache leaves no batch). Several processes take turns with the batches, and their sums are added up once.
+    `calibrate()` takes one `trainer.predict` per pass; `finish()` does the rest in plain loops (not
+    in a hook: Lightning skips hooks when a warm cache leaves no batch). Several processes take
+    turns with the batches, and their sums are added up once.
     """
 
     def __init__(self, run: Run) -> None:
         super().__init__()
-        # In a tuple, so that Lightning neither moves nor scripts the model: it is already where it belongs.
+        # In a tuple, so that Lightning neither moves nor scripts the model: it is already where it
+        # belongs.
         self._run = (run,)
         self.observation: Observation | None = None
         self.statistics: Statistics | None = None
@@ -53,9 +59,12 @@ class CalibrationOnlyModule(L.LightningModule):
         with lightning_loop() as terminable:
             loop = trainer(callbacks=[terminable], **({} if observation.job.shared else ALONE))
             try:
-                loop.predict(self, _Tracked(batches, observation.job.label), return_predictions=False)
+                loop.predict(
+                    self, _Tracked(batches, observation.job.label), return_predictions=False
+                )
             finally:
-                observation.__exit__()  # Lightning calls teardown of a module only where nothing went wrong
+                # Lightning calls teardown of a module only where nothing went wrong
+                observation.__exit__()
 
     def on_predict_start(self) -> None:
         """Hooks are made here, inside each process: they cannot be sent to one."""
@@ -88,7 +97,9 @@ class CalibrationOnlyModule(L.LightningModule):
 
 
 class _Terminable(L.Callback):
-    """Lightning swallows SIGTERM or puts it off; a scheduler that sends it must be obeyed. What is on disk is complete either way."""
+    """Lightning swallows SIGTERM or puts it off; a scheduler that sends it must be obeyed. What is
+    on disk is complete either way.
+    """
 
     def on_predict_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if threading.current_thread() is threading.main_thread():
@@ -99,18 +110,24 @@ class _Terminable(L.Callback):
 
 @contextmanager
 def lightning_loop() -> Iterator[L.Callback]:
-    """Around trainer.fit or predict; yields a callback for the trainer. No chatter, and signals mean what they mean elsewhere."""
-    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)  # hardware announcements and advertising, once per loop
+    """Around trainer.fit or predict; yields a callback for the trainer. No chatter, and signals
+    mean what they mean elsewhere.
+    """
+    # hardware announcements and advertising, once per loop
+    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     interrupt = signal.getsignal(signal.SIGINT)
     with warnings.catch_warnings():
         # The last is said of ALONE beside a GPU, which the model does use.
-        warnings.filterwarnings("ignore", message=".*(LeafSpec|predict returned None|GPU available but not used).*")
+        warnings.filterwarnings(
+            "ignore", message=".*(LeafSpec|predict returned None|GPU available but not used).*"
+        )
         try:
             yield _Terminable()
         except SystemExit as error:
             if not isinstance(error.__context__, KeyboardInterrupt):
                 raise
-            # Lightning turns Ctrl-C off and exits with 1; a sweep and the record must see what it was.
+            # Lightning turns Ctrl-C off and exits with 1; a sweep and the record must see what it
+            # was.
             signal.signal(signal.SIGINT, interrupt)
             raise KeyboardInterrupt from error
 

@@ -1,4 +1,6 @@
-"""Hooks that feed accumulators while a decoder layer runs, and nothing else: no storage of activations, no change to the model."""
+"""Hooks that feed accumulators while a decoder layer runs, and nothing else: no storage of
+activations, no change to the model.
+"""
 
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -14,13 +16,20 @@ from specomp.numerics.statistics import Accumulator, Precision, Statistic, Stats
 
 
 class LayerObserver:
-    """Accumulates statistics of one decoder layer: site inputs, gradients of its linears and of their outputs, its own input and output.
+    """Accumulates statistics of one decoder layer: site inputs, gradients of its linears and of
+    their outputs, its own input and output.
 
-    Where a statistic compares two models, every batch runs first inside `reference()`, as the dense model sees it, then as this one does.
+    Where a statistic compares two models, every batch runs first inside `reference()`, as the dense
+    model sees it, then as this one does.
     """
 
     def __init__(
-        self, layer: nn.Module, family: ModelFamily, statistics: Iterable[Statistic], precision: Precision, num_samples: int
+        self,
+        layer: nn.Module,
+        family: ModelFamily,
+        statistics: Iterable[Statistic],
+        precision: Precision,
+        num_samples: int,
     ) -> None:
         self.layer, self.family = layer, family
         self.accumulators: dict[str, Accumulator] = {}
@@ -36,49 +45,69 @@ class LayerObserver:
         for statistic in self.statistics:
             by_scope[statistic.scope].append(statistic)
         if by_scope["site"] or by_scope["pair"]:
-            self._handles.append(self.layer.register_forward_pre_hook(self._remember_batch, with_kwargs=True))
+            self._handles.append(
+                self.layer.register_forward_pre_hook(self._remember_batch, with_kwargs=True)
+            )
             for index, site in enumerate(self.family.sites):
                 feeds = [self._start(f"site{index}", by_scope[scope]) for scope in ("site", "pair")]
                 first = self.layer.get_submodule(site.linears[0])
-                self._handles.append(first.register_forward_pre_hook(lambda _, args, i=index, feeds=feeds: self._see(i, args[0], *feeds)))
+                self._handles.append(
+                    first.register_forward_pre_hook(
+                        lambda _, args, i=index, feeds=feeds: self._see(i, args[0], *feeds)
+                    )
+                )
         if by_scope["linear"]:
             for name in (name for site in self.family.sites for name in site.linears):
                 weight = self.layer.get_submodule(name).weight
                 assert isinstance(weight, nn.Parameter)
                 weight.requires_grad_(True)
                 feed = self._start(name, by_scope["linear"])
-                self._handles.append(weight.register_post_accumulate_grad_hook(lambda p, feed=feed: _consume(feed, p)))
+                self._handles.append(
+                    weight.register_post_accumulate_grad_hook(
+                        lambda p, feed=feed: _consume(feed, p)
+                    )
+                )
         if by_scope["output"]:
             for name in (name for site in self.family.sites for name in site.linears):
                 feed = self._start(name, by_scope["output"])
                 self._handles.append(
-                    self.layer.get_submodule(name).register_forward_hook(lambda _, args, output, feed=feed: _follow(feed, args[0], output))
+                    self.layer.get_submodule(name).register_forward_hook(
+                        lambda _, args, output, feed=feed: _follow(feed, args[0], output)
+                    )
                 )
         if by_scope["decoder_layer"]:
             feed = self._start("layer", by_scope["decoder_layer"])
             self._handles.append(
                 self.layer.register_forward_hook(
-                    lambda _, args, kwargs, output, feed=feed: _update(feed, hidden_input(args, kwargs), hidden_output(output)),
+                    lambda _, args, kwargs, output, feed=feed: _update(
+                        feed, hidden_input(args, kwargs), hidden_output(output)
+                    ),
                     with_kwargs=True,
                 )
             )
         return self
 
     def _start(self, place: str, statistics: Iterable[Statistic]) -> list[Accumulator]:
-        started = {f"{place}:{x.name}": x.start(self._precision, self._num_samples) for x in statistics}
+        started = {
+            f"{place}:{x.name}": x.start(self._precision, self._num_samples) for x in statistics
+        }
         self.accumulators |= started
         return list(started.values())
 
     @contextmanager
     def reference(self) -> Iterator[None]:
-        """While it is open, inputs are the dense model's: kept for the pair that the same batch makes afterwards, and counted nowhere."""
+        """While it is open, inputs are the dense model's: kept for the pair that the same batch
+        makes afterwards, and counted nowhere.
+        """
         self._in_reference, self._seen = True, {}
         try:
             yield
         finally:
             self._in_reference = False
 
-    def _see(self, site: int, x: Tensor, alone: list[Accumulator], paired: list[Accumulator]) -> None:
+    def _see(
+        self, site: int, x: Tensor, alone: list[Accumulator], paired: list[Accumulator]
+    ) -> None:
         x = self._by_sample(x)
         if self._in_reference:
             self._seen[site] = x
@@ -104,7 +133,9 @@ class LayerObserver:
                 weight.grad = None
 
     def merge(self, total: Callable[[Tensor], Tensor]) -> None:
-        """Add up what several processes saw, accumulator by accumulator in the same order everywhere."""
+        """Add up what several processes saw, accumulator by accumulator in the same order
+        everywhere.
+        """
         for accumulator in self.accumulators.values():
             accumulator.merge(total)
 
@@ -113,15 +144,25 @@ class LayerObserver:
         return {name: accumulator.value() for name, accumulator in self.accumulators.items()}
 
 
-def stats_of(linear: LinearSpec, values: Mapping[str, Tensor], statistics: Iterable[Statistic]) -> Stats:
-    """The statistics of one linear out of its decoder layer's values. Raises KeyError when one was never collected."""
+def stats_of(
+    linear: LinearSpec, values: Mapping[str, Tensor], statistics: Iterable[Statistic]
+) -> Stats:
+    """The statistics of one linear out of its decoder layer's values. Raises KeyError when one was
+    never collected.
+    """
     return Stats({x: values[f"{place_of(linear, x)}:{x.name}"] for x in statistics})
 
 
 def place_of(linear: LinearSpec, statistic: Statistic) -> str:
     """Where in a decoder layer a linear's statistic is taken, as observers name it."""
     site = f"site{linear.site}"
-    places = {"site": site, "pair": site, "linear": linear.kind, "output": linear.kind, "decoder_layer": "layer"}
+    places = {
+        "site": site,
+        "pair": site,
+        "linear": linear.kind,
+        "output": linear.kind,
+        "decoder_layer": "layer",
+    }
     return places[statistic.scope]
 
 
@@ -141,21 +182,24 @@ def hidden_output(output: Any) -> Tensor:
 
 def _update(feed: list[Accumulator], *observation: Tensor) -> None:
     detached = [tensor.detach() for tensor in observation]
-    # A statistic says in what precision it multiplies; the autocast of the forward pass, still on here, would overrule it.
+    # A statistic says in what precision it multiplies; the autocast of the forward pass, still on
+    # here, would overrule it.
     with torch.autocast(detached[0].device.type, enabled=False):
         for accumulator in feed:
             accumulator.update(*detached)
 
 
 def _follow(feed: list[Accumulator], x: Tensor, output: Tensor) -> None:
-    # No parameter asks for a gradient: the backward pass ends at the first linear observed, and makes no gradient of a weight.
+    # No parameter asks for a gradient: the backward pass ends at the first linear observed, and
+    # makes no gradient of a weight.
     if not output.requires_grad:
         output.requires_grad_(True)
     output.register_hook(lambda grad: _update(feed, grad, x))
 
 
 def _consume(feed: list[Accumulator], weight: Tensor) -> None:
-    # The gradient is used as soon as it is complete and dropped, so that all gradients are never in memory together.
+    # The gradient is used as soon as it is complete and dropped, so that all gradients are never in
+    # memory together.
     assert weight.grad is not None
     _update(feed, weight.grad)
     weight.grad = None

@@ -1,4 +1,6 @@
-"""What an allocation may look at besides its options: statistics, and the calibration loss with one unit alone stored otherwise."""
+"""What an allocation may look at besides its options: statistics, and the calibration loss with one
+unit alone stored otherwise.
+"""
 
 import torch
 
@@ -23,10 +25,15 @@ class Probe:
         return self.statistics(linear)
 
     def probe(self, unit: Unit | None, choice: Choice | None) -> float:
-        """Mean token loss on the calibration set with only that unit stored so; the dense model's without one."""
+        """Mean token loss on the calibration set with only that unit stored so; the dense model's
+        without one.
+        """
         model = self.run.model
         if self.run.store is not None:
-            raise UserError("This allocation tries cuts on the whole model: set model.stream=false, or choose another method/allocation.")
+            raise UserError(
+                "This allocation tries cuts on the whole model: set model.stream=false, or choose"
+                " another method/allocation."
+            )
         if unit is None or choice is None:
             return self._loss()
         dense = {x.name: model.get_submodule(x.name) for x in unit.linears}
@@ -43,6 +50,8 @@ class Probe:
         total, count = 0.0, 0
         for batch in self.run.samples.batches():
             for sequence in batch.to(self.run.model.device).split(1):
-                total += float(self.run.model(input_ids=sequence, labels=sequence, use_cache=False).loss)
+                total += float(
+                    self.run.model(input_ids=sequence, labels=sequence, use_cache=False).loss
+                )
                 count += 1
         return total / count

@@ -1,4 +1,6 @@
-"""What a compression answers: what became of every linear, what the whole costs, how long it took, what a reader should know."""
+"""What a compression answers: what became of every linear, what the whole costs, how long it took,
+what a reader should know.
+"""
 
 import io
 from collections.abc import Mapping, Sequence
@@ -25,7 +27,9 @@ SPECTRUM_POINTS = 13
 
 @dataclass(frozen=True, kw_only=True)
 class LinearReport:
-    """What happened to one linear. Errors are relative Frobenius norms; loss is ||D (W' - T) S||_F in the method's own norm."""
+    """What happened to one linear. Errors are relative Frobenius norms; loss is ||D (W' - T) S||_F
+    in the method's own norm.
+    """
 
     name: str
     m: int
@@ -35,23 +39,29 @@ class LinearReport:
     dense: bool
     weight_error: float = 0.0
     norm_error: float = 0.0
-    # Achieved loss over the Eckart-Young bound at this rank: 1 certifies the solver; above 1 is what compensation and dtype moved.
+    # Achieved loss over the Eckart-Young bound at this rank: 1 certifies the solver; above 1 is
+    # what compensation and dtype moved.
     loss_over_bound: float = 1.0
-    # Loss on the compensation's own inputs after over before it; null without compensation. Of a refinement it is the loss of the
-    # decoder layer's outputs, and the errors above are those before it.
+    # Loss on the compensation's own inputs after over before it; null without compensation. Of a
+    # refinement it is the loss of the decoder layer's outputs, and the errors above are those
+    # before it.
     compensation_gain: float | None = None
     damping: float = 0.0
-    # Of the rounded weight to the unrounded one, in the method's norm; null without quantization. Damping: the most of all Hessians.
+    # Of the rounded weight to the unrounded one, in the method's norm; null without quantization.
+    # Damping: the most of all Hessians.
     quantization_error: float | None = None
     quantization_damping: float = 0.0
-    # Singular values in the method's norm over the largest, from the first to the last at equal distances; empty for a dense linear.
+    # Singular values in the method's norm over the largest, from the first to the last at equal
+    # distances; empty for a dense linear.
     spectrum: str = ""
     seconds: float = 0.0
     facts: Mapping[str, float] = field(default_factory=dict)  # what the form says of its module
 
     def as_dict(self) -> dict[str, Any]:
         """JSON-able, flat."""
-        return {name: value for name, value in asdict(self).items() if name != "facts"} | dict(self.facts)
+        return {name: value for name, value in asdict(self).items() if name != "facts"} | dict(
+            self.facts
+        )
 
 
 @dataclass(kw_only=True)
@@ -90,7 +100,10 @@ class Report:
         for row in size_rows(self.ledger):
             table.add_row(*row)
         console.print(table)
-        console.print("time: " + ", ".join(f"{stage} {seconds:.1f} s" for stage, seconds in self.seconds.items()))
+        console.print(
+            "time: "
+            + ", ".join(f"{stage} {seconds:.1f} s" for stage, seconds in self.seconds.items())
+        )
         for note in self.notes:
             console.print(f"note: {note}", markup=False)
         return text.getvalue()
@@ -101,30 +114,60 @@ class Report:
 def size_rows(found: Ledger) -> list[tuple[str, str, str, str]]:
     """(what, dense, compressed, quotient) of what a ledger counts."""
     dense, small = found.dense, found.compressed
-    rows = [size_row(f"parameters of the {found.num_linears} compressible linears", dense.linear_params, small.linear_params)]
+    rows = [
+        size_row(
+            f"parameters of the {found.num_linears} compressible linears",
+            dense.linear_params,
+            small.linear_params,
+        )
+    ]
     rows.append(size_row("parameters of the whole model", dense.model_params, small.model_params))
     if small.held_bytes != small.model_bytes:
         rows.append(size_row("bytes stored, integers packed", dense.model_bytes, small.model_bytes))
     rows.append(size_row("bytes in memory", dense.model_bytes, small.held_bytes))
-    rows.append(size_row("multiply-adds per token (linears and head)", dense.macs_per_token, small.macs_per_token))
+    rows.append(
+        size_row(
+            "multiply-adds per token (linears and head)", dense.macs_per_token, small.macs_per_token
+        )
+    )
     target, measured = found.target_retention, found.measured_retention
     if found.target_bits is not None:
         bits = f"{found.measured_bits:.4f}"
-        rows.append(("stored bits a weight of the linears (target)", f"({found.target_bits:.4f})", bits, f"{found.deviation:+.2%}"))
+        rows.append(
+            (
+                "stored bits a weight of the linears (target)",
+                f"({found.target_bits:.4f})",
+                bits,
+                f"{found.deviation:+.2%}",
+            )
+        )
     else:
-        rows.append(("retention of the linears (target)", f"({target:.4f})", f"{measured:.4f}", f"{found.deviation:+.2%}"))
+        rows.append(
+            (
+                "retention of the linears (target)",
+                f"({target:.4f})",
+                f"{measured:.4f}",
+                f"{found.deviation:+.2%}",
+            )
+        )
     return rows
 
 
-def size_row(name: str, dense: float | None, compressed: float, form: str = "{:,.0f}") -> tuple[str, str, str, str]:
+def size_row(
+    name: str, dense: float | None, compressed: float, form: str = "{:,.0f}"
+) -> tuple[str, str, str, str]:
     """One line of such a table."""
     known = dense is not None and dense == dense and abs(dense) not in (0.0, float("inf"))
     quotient = f"{compressed / dense:.3f}" if known and dense else "--"
     return name, "--" if dense is None else form.format(dense), form.format(compressed), quotient
 
 
-def explained(run: Run, report: Report, chosen: Mapping[Unit, Choice], trained: Trained | None) -> Report:
-    """The report with the means of its linears in the ledger and with notes on how they came out, which are logged."""
+def explained(
+    run: Run, report: Report, chosen: Mapping[Unit, Choice], trained: Trained | None
+) -> Report:
+    """The report with the means of its linears in the ledger and with notes on how they came out,
+    which are logged.
+    """
     low = [x for x in report.linears if not x.dense]
     gains = [x.compensation_gain for x in low if x.compensation_gain is not None]
     balance = replace(
@@ -135,16 +178,30 @@ def explained(run: Run, report: Report, chosen: Mapping[Unit, Choice], trained: 
         norm_error=fmean(x.norm_error for x in low) if low else None,
         compensation_gain=fmean(gains) if gains else None,
     )
-    by = trained.by if trained is not None else f"whole ranks, as {describe(run.method.allocation)} gives them"
-    for note in [*linear_notes(run, report.linears, chosen, trained), *rounding_notes(run, low, len(report.linears))]:
+    by = (
+        trained.by
+        if trained is not None
+        else f"whole ranks, as {describe(run.method.allocation)} gives them"
+    )
+    for note in [
+        *linear_notes(run, report.linears, chosen, trained),
+        *rounding_notes(run, low, len(report.linears)),
+    ]:
         run.progress.note(note)
     if abs(balance.deviation) > 1e-3:
         run.progress.note(f"{balance.spent} ({balance.deviation:+.2%}): {by}")
     return replace(report, ledger=balance)
 
 
-def linear_notes(run: Run, linears: Sequence[LinearReport], chosen: Mapping[Unit, Choice], trained: Trained | None) -> list[str]:
-    """Damping, what refinement and training make of errors, what forms say, a solver that was not exact."""
+def linear_notes(
+    run: Run,
+    linears: Sequence[LinearReport],
+    chosen: Mapping[Unit, Choice],
+    trained: Trained | None,
+) -> list[str]:
+    """Damping, what refinement and training make of errors, what forms say, a solver that was not
+    exact.
+    """
     method, notes = run.method, []
     damped = [x for x in linears if x.damping > 0]
     if damped:
@@ -153,35 +210,52 @@ def linear_notes(run: Run, linears: Sequence[LinearReport], chosen: Mapping[Unit
             f"at most {max(x.damping for x in damped):.1e} of their mean diagonal"
         )
     if method.refinement.active and trained is None:
-        notes.append("errors of single linears are those before the block refinement; compensation_gain is of a decoder layer's outputs")
+        notes.append(
+            "errors of single linears are those before the block refinement; compensation_gain is"
+            " of a decoder layer's outputs"
+        )
     if method.training.active and trained is None:
-        notes.append("errors of single linears, and growth of pivots, are those before the recovery")
+        notes.append(
+            "errors of single linears, and growth of pivots, are those before the recovery"
+        )
     for form in dict.fromkeys(x.form for x in chosen.values()):
-        own = {x.name for unit, choice in chosen.items() if choice.form == form for x in unit.linears}
+        own = {
+            x.name for unit, choice in chosen.items() if choice.form == form for x in unit.linears
+        }
         notes += form.notes({x.name: x.facts for x in linears if x.name in own}, len(linears))
     worst = max(linears, key=lambda x: x.loss_over_bound)
     exact = trained is None and not method.compensation.needs and method.rounding.grid is None
     if exact and run.model.dtype == torch.float32 and worst.loss_over_bound > 1.01:
-        notes.append(f"{worst.name} loses {worst.loss_over_bound:.3f} times its Eckart-Young bound: try method.whitening.solve=float64")
+        notes.append(
+            f"{worst.name} loses {worst.loss_over_bound:.3f} times its Eckart-Young bound: try"
+            " method.whitening.solve=float64"
+        )
     return notes
 
 
 def rounding_notes(run: Run, low: Sequence[LinearReport], count: int) -> list[str]:
     """Which weights are integers, and where Hessians were damped by more than was asked."""
-    rounded, rounding, held_in = [x for x in low if x.quantization_error is not None], run.method.rounding, str(run.model.dtype)
+    rounded = [x for x in low if x.quantization_error is not None]
+    rounding = run.method.rounding
+    held_in = str(run.model.dtype)
     if not rounded or rounding.grid is None:
         return []
     notes = [
-        f"the factors of {len(rounded)} linears have {rounding.grid.bits} bits: metrics are of the rounded numbers held in "
-        f"{held_in.removeprefix('torch.')} (simulated), model_bytes is what a folder of factors stores"
+        f"the factors of {len(rounded)} linears have {rounding.grid.bits} bits: metrics are of the"
+        f" rounded numbers held in {held_in.removeprefix('torch.')} (simulated), model_bytes is"
+        " what a folder of factors stores"
     ]
     if len(rounded) < count:
         notes.append(f"{count - len(rounded)} linears stay dense and are not quantized")
     return notes + list(rounding.notes([x.quantization_damping for x in rounded]))
 
 
-def errors_of(packed: Tensor, target: Tensor, norm: Norm, spectrum: Spectrum, rank: int) -> dict[str, Any]:
-    """Relative errors of what is actually stored, in its dtype, the certificate against the Eckart-Young bound, and its spectrum."""
+def errors_of(
+    packed: Tensor, target: Tensor, norm: Norm, spectrum: Spectrum, rank: int
+) -> dict[str, Any]:
+    """Relative errors of what is actually stored, in its dtype, the certificate against the
+    Eckart-Young bound, and its spectrum.
+    """
     error = packed - target
     loss = norm.loss(error)
     whole = float(spectrum.s.double().square().sum().sqrt())

@@ -1,4 +1,5 @@
-"""The route of a method: what is read where, which hidden states travel, which spectra are needed, in which order. Decided here alone.
+"""The route of a method: what is read where, which hidden states travel, which spectra are needed,
+in which order. Decided here alone.
 
 The core executes it, specomp.pricing prices it, checks ask it.
 """
@@ -16,7 +17,9 @@ Stage = Literal["calibrate", "allocate", "train", "compress"]
 
 @dataclass(frozen=True, kw_only=True)
 class Reading:
-    """What one slot reads: which statistics, of inputs that passed through what, on how many samples (None: all)."""
+    """What one slot reads: which statistics, of inputs that passed through what, on how many
+    samples (None: all).
+    """
 
     statistics: frozenset[Statistic] = NOTHING
     upstream: Upstream = "dense"
@@ -24,7 +27,9 @@ class Reading:
 
     @property
     def streamed(self) -> frozenset[Statistic]:
-        """What of it is taken on the way, of a decoder layer whose inputs come from compressed ones."""
+        """What of it is taken on the way, of a decoder layer whose inputs come from compressed
+        ones.
+        """
         return self.statistics if self.upstream == "compressed" else NOTHING
 
 
@@ -32,10 +37,12 @@ class Reading:
 class Route:
     """One method on one calibration set."""
 
-    dense: frozenset[Statistic]  # one pass over the dense model before anything is changed, those of gradients one of their own
+    # one pass over the dense model before anything is changed, those of gradients one of their own
+    dense: frozenset[Statistic]
     whitening: Reading  # of the norm and its target; gradients are always the dense model's
     compensation: Reading
-    rounds: Literal["whitening", "compensation"]  # whose inputs the rounding sees; its statistics are in that reading
+    # whose inputs the rounding sees; its statistics are in that reading
+    rounds: Literal["whitening", "compensation"]
     refines: bool
     compares: bool  # the dense model's hidden states travel beside those of the compressed one
     stream_samples: int  # whose hidden states travel; 0: none do
@@ -49,7 +56,9 @@ class Route:
 
     @property
     def caches_spectra(self) -> bool:
-        """Whether the norm is known before anything is compressed, so that its spectra serve every ratio."""
+        """Whether the norm is known before anything is compressed, so that its spectra serve every
+        ratio.
+        """
         return not self.whitening.streamed
 
     @property
@@ -62,14 +71,23 @@ class Route:
         """Raises UserError where a slot asks for what cannot be."""
         if method.is_dense:
             reading = Reading()
-            shared = {"dense": NOTHING, "whitening": reading, "compensation": reading, "rounds": "whitening", "complete": False}
+            shared = {
+                "dense": NOTHING,
+                "whitening": reading,
+                "compensation": reading,
+                "rounds": "whitening",
+                "complete": False,
+            }
             return Route(**shared, refines=False, compares=False, stream_samples=0, stages=())  # type: ignore[arg-type]
-        repair, refinement, training, rounding = method.compensation, method.refinement, method.training, method.rounding
+        repair = method.compensation
+        refinement = method.refinement
+        training = method.training
+        rounding = method.rounding
         seen = method.target.needs | method.whitening.needs
         gradients = frozenset(x for x in seen if x.scope in GRADIENT_SCOPES)
         _check(upstream, seen, gradients, method)
-        # What GPTQ's scripts look at: inputs from compressed decoder layers where the method has such. A training that chooses
-        # rounds after it, where there is no stream.
+        # What GPTQ's scripts look at: inputs from compressed decoder layers where the method has
+        # such. A training that chooses rounds after it, where there is no stream.
         rounded = NOTHING if training.chooses else rounding.needs
         repaired = repair.upstream == "compressed" and bool(repair.needs)
         by_repair = upstream == "dense" and repaired and not training.chooses
@@ -82,7 +100,11 @@ class Route:
             upstream="compressed" if repaired else "dense",
             num_samples=repair.num_samples,
         )
-        dense = method.allocation.needs | (gradients if normed else seen) | (NOTHING if repaired else repair.needs)
+        dense = (
+            method.allocation.needs
+            | (gradients if normed else seen)
+            | (NOTHING if repaired else repair.needs)
+        )
         if training.chooses or (upstream == "dense" and not by_repair):
             dense |= rounding.needs
         if method.allocation.needs_spectra:  # of the dense model, whatever the norm sees later
@@ -111,22 +133,38 @@ def _stages(method: Method) -> tuple[Stage, ...]:
         return ("calibrate", "allocate", "compress")
     if not training.chooses:  # the teacher's states first, while the model is dense
         return ("calibrate", "allocate", "train", "compress", "train")
-    return ("calibrate", "allocate", "train", *(("compress", "train") if method.repairs else ()), "compress")  # type: ignore[return-value]
+    return (
+        "calibrate",
+        "allocate",
+        "train",
+        *(("compress", "train") if method.repairs else ()),
+        "compress",
+    )  # type: ignore[return-value]
 
 
-def _check(upstream: Upstream, seen: frozenset[Statistic], gradients: frozenset[Statistic], method: Method) -> None:
+def _check(
+    upstream: Upstream, seen: frozenset[Statistic], gradients: frozenset[Statistic], method: Method
+) -> None:
     repair = method.compensation
     if method.training.chooses and upstream == "compressed":
         raise UserError(
-            "A training of the spectrum starts from components of the dense model, before anything is compressed: "
-            "use calibration.upstream=dense."
+            "A training of the spectrum starts from components of the dense model, before anything"
+            " is compressed: use calibration.upstream=dense."
         )
     if upstream == "dense" and any(x.scope == "pair" for x in seen):
-        raise UserError("The target compares inputs of the dense and of the compressed model: set calibration.upstream=compressed.")
+        raise UserError(
+            "The target compares inputs of the dense and of the compressed model: set"
+            " calibration.upstream=compressed."
+        )
     if upstream == "compressed" and gradients and gradients == seen:
-        raise UserError("The whitening reads gradients of the dense model's loss alone: set calibration.upstream=dense.")
+        raise UserError(
+            "The whitening reads gradients of the dense model's loss alone: set"
+            " calibration.upstream=dense."
+        )
     if repair.upstream == "dense" and repair.needs and repair.num_samples is not None:
         raise UserError(
-            f"A compensation on dense inputs reads every sample, this one num_samples={repair.num_samples} of them: set "
-            "method.compensation.upstream=compressed, or num_samples=null (for AdaComp stack_of_batch=gram, which reads all)."
+            "A compensation on dense inputs reads every sample, this one"
+            f" num_samples={repair.num_samples} of them: set"
+            " method.compensation.upstream=compressed, or num_samples=null (for AdaComp"
+            " stack_of_batch=gram, which reads all)."
         )

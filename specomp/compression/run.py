@@ -1,4 +1,6 @@
-"""What a compression works on: a model, a method, a budget, tokens. Everything that is decided before numbers are seen."""
+"""What a compression works on: a model, a method, a budget, tokens. Everything that is decided
+before numbers are seen.
+"""
 
 import logging
 import time
@@ -26,7 +28,9 @@ log = logging.getLogger(__name__)
 
 
 class Progress:
-    """What a run tells whoever listens; by itself it keeps time and notes. An experiment's listener also writes them down."""
+    """What a run tells whoever listens; by itself it keeps time and notes. An experiment's listener
+    also writes them down.
+    """
 
     def __init__(self) -> None:
         self.seconds: dict[str, float] = {}
@@ -48,10 +52,14 @@ class Progress:
         log.warning("%s", text)
 
     def layer(self, index: int) -> None:
-        """The modules of a decoder layer are final; those of a streamed model lose their numbers after that."""
+        """The modules of a decoder layer are final; those of a streamed model lose their numbers
+        after that.
+        """
 
     def trained(self, account: dict[str, Any], figure: Any = None) -> None:
-        """A training is over; account: JSON-able, with its curve; figure: what a drawing of it is made of."""
+        """A training is over; account: JSON-able, with its curve; figure: what a drawing of it is
+        made of.
+        """
 
     @property
     def curve_file(self) -> Path | None:
@@ -77,7 +85,9 @@ class Run:
     cache: Cache
     model_key: str  # what the model's numbers are known by in the cache
     seed: int = 0
-    trainer: Callable[..., Any] | None = None  # makes a lightning.Trainer; None: a training's own default
+    trainer: Callable[..., Any] | None = (
+        None  # makes a lightning.Trainer; None: a training's own default
+    )
     processes: int = 1  # of the trainer
     store: LayerStore | None = None  # where the decoder layers of a streamed model are
     progress: Progress = field(default_factory=Progress)
@@ -103,16 +113,28 @@ class Run:
         return self.family.layers(self.model)
 
     def resident(self, decoder_layer: int) -> AbstractContextManager[None]:
-        """While it is open the decoder layer has its numbers, which a streamed model's has only then."""
+        """While it is open the decoder layer has its numbers, which a streamed model's has only
+        then.
+        """
         return nullcontext() if self.store is None else self.store.resident(decoder_layer)
 
     def device(self, decoder_layer: int) -> torch.device:
         """Where a decoder layer is worked on."""
-        return next(self.layers[decoder_layer].parameters()).device if self.store is None else self.store.device
+        return (
+            next(self.layers[decoder_layer].parameters()).device
+            if self.store is None
+            else self.store.device
+        )
 
     def forward_precision(self) -> AbstractContextManager[Any]:
-        """bfloat16 products in the forward pass where asked for; the residual stream and the norms keep the model's precision."""
-        return torch.autocast(self.model.device.type, torch.bfloat16) if self.half_forward else nullcontext()
+        """bfloat16 products in the forward pass where asked for; the residual stream and the norms
+        keep the model's precision.
+        """
+        return (
+            torch.autocast(self.model.device.type, torch.bfloat16)
+            if self.half_forward
+            else nullcontext()
+        )
 
     @property
     def is_dense(self) -> bool:

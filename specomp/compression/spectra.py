@@ -1,4 +1,6 @@
-"""Spectra of the linears: of the dense model the expensive part of factorization, cached by content and free of any ratio."""
+"""Spectra of the linears: of the dense model the expensive part of factorization, cached by content
+and free of any ratio.
+"""
 
 import logging
 import math
@@ -38,10 +40,22 @@ class Weight:
 
 
 class Spectra:
-    """Spectra in the norm of a whitening slot, of statistics of the dense model; computed on first use, then read from the cache."""
+    """Spectra in the norm of a whitening slot, of statistics of the dense model; computed on first
+    use, then read from the cache.
+    """
 
-    def __init__(self, run: Run, target: Target, whitening: Whitening, statistics: Statistics, *, complete: bool) -> None:
-        """complete: keep every component, as a training that chooses among them needs; otherwise those that can be stored."""
+    def __init__(
+        self,
+        run: Run,
+        target: Target,
+        whitening: Whitening,
+        statistics: Statistics,
+        *,
+        complete: bool,
+    ) -> None:
+        """complete: keep every component, as a training that chooses among them needs; otherwise
+        those that can be stored.
+        """
         self.run, self.target, self.whitening, self.statistics = run, target, whitening, statistics
         self.complete = complete or stores_more(run)
         self._by_name = {linear.name: linear for linear in run.linears}
@@ -59,13 +73,18 @@ class Spectra:
         self._last: tuple[str, Spectrum] | None = None
 
     def __call__(self, linear: LinearSpec) -> Spectrum:
-        """The spectrum of one linear, on its device. Unless complete, components beyond break-even keep their singular value only."""
+        """The spectrum of one linear, on its device. Unless complete, components beyond break-even
+        keep their singular value only.
+        """
         last = self._last  # read once: the linears of a decoder layer are worked on side by side
         if last is not None and last[0] == linear.name:
             return last[1]
         device = self.run.device(linear.decoder_layer)
-        # Side by side, jobs would wait for each other at every linear; so one goes on from the other end.
-        with meanwhile(self.run.cache.lock("spectra", self._entry(linear.name)), self._decompose_another):
+        # Side by side, jobs would wait for each other at every linear; so one goes on from the
+        # other end.
+        with meanwhile(
+            self.run.cache.lock("spectra", self._entry(linear.name)), self._decompose_another
+        ):
             stored = self._stored(linear, self.statistics)
         parts: dict[str, Tensor] = {part: tensor.to(device) for part, tensor in stored.items()}
         spectrum = Spectrum(parts["U"], parts["s"], parts["rows"], float(parts["damping"]))
@@ -87,14 +106,21 @@ class Spectra:
         cache.count("spectra", hit=stored is not None)
         if stored is None:
             spectrum = self._decompose(linear, statistics)
-            stored = {"U": spectrum.U, "s": spectrum.s, "rows": spectrum.rows, "damping": spectrum.s.new_tensor([spectrum.damping])}
+            stored = {
+                "U": spectrum.U,
+                "s": spectrum.s,
+                "rows": spectrum.rows,
+                "damping": spectrum.s.new_tensor([spectrum.damping]),
+            }
             # Laid out as it comes back from the cache: sums over another layout round differently.
             stored = {part: tensor.contiguous() for part, tensor in stored.items()}
             cache.save("spectra", self.key, name, stored)
         return stored
 
     def _decompose_another(self) -> bool:
-        """The last linear that nobody has decomposed or is decomposing, into the cache; False where there is none."""
+        """The last linear that nobody has decomposed or is decomposing, into the cache; False where
+        there is none.
+        """
         run = self.run
         if run.store is not None:  # its decoder layers come one at a time
             return False
@@ -103,7 +129,8 @@ class Spectra:
                 continue
             with if_free(run.cache.lock("spectra", self._entry(name))) as free:
                 if free and not run.cache.has("spectra", self.key, name):
-                    # Statistics of its own: other threads may be reading those of the decoder layer they work on.
+                    # Statistics of its own: other threads may be reading those of the decoder layer
+                    # they work on.
                     self._stored(linear, Statistics(run, self.statistics.statistics))
                     return True
         return False
@@ -113,7 +140,9 @@ class Spectra:
         stats = statistics(linear)
         with self.run.resident(linear.decoder_layer):
             W = self._weight(linear.name)
-            assert W is not None, f"{linear.name} is a {type(self.run.model.get_submodule(linear.name)).__name__}"
+            assert W is not None, (
+                f"{linear.name} is a {type(self.run.model.get_submodule(linear.name)).__name__}"
+            )
             return decompose(self.whitening(stats), self.target(W, stats), linear.name, keep=keep)
 
     def _weight(self, name: str) -> Tensor | None:
@@ -123,9 +152,11 @@ class Spectra:
 
 
 class StoredSpectra(Spectra):
-    """Spectra of what the compressed model stores by now, packed or dense, in a norm of the dense model's statistics.
+    """Spectra of what the compressed model stores by now, packed or dense, in a norm of the dense
+    model's statistics.
 
-    One that was stored at rank r has r components; those beyond are rounding. Cached by the numbers that are stored.
+    One that was stored at rank r has r components; those beyond are rounding. Cached by the numbers
+    that are stored.
     """
 
     def __init__(self, run: Run, statistics: Statistics) -> None:
@@ -157,27 +188,38 @@ def stores_more(run: Run) -> bool:
 def stored_numbers(run: Run) -> dict[str, str]:
     """Checksum of what every linear consists of by now, by its name."""
     modules = ((x.name, run.model.get_submodule(x.name)) for x in run.linears)
-    return {name: checksum({part: value.cpu() for part, value in module.state_dict().items()}) for name, module in modules}
+    return {
+        name: checksum({part: value.cpu() for part, value in module.state_dict().items()})
+        for name, module in modules
+    }
 
 
 def target_of(target: Target, W: Tensor, stats: Stats, name: str) -> Tensor:
-    """target(W, stats), with what is numerically impossible said of the linear it concerns. Raises UserError."""
+    """target(W, stats), with what is numerically impossible said of the linear it concerns. Raises
+    UserError.
+    """
     try:
         return target(W, stats)
     except ValueError as error:
-        raise UserError(f"{name}: {error}: calibrate on more tokens, raise method.target.damping, or use method/target=weight.") from error
+        raise UserError(
+            f"{name}: {error}: calibrate on more tokens, raise method.target.damping, or use"
+            " method/target=weight."
+        ) from error
 
 
 def decompose(norm: Norm, target: Tensor, name: str, keep: int | None = None) -> Spectrum:
-    """norm.decompose, with what is numerically impossible said of the linear it concerns. Raises UserError."""
+    """norm.decompose, with what is numerically impossible said of the linear it concerns. Raises
+    UserError.
+    """
     try:
         spectrum = norm.decompose(target, keep=keep)
     except torch.linalg.LinAlgError as error:  # type: ignore[attr-defined]
         raise not_finite(f"{name}: its decomposition failed ({first_line(error)})") from error
     except ValueError as error:
         raise UserError(
-            f"{name}: {error}: calibrate on more tokens or with calibration.precision=float32, raise the damping of method.whitening, "
-            "or use method/whitening=gram, which needs no damping."
+            f"{name}: {error}: calibrate on more tokens or with calibration.precision=float32,"
+            " raise the damping of method.whitening, or use method/whitening=gram, which needs no"
+            " damping."
         ) from error
     if not all(bool(x.isfinite().all()) for x in (spectrum.U, spectrum.s, spectrum.rows)):
         raise not_finite(f"{name}: its factors are not finite")

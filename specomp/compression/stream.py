@@ -1,9 +1,11 @@
-"""Layer streaming: the hidden states of the calibration set travel from decoder layer to decoder layer.
+"""Layer streaming: the hidden states of the calibration set travel from decoder layer to decoder
+layer.
 
-Lets a decoder layer see what the compressed ones before it produce, at the price of one pass per stream for the whole model; and lets
-statistics of a model be taken of which only one decoder layer is in memory.
-What each decoder layer is called with (masks, position embeddings) is recorded once per batch shape by running the model with recorders in
-place of its decoder layers: no per-family forward code, no exceptions, no weights touched.
+Lets a decoder layer see what the compressed ones before it produce, at the price of one pass per
+stream for the whole model; and lets statistics of a model be taken of which only one decoder layer
+is in memory. What each decoder layer is called with (masks, position embeddings) is recorded once
+per batch shape by running the model with recorders in place of its decoder layers: no per-family
+forward code, no exceptions, no weights touched.
 """
 
 from collections.abc import Iterable
@@ -41,7 +43,9 @@ class _Recorder(nn.Module):
 
 
 class HiddenStream:
-    """The hidden states (batch, length, hidden) before the current decoder layer, one tensor per batch, kept on the CPU."""
+    """The hidden states (batch, length, hidden) before the current decoder layer, one tensor per
+    batch, kept on the CPU.
+    """
 
     @torch.no_grad()
     def __init__(self, run: Run, samples: CalibrationSet) -> None:
@@ -65,7 +69,9 @@ class HiddenStream:
 
     @torch.no_grad()
     def run(self, index: int, *, num_samples: int | None = None) -> Iterable[Tensor]:
-        """Outputs of decoder layer `index` (as it is now) on the hidden states before it; at most num_samples of them."""
+        """Outputs of decoder layer `index` (as it is now) on the hidden states before it; at most
+        num_samples of them.
+        """
         seen = 0
         for hidden in self.hidden:
             if num_samples is not None and seen >= num_samples:
@@ -77,14 +83,22 @@ class HiddenStream:
             yield self._call(index, hidden, args, kwargs)
 
     def output(self, index: int, position: int) -> Tensor:
-        """Output (batch, length, hidden) of decoder layer `index` on one batch, with a gradient where that is switched on."""
+        """Output (batch, length, hidden) of decoder layer `index` on one batch, with a gradient
+        where that is switched on.
+        """
         hidden = self.hidden[position]
         return self._call(index, hidden, *self.calls[len(hidden)][index])
 
-    def _call(self, index: int, hidden: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+    def _call(
+        self, index: int, hidden: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Tensor:
         device = self.source.device(index)
         with self.source.forward_precision():
-            return hidden_output(self.source.layers[index](_to(hidden, device), *_to(args, device), **_to(kwargs, device)))
+            return hidden_output(
+                self.source.layers[index](
+                    _to(hidden, device), *_to(args, device), **_to(kwargs, device)
+                )
+            )
 
     def twin(self) -> "HiddenStream":
         """Another stream from here on, of the same samples."""
@@ -92,9 +106,13 @@ class HiddenStream:
         other.hidden = list(self.hidden)
         return other
 
-    def observe_beside(self, index: int, statistics: Iterable[Statistic], dense: "HiddenStream") -> dict[str, Tensor]:
-        """Statistics of decoder layer `index`, which is still dense, on these hidden states and those of the dense model; these stay, the
-        dense model's are replaced by the outputs of the decoder layer."""
+    def observe_beside(
+        self, index: int, statistics: Iterable[Statistic], dense: "HiddenStream"
+    ) -> dict[str, Tensor]:
+        """Statistics of decoder layer `index`, which is still dense, on these hidden states and
+        those of the dense model; these stay, the dense model's are replaced by the outputs of the
+        decoder layer.
+        """
         with self._observer(index, statistics) as observer:
             reference, own = iter(dense.run(index)), iter(self.run(index))
             for position in range(len(self.hidden)):
@@ -104,7 +122,9 @@ class HiddenStream:
                 dense.hidden[position] = output.to(dense.hidden[position].dtype).cpu()
             return observer.values()
 
-    def observe(self, index: int, statistics: Iterable[Statistic], num_samples: int | None = None) -> dict[str, Tensor]:
+    def observe(
+        self, index: int, statistics: Iterable[Statistic], num_samples: int | None = None
+    ) -> dict[str, Tensor]:
         """Statistics of decoder layer `index` on the hidden states before it."""
         with self._observer(index, statistics, num_samples) as observer:
             for _ in self.run(index, num_samples=num_samples):
@@ -112,15 +132,21 @@ class HiddenStream:
             return observer.values()
 
     def advance(self, index: int, statistics: Iterable[Statistic] = ()) -> dict[str, Tensor]:
-        """Replace the hidden states by the outputs of decoder layer `index`; returns statistics of it on the way."""
+        """Replace the hidden states by the outputs of decoder layer `index`; returns statistics of
+        it on the way.
+        """
         with self._observer(index, statistics) as observer:
             for position, output in enumerate(self.run(index)):
                 self.hidden[position] = output.to(self.hidden[position].dtype).cpu()
             return observer.values()
 
-    def _observer(self, index: int, statistics: Iterable[Statistic], num_samples: int | None = None) -> LayerObserver:
+    def _observer(
+        self, index: int, statistics: Iterable[Statistic], num_samples: int | None = None
+    ) -> LayerObserver:
         total = min(num_samples or self.samples.num_samples, self.samples.num_samples)
-        return LayerObserver(self.source.layers[index], self.source.family, statistics, self.source.precision, total)
+        return LayerObserver(
+            self.source.layers[index], self.source.family, statistics, self.source.precision, total
+        )
 
 
 def _layer_list(run: Run) -> tuple[nn.Module, str]:

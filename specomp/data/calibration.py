@@ -1,6 +1,7 @@
 """Calibration sets: which tokens the statistics are taken from, and how.
 
-A spec (one yaml of conf/calibration) says where the tokens come from and builds a CalibrationSet with a tokenizer.
+A spec (one yaml of conf/calibration) says where the tokens come from and builds a CalibrationSet
+with a tokenizer.
 """
 
 import hashlib
@@ -33,18 +34,31 @@ Positive = Annotated[float, Field(gt=0)]
 class CalibrationSet:
     """Samples of equal length in a fixed order.
 
-    `hash` is made of the token ids and the tokenizer's content and of nothing else: two ways to the same tokens share their statistics.
-    `description` is the JSON-able account for records: tokenizer, source with the hash of its text, sampler, seed, counts.
+    `hash` is made of the token ids and the tokenizer's content and of nothing else: two ways to the
+    same tokens share their statistics. `description` is the JSON-able account for records:
+    tokenizer, source with the hash of its text, sampler, seed, counts.
     """
 
     def __init__(self, tokens: LongTensor, *, description: dict[str, Any], batch_size: int) -> None:
-        """tokens: (samples, length); description: at least {"tokenizer": describe_tokenizer(...)}; batch_size: samples a batch."""
+        """tokens: (samples, length); description: at least {"tokenizer": describe_tokenizer(...)};
+        batch_size: samples a batch.
+        """
         self.tokens = tokens
         self.batch_size = batch_size
         self.num_samples, self.length = tokens.shape
-        self.description = description | {"samples": self.num_samples, "length": self.length, "tokens": tokens.numel()}
+        self.description = description | {
+            "samples": self.num_samples,
+            "length": self.length,
+            "tokens": tokens.numel(),
+        }
         ids = hashlib.sha256(tokens.contiguous().numpy().astype("<i8").tobytes()).hexdigest()
-        self.hash = digest({"ids": ids, "shape": list(tokens.shape), "tokenizer": description["tokenizer"]["sha256"]})
+        self.hash = digest(
+            {
+                "ids": ids,
+                "shape": list(tokens.shape),
+                "tokenizer": description["tokenizer"]["sha256"],
+            }
+        )
 
     @classmethod
     def of_shape(cls, num_samples: int, length: int, batch_size: int) -> "CalibrationSet":
@@ -59,9 +73,16 @@ class CalibrationSet:
     def subset(self, num_samples: int) -> "CalibrationSet":
         """The first samples. Raises UserError when there are fewer."""
         if not 1 <= num_samples <= self.num_samples:
-            raise UserError(f"A subset of {num_samples} samples was asked for, the calibration set has {self.num_samples}.")
+            raise UserError(
+                f"A subset of {num_samples} samples was asked for, the calibration set has"
+                f" {self.num_samples}."
+            )
         tokens = cast(LongTensor, self.tokens[:num_samples].clone())
-        return CalibrationSet(tokens, description=self.description | {"subset_of": self.num_samples}, batch_size=self.batch_size)
+        return CalibrationSet(
+            tokens,
+            description=self.description | {"subset_of": self.num_samples},
+            batch_size=self.batch_size,
+        )
 
 
 @configurable
@@ -69,17 +90,24 @@ class Calibration:
     """How tokens are read; the values live in conf/calibration/_base.yaml."""
 
     batch_size: Annotated[int, Field(ge=1)]  # samples a forward pass
-    upstream: Literal["dense", "compressed"]  # what the activations passed through before a decoder layer
-    layers_at_once: Annotated[int, Field(ge=1)] | None  # decoder layers whose statistics are in memory at once; null: all
+    # what the activations passed through before a decoder layer
+    upstream: Literal["dense", "compressed"]
+    # decoder layers whose statistics are in memory at once; null: all
+    layers_at_once: Annotated[int, Field(ge=1)] | None
     accumulate: Literal["float32", "float64"]  # dtype of the running sums
-    precision: Literal["float32", "mixed", "bfloat16"]  # products of a float32 model's calibration passes; sums stay in `accumulate`
+    # products of a float32 model's calibration passes; sums stay in `accumulate`
+    precision: Literal["float32", "mixed", "bfloat16"]
 
     @property
     def statistics_precision(self) -> Precision:
-        """Of the statistics: sums in `accumulate`, products in float32 unless less was asked for, or float64 sums were."""
+        """Of the statistics: sums in `accumulate`, products in float32 unless less was asked for,
+        or float64 sums were.
+        """
         if self.accumulate == "float64":
             return Precision(torch.float64, torch.float64)
-        return Precision(torch.float32, torch.float32 if self.precision == "float32" else torch.bfloat16)
+        return Precision(
+            torch.float32, torch.float32 if self.precision == "float32" else torch.bfloat16
+        )
 
 
 @configurable
@@ -89,28 +117,47 @@ class CalibrationSpec(Calibration, ABC):
     num_samples: NumSamples | None  # null: all that there are (token files only)
     length: Length | None  # tokens a sample; null: as the file has (token files only)
 
-    def build(self, tokenizer: PreTrainedTokenizerBase, *, max_length: int, vocab_size: int | None = None) -> CalibrationSet:
+    def build(
+        self, tokenizer: PreTrainedTokenizerBase, *, max_length: int, vocab_size: int | None = None
+    ) -> CalibrationSet:
         """Draw the samples.
 
-        max_length: tokens the model's context holds; vocab_size: rows of the model's embedding, where more than the tokenizer's.
-        Raises UserError when the text is too short, the samples too long, or a file unfit.
+        max_length: tokens the model's context holds; vocab_size: rows of the model's embedding,
+        where more than the tokenizer's. Raises UserError when the text is too short, the samples
+        too long, or a file unfit.
         """
         self._check_length(self.length, max_length)
         tokens, account = self.draw(tokenizer, max(len(tokenizer), vocab_size or 0))
         self._check_length(tokens.shape[1], max_length)
-        description = {"tokenizer": describe_tokenizer(tokenizer), **account, "samples_requested": self.num_samples}
+        description = {
+            "tokenizer": describe_tokenizer(tokenizer),
+            **account,
+            "samples_requested": self.num_samples,
+        }
         calibration = CalibrationSet(tokens, description=description, batch_size=self.batch_size)
-        log.info("Calibration set: %d samples of %d tokens, %s.", calibration.num_samples, calibration.length, calibration.hash[:12])
+        log.info(
+            "Calibration set: %d samples of %d tokens, %s.",
+            calibration.num_samples,
+            calibration.length,
+            calibration.hash[:12],
+        )
         return calibration
 
     @abstractmethod
-    def draw(self, tokenizer: PreTrainedTokenizerBase, vocabulary: int) -> tuple[LongTensor, dict[str, Any]]:
-        """Ids (samples, length) below `vocabulary`, and {"source": ..., "sampler": ...} for the description."""
+    def draw(
+        self, tokenizer: PreTrainedTokenizerBase, vocabulary: int
+    ) -> tuple[LongTensor, dict[str, Any]]:
+        """Ids (samples, length) below `vocabulary`, and {"source": ..., "sampler": ...} for the
+        description.
+        """
 
     @staticmethod
     def _check_length(length: int | None, max_length: int) -> None:
         if length is not None and length > max_length:
-            raise UserError(f"Samples of {length} tokens do not fit the model's context of {max_length}: lower calibration.length.")
+            raise UserError(
+                f"Samples of {length} tokens do not fit the model's context of {max_length}: lower"
+                " calibration.length."
+            )
 
 
 @configurable
@@ -122,7 +169,9 @@ class TextCalibration(CalibrationSpec):
     corpus: TextSource
     sampler: Sampler
 
-    def draw(self, tokenizer: PreTrainedTokenizerBase, vocabulary: int) -> tuple[LongTensor, dict[str, Any]]:
+    def draw(
+        self, tokenizer: PreTrainedTokenizerBase, vocabulary: int
+    ) -> tuple[LongTensor, dict[str, Any]]:
         tokens = self.sampler(self.corpus.text(), tokenizer, self.num_samples, self.length)
         source = self.corpus.describe()
         log.info("Calibration text: %s.", source["fingerprint"])
@@ -139,20 +188,29 @@ class Part:
 
 @configurable
 class MixedCalibration(CalibrationSpec):
-    """Samples of several texts, in proportion to their weights and evenly mixed, so that a subset keeps the proportions."""
+    """Samples of several texts, in proportion to their weights and evenly mixed, so that a subset
+    keeps the proportions.
+    """
 
     num_samples: NumSamples
     length: Length
     parts: Annotated[dict[str, Part], Field(min_length=1)]
     sampler: Sampler
 
-    def draw(self, tokenizer: PreTrainedTokenizerBase, vocabulary: int) -> tuple[LongTensor, dict[str, Any]]:
+    def draw(
+        self, tokenizer: PreTrainedTokenizerBase, vocabulary: int
+    ) -> tuple[LongTensor, dict[str, Any]]:
         shares = allot([part.weight for part in self.parts.values()], self.num_samples)
         samples: list[Tensor] = []
         accounts: dict[str, dict[str, Any]] = {}
         for (name, part), share in zip(self.parts.items(), shares, strict=True):
             if share == 0:
-                log.warning("Part %s of the mixture gets none of %d samples (weight %g).", name, self.num_samples, part.weight)
+                log.warning(
+                    "Part %s of the mixture gets none of %d samples (weight %g).",
+                    name,
+                    self.num_samples,
+                    part.weight,
+                )
                 accounts[name] = {"weight": part.weight, "samples": 0, "source": None}
                 continue
             drawn = self.sampler(part.corpus.text(), tokenizer, share, self.length)
@@ -162,7 +220,10 @@ class MixedCalibration(CalibrationSpec):
             accounts[name] = {"weight": part.weight, "samples": len(drawn), "source": source}
         order = interleave([len(drawn) for drawn in samples])
         tokens = cast(LongTensor, torch.stack([samples[part][index] for part, index in order]))
-        return tokens, {"source": {"name": "mixture", "parts": accounts}, "sampler": self.sampler.describe()}
+        return tokens, {
+            "source": {"name": "mixture", "parts": accounts},
+            "sampler": self.sampler.describe(),
+        }
 
 
 @configurable
@@ -171,15 +232,18 @@ class TokenFile(CalibrationSpec):
 
     path: Path
 
-    def draw(self, tokenizer: PreTrainedTokenizerBase, vocabulary: int) -> tuple[LongTensor, dict[str, Any]]:
+    def draw(
+        self, tokenizer: PreTrainedTokenizerBase, vocabulary: int
+    ) -> tuple[LongTensor, dict[str, Any]]:
         ids = read_token_ids(self.path)
         check_vocabulary(ids, vocabulary, self.path)
         samples, length = ids.shape
         num_samples, cut = self.num_samples or samples, self.length or length
         if num_samples > samples or cut > length:
             raise UserError(
-                f"Token file {self.path} holds {samples} samples of {length} tokens, {num_samples} of {cut} were asked for: "
-                "lower calibration.num_samples / calibration.length or set them to null."
+                f"Token file {self.path} holds {samples} samples of {length} tokens, {num_samples}"
+                f" of {cut} were asked for: lower calibration.num_samples / calibration.length or"
+                " set them to null."
             )
         log.info(
             "Token file %s: taking the first %d tokens of the first %d samples (it has %d of %d).",
@@ -189,12 +253,22 @@ class TokenFile(CalibrationSpec):
             samples,
             length,
         )
-        source = {"name": "token_file", "origin": f"file {self.path.name}", "samples": samples, "length": length}
-        return cast(LongTensor, ids[:num_samples, :cut].contiguous()), {"source": source, "sampler": None}
+        source = {
+            "name": "token_file",
+            "origin": f"file {self.path.name}",
+            "samples": samples,
+            "length": length,
+        }
+        return cast(LongTensor, ids[:num_samples, :cut].contiguous()), {
+            "source": source,
+            "sampler": None,
+        }
 
 
 def allot(weights: Sequence[float], total: int) -> list[int]:
-    """`total` items in proportion to the weights: whole parts first, the rest to the largest remainders (the earlier one on a tie)."""
+    """`total` items in proportion to the weights: whole parts first, the rest to the largest
+    remainders (the earlier one on a tie).
+    """
     exact = [Fraction(weight) for weight in weights]
     quotas = [weight * total / sum(exact) for weight in exact]
     shares = [int(quota) for quota in quotas]
@@ -205,6 +279,12 @@ def allot(weights: Sequence[float], total: int) -> list[int]:
 
 
 def interleave(counts: Sequence[int]) -> list[tuple[int, int]]:
-    """(part, index) of all items, each part spread evenly over the whole: any beginning holds about the proportions of the whole."""
-    places = [(Fraction(2 * index + 1, 2 * count), part, index) for part, count in enumerate(counts) for index in range(count)]
+    """(part, index) of all items, each part spread evenly over the whole: any beginning holds about
+    the proportions of the whole.
+    """
+    places = [
+        (Fraction(2 * index + 1, 2 * count), part, index)
+        for part, count in enumerate(counts)
+        for index in range(count)
+    ]
     return [(part, index) for _, part, index in sorted(places)]

@@ -1,6 +1,8 @@
-"""The text sets of the papers, as one long text each: from a folder of files (paths.data) or from the hub at a pinned revision.
+"""The text sets of the papers, as one long text each: from a folder of files (paths.data) or from
+the hub at a pinned revision.
 
-Protocol: the documents of a split joined by one string, as GPTQ and SVD-LLM do (methods of reading differ in the joiner only).
+Protocol: the documents of a split joined by one string, as GPTQ and SVD-LLM do (methods of reading
+differ in the joiner only).
 """
 
 import gzip
@@ -28,14 +30,19 @@ class Hub:
     path: str
     config: str | None
     revision: str
-    data_files: Annotated[dict[str, str] | None, Plain]  # hub split -> file in the repository; null: the repository's own splits
+    # hub split -> file in the repository; null: the repository's own splits
+    data_files: Annotated[dict[str, str] | None, Plain]
     template: str | None  # "{column}" text of a document; null: the corpus's field
-    unique: bool  # keep the first of equal documents (rows that repeat their paragraph once a question)
+    unique: (
+        bool  # keep the first of equal documents (rows that repeat their paragraph once a question)
+    )
 
 
 @configurable
 class Corpus:
-    """One split of a text set. `local` maps splits to files below `data_root`; `partial` says which of them hold only a part."""
+    """One split of a text set. `local` maps splits to files below `data_root`; `partial` says which
+    of them hold only a part.
+    """
 
     name: str
     hub: Annotated[Hub, Plain]
@@ -49,7 +56,9 @@ class Corpus:
     data_root: Path | None
 
     def text(self) -> str:
-        """The documents joined. Raises UserError for an unknown split, a missing or malformed file, an unreachable hub."""
+        """The documents joined. Raises UserError for an unknown split, a missing or malformed file,
+        an unreachable hub.
+        """
         return self._text
 
     @property
@@ -58,9 +67,13 @@ class Corpus:
         return str(self.describe()["fingerprint"])
 
     def describe(self) -> dict[str, Any]:
-        """See TextSource.describe; `partial` says what a local file lacks, `max_documents` what was cut on request."""
+        """See TextSource.describe; `partial` says what a local file lacks, `max_documents` what was
+        cut on request.
+        """
         documents = self._documents  # first: it checks the split
-        description = describe_text(self.name, split=self.split, origin=self._origin, documents=documents, text=self._text)
+        description = describe_text(
+            self.name, split=self.split, origin=self._origin, documents=documents, text=self._text
+        )
         return description | {"partial": self._partial, "max_documents": self.max_documents}
 
     @property
@@ -86,27 +99,48 @@ class Corpus:
     @cached_property
     def _documents(self) -> list[str]:
         if self.split not in self.splits:
-            raise UserError(f"Corpus {self.name} has no split {self.split!r}: choose one of {', '.join(self.splits)}.")
-        documents = self._from_hub() if self.data_root is None else self._from_folder(self.data_root)
+            raise UserError(
+                f"Corpus {self.name} has no split {self.split!r}: choose one of"
+                f" {', '.join(self.splits)}."
+            )
+        documents = (
+            self._from_hub() if self.data_root is None else self._from_folder(self.data_root)
+        )
         if not any(documents):
-            raise UserError(f"Corpus {self.name}: {self._origin} holds no text; check the file or choose another split.")
+            raise UserError(
+                f"Corpus {self.name}: {self._origin} holds no text; check the file or choose"
+                " another split."
+            )
         if self._partial:
-            log.warning("Corpus %s, split %s: %s is only a part of it (%s).", self.name, self.split, self._origin, self._partial)
+            log.warning(
+                "Corpus %s, split %s: %s is only a part of it (%s).",
+                self.name,
+                self.split,
+                self._origin,
+                self._partial,
+            )
         if self.max_documents is not None and len(documents) < self.max_documents:
-            log.warning("Corpus %s: %d documents, fewer than max_documents = %d.", self.name, len(documents), self.max_documents)
+            log.warning(
+                "Corpus %s: %d documents, fewer than max_documents = %d.",
+                self.name,
+                len(documents),
+                self.max_documents,
+            )
         return documents
 
     def _from_folder(self, data_root: Path) -> list[str]:
         if self.split not in self.local:
             raise UserError(
-                f"Corpus {self.name}: no local file is known for split {self.split!r} (local splits: {', '.join(self.local) or 'none'}); "
-                "choose one of them, or set paths.data=null to read the hub."
+                f"Corpus {self.name}: no local file is known for split {self.split!r} (local"
+                f" splits: {', '.join(self.local) or 'none'}); choose one of them, or set"
+                " paths.data=null to read the hub."
             )
         path = data_root.expanduser() / self.local[self.split]
         if not path.is_file():
             raise UserError(
-                f"Corpus {self.name}, split {self.split!r}: {path} does not exist; "
-                f"set paths.data=FOLDER to a folder with {self.local[self.split]}, or paths.data=null to read the hub."
+                f"Corpus {self.name}, split {self.split!r}: {path} does not exist; set"
+                f" paths.data=FOLDER to a folder with {self.local[self.split]}, or paths.data=null"
+                " to read the hub."
             )
         return list(islice(read_documents(path, self.field), self.max_documents))
 
@@ -117,7 +151,13 @@ class Corpus:
 
         hub, hub_split = self.hub, self.splits[self.split]
         files = {hub_split: self._hub_file} if self._hub_file else None
-        log.info("Loading corpus %s, split %s, from the hub (%s@%s).", self.name, self.split, hub.path, hub.revision)
+        log.info(
+            "Loading corpus %s, split %s, from the hub (%s@%s).",
+            self.name,
+            self.split,
+            hub.path,
+            hub.revision,
+        )
         try:
             rows = load_dataset(
                 hub.path,
@@ -130,11 +170,15 @@ class Corpus:
             )
         except (OSError, ValueError, RuntimeError, DatasetsError) as error:
             wanted = self.local.get(self.split)
-            hint = f"set paths.data=FOLDER to a folder with {wanted}" if wanted else "no local file is known for this split, choose another"
+            hint = (
+                f"set paths.data=FOLDER to a folder with {wanted}"
+                if wanted
+                else "no local file is known for this split, choose another"
+            )
             reason = " ".join(str(error).split())[:200]
             raise UserError(
-                f"Corpus {self.name}, split {self.split!r}: cannot load {hub.path}@{hub.revision} from the hub "
-                f"({type(error).__name__}: {reason}); {hint}."
+                f"Corpus {self.name}, split {self.split!r}: cannot load {hub.path}@{hub.revision}"
+                f" from the hub ({type(error).__name__}: {reason}); {hint}."
             ) from error
         return list(islice(self._hub_documents(rows), self.max_documents))
 
@@ -153,7 +197,8 @@ class Corpus:
 
 
 def read_documents(path: Path, field: str) -> Iterator[str]:
-    """Documents of a .jsonl or .jsonl.gz file (one field of each line), or a .txt file as one document.
+    """Documents of a .jsonl or .jsonl.gz file (one field of each line), or a .txt file as one
+    document.
 
     Raises UserError for another suffix, a line that is not JSON or a line without the field.
     """
@@ -161,14 +206,26 @@ def read_documents(path: Path, field: str) -> Iterator[str]:
         yield path.read_text(encoding="utf-8")
         return
     if not path.name.endswith((".jsonl", ".jsonl.gz")):
-        raise UserError(f"{path}: cannot read text from this kind of file; use .jsonl, .jsonl.gz or .txt.")
-    with gzip.open(path, "rt", encoding="utf-8") if path.suffix == ".gz" else path.open(encoding="utf-8") as lines:
+        raise UserError(
+            f"{path}: cannot read text from this kind of file; use .jsonl, .jsonl.gz or .txt."
+        )
+    with (
+        gzip.open(path, "rt", encoding="utf-8")
+        if path.suffix == ".gz"
+        else path.open(encoding="utf-8")
+    ) as lines:
         for number, line in enumerate(lines, start=1):
             try:
                 row = json.loads(line)
             except json.JSONDecodeError as error:
-                raise UserError(f"{path}, line {number}: not JSON ({error.msg}); one JSON object a line is needed.") from error
+                raise UserError(
+                    f"{path}, line {number}: not JSON ({error.msg}); one JSON object a line is"
+                    " needed."
+                ) from error
             if not isinstance(row, dict) or not isinstance(row.get(field), str):
                 fields = ", ".join(row) if isinstance(row, dict) else "none"
-                raise UserError(f"{path}, line {number}: no text field {field!r} (fields: {fields}); set the corpus's field.")
+                raise UserError(
+                    f"{path}, line {number}: no text field {field!r} (fields: {fields}); set the"
+                    " corpus's field."
+                )
             yield row[field]

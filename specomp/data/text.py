@@ -1,4 +1,6 @@
-"""What every source of text offers, whether it comes from the hub, from a folder or from the Python installation."""
+"""What every source of text offers, whether it comes from the hub, from a folder or from the Python
+installation.
+"""
 
 import hashlib
 from collections.abc import Mapping, Sequence
@@ -25,12 +27,16 @@ class TextSource(Protocol):
         ...
 
     def describe(self) -> dict[str, Any]:
-        """JSON-able: name, split, origin (no machine path), documents, characters, sha256 of the text, fingerprint."""
+        """JSON-able: name, split, origin (no machine path), documents, characters, sha256 of the
+        text, fingerprint.
+        """
         ...
 
 
 def plain(value: Any) -> Any:
-    """Mappings of a composed config as built-in dicts, at every depth: pydantic builds nested settings from dicts only."""
+    """Mappings of a composed config as built-in dicts, at every depth: pydantic builds nested
+    settings from dicts only.
+    """
     if isinstance(value, Mapping):
         return {key: plain(item) for key, item in value.items()}
     return value
@@ -44,7 +50,9 @@ def text_sha256(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def describe_text(name: str, *, split: str, origin: str, documents: Sequence[str], text: str) -> dict[str, Any]:
+def describe_text(
+    name: str, *, split: str, origin: str, documents: Sequence[str], text: str
+) -> dict[str, Any]:
     """The description shared by all sources; `fingerprint` is the same on one line."""
     sha256 = text_sha256(text)
     return {

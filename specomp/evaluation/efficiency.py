@@ -1,4 +1,6 @@
-"""Speed and memory of a model as it is: prefill and decode throughput with a key-value cache, peak memory, bytes."""
+"""Speed and memory of a model as it is: prefill and decode throughput with a key-value cache, peak
+memory, bytes.
+"""
 
 import inspect
 import logging
@@ -27,13 +29,21 @@ log = logging.getLogger(__name__)
 
 
 def measure_efficiency(
-    model: PreTrainedModel, *, batch_sizes: Sequence[int], prompt_tokens: int, new_tokens: int, repeats: int, seed: int
+    model: PreTrainedModel,
+    *,
+    batch_sizes: Sequence[int],
+    prompt_tokens: int,
+    new_tokens: int,
+    repeats: int,
+    seed: int,
 ) -> dict[str, float]:
     """Medians over `repeats` after one warm-up, on random prompts.
 
-    Keys: `prefill_tokens_per_s_bs<B>`, `decode_tokens_per_s_bs<B>`, on a GPU also `peak_memory_bytes_bs<B>` (allocated by torch while
-    that batch size ran); once: `model_bytes` (parameters and buffers, shared ones counted once), `process_peak_rss_bytes` (the largest
-    resident size of this process so far, whatever caused it). Raises UserError when a batch size does not fit the GPU.
+    Keys: `prefill_tokens_per_s_bs<B>`, `decode_tokens_per_s_bs<B>`, on a GPU also
+    `peak_memory_bytes_bs<B>` (allocated by torch while that batch size ran); once: `model_bytes`
+    (parameters and buffers, shared ones counted once), `process_peak_rss_bytes` (the largest
+    resident size of this process so far, whatever caused it). Raises UserError when a batch size
+    does not fit the GPU.
     """
     on_gpu = model.device.type == "cuda"
     generator = torch.Generator().manual_seed(seed)
@@ -41,38 +51,58 @@ def measure_efficiency(
     result: dict[str, float] = {"model_bytes": float(model_bytes(model))}
     with evaluating(model):
         for batch_size in batch_sizes:
-            prompt = torch.randint(vocabulary, (batch_size, prompt_tokens), generator=generator).to(model.device)
+            prompt = torch.randint(vocabulary, (batch_size, prompt_tokens), generator=generator).to(
+                model.device
+            )
             if on_gpu:
                 torch.cuda.reset_peak_memory_stats(model.device)
             try:
-                runs = track(range(1 + repeats), f"efficiency, batch size {batch_size}", 1 + repeats, traced=False)
+                runs = track(
+                    range(1 + repeats),
+                    f"efficiency, batch size {batch_size}",
+                    1 + repeats,
+                    traced=False,
+                )
                 seconds = [_prefill_and_decode(model, prompt, new_tokens) for _ in runs][1:]
             except torch.OutOfMemoryError as error:
                 raise UserError(
-                    f"Efficiency: out of GPU memory at batch size {batch_size} with {prompt_tokens} + {new_tokens} tokens: "
-                    "lower batch_sizes or prompt_tokens of the efficiency benchmark."
+                    f"Efficiency: out of GPU memory at batch size {batch_size} with {prompt_tokens}"
+                    f" + {new_tokens} tokens: lower batch_sizes or prompt_tokens of the efficiency"
+                    " benchmark."
                 ) from error
             prefill, decode = (statistics.median(column) for column in zip(*seconds, strict=True))
             result[f"prefill_tokens_per_s_bs{batch_size}"] = batch_size * prompt_tokens / prefill
             result[f"decode_tokens_per_s_bs{batch_size}"] = batch_size * new_tokens / decode
             if on_gpu:
-                result[f"peak_memory_bytes_bs{batch_size}"] = float(torch.cuda.max_memory_allocated(model.device))
+                result[f"peak_memory_bytes_bs{batch_size}"] = float(
+                    torch.cuda.max_memory_allocated(model.device)
+                )
     result["process_peak_rss_bytes"] = float(_process_peak_rss())
     return result
 
 
 def model_bytes(model: torch.nn.Module) -> int:
     """Bytes of parameters and buffers, tied ones once."""
-    return sum(tensor.numel() * tensor.element_size() for tensor in [*model.parameters(), *model.buffers()])
+    return sum(
+        tensor.numel() * tensor.element_size() for tensor in [*model.parameters(), *model.buffers()]
+    )
 
 
-def _prefill_and_decode(model: PreTrainedModel, prompt: Tensor, new_tokens: int) -> tuple[float, float]:
-    """Seconds of the forward over prompt (batch, tokens), and of `new_tokens` greedy steps after it.
+def _prefill_and_decode(
+    model: PreTrainedModel, prompt: Tensor, new_tokens: int
+) -> tuple[float, float]:
+    """Seconds of the forward over prompt (batch, tokens), and of `new_tokens` greedy steps after
+    it.
 
     A loop of our own and not `generate`: stop tokens must not shorten it.
     """
-    # only the last position's logits are needed, as in generation; models that cannot skip the others compute them all
-    last_only = {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}
+    # only the last position's logits are needed, as in generation; models that cannot skip the
+    # others compute them all
+    last_only = (
+        {"logits_to_keep": 1}
+        if "logits_to_keep" in inspect.signature(model.forward).parameters
+        else {}
+    )
     start = now(prompt.device)
     output = model(input_ids=prompt, use_cache=True, **last_only)
     prefilled = now(prompt.device)
@@ -98,7 +128,9 @@ def _process_peak_rss() -> int:
 class Efficiency:
     """`measure_efficiency` as a benchmark. Its numbers belong to the machine that measured them."""
 
-    volatile: ClassVar[bool] = True  # depends on the machine at that moment: dense and compressed are timed in one run
+    volatile: ClassVar[bool] = (
+        True  # depends on the machine at that moment: dense and compressed are timed in one run
+    )
     version: PositiveInt
     batch_sizes: tuple[PositiveInt, ...]
     prompt_tokens: PositiveInt
@@ -111,8 +143,11 @@ class Efficiency:
     @property
     def id(self) -> str:
         """For example efficiency@1:128+16:bs1+4 (prompt + new tokens, batch sizes)."""
-        made = f"{':fused' if self.fuse else ''}{f':compiled={self.compile}' if self.compile else ''}"
-        return f"efficiency@{self.version}:{self.prompt_tokens}+{self.new_tokens}:bs{'+'.join(map(str, self.batch_sizes))}{made}"
+        sizes = "+".join(map(str, self.batch_sizes))
+        made = ":fused" if self.fuse else ""
+        made += f":compiled={self.compile}" if self.compile else ""
+        tokens = f"{self.prompt_tokens}+{self.new_tokens}"
+        return f"efficiency@{self.version}:{tokens}:bs{sizes}{made}"
 
     @property
     def protocol(self) -> str:
@@ -127,26 +162,38 @@ class Efficiency:
     @property
     def metrics(self) -> dict[str, Metric]:
         """Tokens a second, by batch size."""
-        names = (f"{what}_tokens_per_s_bs{batch}" for batch in self.batch_sizes for what in ("prefill", "decode"))
+        names = (
+            f"{what}_tokens_per_s_bs{batch}"
+            for batch in self.batch_sizes
+            for what in ("prefill", "decode")
+        )
         return dict.fromkeys(names, Metric("tokens/s", "higher"))
 
     def reading(self) -> list[Reading]:
         """One for each batch size."""
         runs, steps, prompt = 1 + self.repeats, self.new_tokens, self.prompt_tokens
         tokens = runs * (prompt + steps)
-        return [Reading(tokens=b * tokens, length=prompt, batch=b, sure="", decoded=runs * steps) for b in self.batch_sizes]
+        return [
+            Reading(tokens=b * tokens, length=prompt, batch=b, sure="", decoded=runs * steps)
+            for b in self.batch_sizes
+        ]
 
     def validate(self, max_length: int) -> None:
         """Raises UserError when prompt and new tokens exceed a context of `max_length` tokens."""
         if self.prompt_tokens + self.new_tokens > max_length:
             raise UserError(
-                f"Efficiency: {self.prompt_tokens} prompt + {self.new_tokens} new tokens do not fit the model's context of {max_length}: "
-                "lower prompt_tokens or new_tokens of the efficiency benchmark."
+                f"Efficiency: {self.prompt_tokens} prompt + {self.new_tokens} new tokens do not fit"
+                f" the model's context of {max_length}: lower prompt_tokens or new_tokens of the"
+                " efficiency benchmark."
             )
 
-    def __call__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> dict[str, float]:
+    def __call__(
+        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
+    ) -> dict[str, float]:
         """See `measure_efficiency`; the tokenizer is not used."""
-        log.info("Efficiency: %s, %s, %d threads.", model.device, model.dtype, torch.get_num_threads())
+        log.info(
+            "Efficiency: %s, %s, %d threads.", model.device, model.dtype, torch.get_num_threads()
+        )
         with fused(model) if self.fuse else nullcontext(0) as sites, compiled(model, self.compile):
             if self.fuse:
                 log.info("Efficiency: first factors stacked at %d sites.", sites)
@@ -162,7 +209,9 @@ class Efficiency:
 
 @contextmanager
 def compiled(model: PreTrainedModel, mode: str | None) -> Iterator[None]:
-    """While it is open the model runs as torch.compile makes it; reduce-overhead and max-autotune capture CUDA graphs on a GPU."""
+    """While it is open the model runs as torch.compile makes it; reduce-overhead and max-autotune
+    capture CUDA graphs on a GPU.
+    """
     if mode is None:
         yield
         return

@@ -1,7 +1,9 @@
-"""Tasks of lm-eval on a model in memory. The only file that imports lm_eval, and only inside functions: it takes seconds.
+"""Tasks of lm-eval on a model in memory. The only file that imports lm_eval, and only inside
+functions: it takes seconds.
 
-The stock task definitions (prompts, scoring) are always used. With a data root only their data changes: JSON lines at
-<root>/<task>/<split>.jsonl[.gz] (mmlu: <root>/mmlu/<split>/<subject>.jsonl[.gz]), and nothing is asked from the network.
+The stock task definitions (prompts, scoring) are always used. With a data root only their data
+changes: JSON lines at <root>/<task>/<split>.jsonl[.gz] (mmlu:
+<root>/mmlu/<split>/<subject>.jsonl[.gz]), and nothing is asked from the network.
 """
 
 import copy
@@ -27,7 +29,8 @@ from specomp.settings import configurable
 log = logging.getLogger(__name__)
 TaskConfig = dict[str, Any]
 
-# Where lm-eval keeps the definitions of the tasks in the papers' tables; reading these spares its index of 14,000 tasks (19 s).
+# Where lm-eval keeps the definitions of the tasks in the papers' tables; reading these spares its
+# index of 14,000 tasks (19 s).
 STOCK_FILES = {
     "piqa": "piqa/piqa.yaml",
     "winogrande": "winogrande/default.yaml",
@@ -42,14 +45,20 @@ MMLU_FILES = "mmlu/default/mmlu_*.yaml"  # one per subject
 SUFFIXES = (".jsonl", ".jsonl.gz")
 SPLIT_KEYS = ("training_split", "validation_split", "test_split", "fewshot_split")
 FEWSHOT_SEED = 1234  # lm-eval's default
-BOOTSTRAP_ITERS = 100  # only for metrics that are not means; an accuracy's standard error is closed form
-BATCHES_PER_CHUNK = 32  # requests are sorted by length within a chunk; progress is reported between chunks
+BOOTSTRAP_ITERS = (
+    100  # only for metrics that are not means; an accuracy's standard error is closed form
+)
+BATCHES_PER_CHUNK = (
+    32  # requests are sorted by length within a chunk; progress is reported between chunks
+)
 
 
 @configurable
 class HarnessTask:
-    """One lm-eval task or group. `limit` is documents, shared evenly by the subjects of mmlu; `num_fewshot` None is the task's own number;
-    `data_root` None loads the data from the hub; `metric` is the one the result must contain."""
+    """One lm-eval task or group. `limit` is documents, shared evenly by the subjects of mmlu;
+    `num_fewshot` None is the task's own number; `data_root` None loads the data from the hub;
+    `metric` is the one the result must contain.
+    """
 
     volatile: ClassVar[bool] = False
     task: str
@@ -65,7 +74,11 @@ class HarnessTask:
     def id(self) -> str:
         """For example piqa@1, piqa@1:limit100, mmlu@1:5shot, mmlu@1:limit2each (subject)."""
         settings = [f"{self.num_fewshot}shot"] if self.num_fewshot is not None else []
-        settings += [f"limit{self.limit_each}{'each' if self.task == MMLU else ''}"] if self.limit is not None else []
+        settings += (
+            [f"limit{self.limit_each}{'each' if self.task == MMLU else ''}"]
+            if self.limit is not None
+            else []
+        )
         return ":".join([f"{self.task}@{self.version}", *settings, *precision_mark(self.precision)])
 
     @property
@@ -76,7 +89,11 @@ class HarnessTask:
     @property
     def limit_each(self) -> int | None:
         """Documents of each task of the group."""
-        return None if self.limit is None else -(-self.limit // (MMLU_SUBJECTS if self.task == MMLU else 1))
+        return (
+            None
+            if self.limit is None
+            else -(-self.limit // (MMLU_SUBJECTS if self.task == MMLU else 1))
+        )
 
     @property
     def metrics(self) -> dict[str, Metric]:
@@ -86,54 +103,96 @@ class HarnessTask:
 
     def reading(self) -> list[Reading]:
         """Its requests."""
-        tokens, length = task_tokens(self.task, self.limit_each, MMLU_SUBJECTS if self.task == MMLU else 1, self.num_fewshot or 0)
+        tokens, length = task_tokens(
+            self.task,
+            self.limit_each,
+            MMLU_SUBJECTS if self.task == MMLU else 1,
+            self.num_fewshot or 0,
+        )
         half, known = self.precision == "bfloat16", tokens is not None
         sure: Sure = "estimate" if known else "unknown"
         batch, longest = (self.batch_size, LONGEST * length) if known else (1, 0)
-        return [Reading(tokens=tokens, length=length, batch=batch, sure=sure, half=half, longest=longest)]
+        return [
+            Reading(
+                tokens=tokens, length=length, batch=batch, sure=sure, half=half, longest=longest
+            )
+        ]
 
     def validate(self, max_length: int) -> None:
-        """Raises UserError for an unknown task, a metric it is known to lack and, with a data root, for missing files.
+        """Raises UserError for an unknown task, a metric it is known to lack and, with a data root,
+        for missing files.
 
-        `max_length` decides nothing: lm-eval cuts a prompt that is too long from the left, and the result counts those.
+        `max_length` decides nothing: lm-eval cuts a prompt that is too long from the left, and the
+        result counts those.
         """
         definitions = self._specification() or []
         if definitions:  # otherwise only a run tells the metrics
-            self._check_metric({metric["metric"] for definition in definitions for metric in definition["metric_list"]})
+            self._check_metric(
+                {
+                    metric["metric"]
+                    for definition in definitions
+                    for metric in definition["metric_list"]
+                }
+            )
 
-    def __call__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> dict[str, float]:
-        """acc, acc_norm where the task defines it, their _stderr, n (documents), nonfinite_requests, truncated_requests."""
+    def __call__(
+        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
+    ) -> dict[str, float]:
+        """acc, acc_norm where the task defines it, their _stderr, n (documents),
+        nonfinite_requests, truncated_requests.
+        """
         from lm_eval.evaluator import evaluate
 
         with _quiet(), evaluating(model, self.precision):
             loaded = _load(self._specification(), self.task)
             for task in loaded["tasks"].values():
-                shots = self.num_fewshot if self.num_fewshot is not None else task.get_config("num_fewshot")
+                shots = (
+                    self.num_fewshot
+                    if self.num_fewshot is not None
+                    else task.get_config("num_fewshot")
+                )
                 task.set_config(key="num_fewshot", value=shots or 0)
                 task.set_fewshot_seed(seed=FEWSHOT_SEED)
             lm = _language_model(model, tokenizer, self.batch_size, self.id)
-            # not simple_evaluate: it reseeds every generator of the process and collects the environment (1 s a call)
-            results = evaluate(lm=lm, task_dict=loaded, limit=self.limit_each, bootstrap_iters=BOOTSTRAP_ITERS, log_samples=False)
-        scores = _scores(results, self.task) | {"nonfinite_requests": float(lm.nonfinite), "truncated_requests": float(lm.truncated)}
+            # not simple_evaluate: it reseeds every generator of the process and collects the
+            # environment (1 s a call)
+            results = evaluate(
+                lm=lm,
+                task_dict=loaded,
+                limit=self.limit_each,
+                bootstrap_iters=BOOTSTRAP_ITERS,
+                log_samples=False,
+            )
+        scores = _scores(results, self.task) | {
+            "nonfinite_requests": float(lm.nonfinite),
+            "truncated_requests": float(lm.truncated),
+        }
         self._check_metric(scores)
         if lm.nonfinite or lm.truncated:
             log.warning(
-                "%s: of %d requests %d had a non-finite log-likelihood, %d were cut to the context.",
+                "%s: of %d requests %d had a non-finite log-likelihood, %d were cut to the"
+                " context.",
                 self.id,
                 lm.total,
                 lm.nonfinite,
                 lm.truncated,
             )
-        log.info("%s: %s %.4f on %d documents.", self.id, self.metric, scores[self.metric], scores["n"])
+        log.info(
+            "%s: %s %.4f on %d documents.", self.id, self.metric, scores[self.metric], scores["n"]
+        )
         return scores
 
     def _check_metric(self, known: Iterable[str]) -> None:
         known = sorted(known)
         if self.metric not in known:
-            raise UserError(f"{self.task} has no metric {self.metric}: set metric to one of {', '.join(known)}.")
+            raise UserError(
+                f"{self.task} has no metric {self.metric}: set metric to one of {', '.join(known)}."
+            )
 
     def _specification(self) -> list[TaskConfig] | None:
-        """The definitions to run, or None where lm-eval finds the task in its own index. Raises UserError as `validate` does."""
+        """The definitions to run, or None where lm-eval finds the task in its own index. Raises
+        UserError as `validate` does.
+        """
         stock = _stock_configs(self.task)
         if self.data_root is None:
             if not stock:
@@ -142,14 +201,29 @@ class HarnessTask:
         root = self.data_root.expanduser().absolute()
         if not stock:
             known = ", ".join([*STOCK_FILES, MMLU])
-            raise UserError(f"{self.task}: only {known} can be read from a data root ({root}): set data_root=null to load it from the hub.")
-        return [localize(config, _local_files(config, root, self.task), root / self.task, self.num_fewshot or 0) for config in stock]
+            raise UserError(
+                f"{self.task}: only {known} can be read from a data root ({root}): set"
+                " data_root=null to load it from the hub."
+            )
+        return [
+            localize(
+                config,
+                _local_files(config, root, self.task),
+                root / self.task,
+                self.num_fewshot or 0,
+            )
+            for config in stock
+        ]
 
 
-def localize(config: Mapping[str, Any], files: Mapping[str, Path], folder: Path, num_fewshot: int) -> TaskConfig:
-    """A stock definition that reads `files` (split -> absolute path) and evaluates the split it always evaluated.
+def localize(
+    config: Mapping[str, Any], files: Mapping[str, Path], folder: Path, num_fewshot: int
+) -> TaskConfig:
+    """A stock definition that reads `files` (split -> absolute path) and evaluates the split it
+    always evaluated.
 
-    Splits without a file are dropped. Raises UserError when the evaluated split, or the one few-shot examples come from, is among them.
+    Splits without a file are dropped. Raises UserError when the evaluated split, or the one
+    few-shot examples come from, is among them.
     """
     evaluated = config.get("test_split") or config["validation_split"]  # lm-eval's own order
     needed = [evaluated]
@@ -159,8 +233,9 @@ def localize(config: Mapping[str, Any], files: Mapping[str, Path], folder: Path,
     if missing:
         found = ", ".join(sorted(files)) or "none"
         raise UserError(
-            f"{config['task']}: no {missing[0]}.jsonl under {folder} (splits found: {found}; {num_fewshot} few-shot examples asked for): "
-            "add the file, lower num_fewshot, or set data_root=null to load the data from the hub."
+            f"{config['task']}: no {missing[0]}.jsonl under {folder} (splits found: {found};"
+            f" {num_fewshot} few-shot examples asked for): add the file, lower num_fewshot, or set"
+            " data_root=null to load the data from the hub."
         )
     splits = {key: config[key] for key in SPLIT_KEYS if config.get(key) in files}
     used = {split: str(files[split]) for split in splits.values()}
@@ -171,17 +246,29 @@ def localize(config: Mapping[str, Any], files: Mapping[str, Path], folder: Path,
 def _local_files(config: Mapping[str, Any], root: Path, task: str) -> dict[str, Path]:
     """Split name -> existing file of a task."""
     splits = {config[key] for key in SPLIT_KEYS if config.get(key)}
-    stems = {split: root / task / split / config["dataset_name"] if task == MMLU else root / task / split for split in splits}
-    candidates = ((split, stem.with_name(stem.name + suffix)) for split, stem in stems.items() for suffix in reversed(SUFFIXES))
+    stems = {
+        split: root / task / split / config["dataset_name"] if task == MMLU else root / task / split
+        for split in splits
+    }
+    candidates = (
+        (split, stem.with_name(stem.name + suffix))
+        for split, stem in stems.items()
+        for suffix in reversed(SUFFIXES)
+    )
     return {split: path for split, path in candidates if path.is_file()}
 
 
 @functools.cache
 def _stock_configs(task: str) -> list[TaskConfig]:
-    """lm-eval's definitions of a task of the tables, includes resolved (mmlu: one per subject); empty for other tasks."""
+    """lm-eval's definitions of a task of the tables, includes resolved (mmlu: one per subject);
+    empty for other tasks.
+    """
     if task not in STOCK_FILES and task != MMLU:
         return []
-    from lm_eval.tasks import _yaml_loader  # the definitions hold !function tags, which only this loader knows
+    # the definitions hold !function tags, which only this loader knows
+    from lm_eval.tasks import (
+        _yaml_loader,
+    )
 
     folder = Path(_yaml_loader.__file__).parent
     paths = sorted(folder.glob(MMLU_FILES)) if task == MMLU else [folder / STOCK_FILES[task]]
@@ -200,11 +287,16 @@ def _check_name(task: str) -> None:
     names = _full_manager().all_tasks
     if task not in names:
         close = ", ".join(difflib.get_close_matches(task, names, n=3)) or "none"
-        raise UserError(f"lm-eval knows no task {task} (close names: {close}): correct the task of the benchmark.")
+        raise UserError(
+            f"lm-eval knows no task {task} (close names: {close}): correct the task of the"
+            " benchmark."
+        )
 
 
 def _load(specification: list[TaskConfig] | None, name: str) -> Any:
-    """Task objects with their data; several become a group. Raises UserError when the data cannot be read."""
+    """Task objects with their data; several become a group. Raises UserError when the data cannot
+    be read.
+    """
     from lm_eval.api.group import Group
     from lm_eval.config.group import GroupConfig
     from lm_eval.tasks import TaskManager
@@ -217,41 +309,54 @@ def _load(specification: list[TaskConfig] | None, name: str) -> Any:
     except (OSError, ValueError) as error:
         reason = " ".join(str(error).split())[:200]
         raise UserError(
-            f"{name}: cannot load its data ({reason}): check the network, or set paths.data to a folder that holds it."
+            f"{name}: cannot load its data ({reason}): check the network, or set paths.data to a"
+            " folder that holds it."
         ) from error
     if len(specification) == 1:
         return loaded
-    # lm-eval's mmlu group without its four subgroups: subjects weighted by their number of documents either way
-    group = Group.from_config(GroupConfig(group=name, aggregate_metric_list=[{"metric": "acc", "weight_by_size": True}]))
+    # lm-eval's mmlu group without its four subgroups: subjects weighted by their number of
+    # documents either way
+    group = Group.from_config(
+        GroupConfig(group=name, aggregate_metric_list=[{"metric": "acc", "weight_by_size": True}])
+    )
     for task in loaded["tasks"].values():
         group.add(task)
     return manager.load([group])
 
 
-def _language_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, batch_size: int, description: str) -> Any:
+def _language_model(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, batch_size: int, description: str
+) -> Any:
     """HFLM around the model, with progress, and counts of what lm-eval would pass over."""
     from lm_eval.models.huggingface import HFLM
 
     class CountingLM(HFLM):  # type: ignore[misc]
         nonfinite = truncated = total = 0
 
-        def loglikelihood(self, requests: list[Any], disable_tqdm: bool = True) -> list[tuple[float, bool]]:
+        def loglikelihood(
+            self, requests: list[Any], disable_tqdm: bool = True
+        ) -> list[tuple[float, bool]]:
             chunks = _chunks(requests, BATCHES_PER_CHUNK * batch_size)
             answers: list[tuple[float, bool]] = []
             for chunk in track(chunks, description, len(chunks)):
                 answers += super().loglikelihood(chunk, disable_tqdm=True)
             return answers
 
-        def _loglikelihood_tokens(self, requests: Sequence[Any], **options: Any) -> list[tuple[float, bool]]:
+        def _loglikelihood_tokens(
+            self, requests: Sequence[Any], **options: Any
+        ) -> list[tuple[float, bool]]:
             longest = max((len(continuation) for _, _, continuation in requests), default=0)
             if longest > self.max_length:
                 raise UserError(
-                    f"{description}: an answer of {longest} tokens does not fit the model's context of {self.max_length}: "
-                    "take this task out of the benchmark."
+                    f"{description}: an answer of {longest} tokens does not fit the model's context"
+                    f" of {self.max_length}: take this task out of the benchmark."
                 )
             answers: list[tuple[float, bool]] = super()._loglikelihood_tokens(requests, **options)
             self.total += len(answers)
-            self.truncated += sum(len(context) + len(continuation) > self.max_length + 1 for _, context, continuation in requests)
+            self.truncated += sum(
+                len(context) + len(continuation) > self.max_length + 1
+                for _, context, continuation in requests
+            )
             self.nonfinite += sum(not math.isfinite(logprob) for logprob, _ in answers)
             return answers
 
@@ -260,7 +365,9 @@ def _language_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, 
 
 
 def _chunks(requests: Sequence[Any], size: int) -> list[list[Any]]:
-    """At least `size` requests each; those with one context stay together, since lm-eval answers them with one forward."""
+    """At least `size` requests each; those with one context stay together, since lm-eval answers
+    them with one forward.
+    """
     chunks: list[list[Any]] = []
     for request in requests:
         if not chunks or (len(chunks[-1]) >= size and chunks[-1][-1].args[0] != request.args[0]):
@@ -270,16 +377,20 @@ def _chunks(requests: Sequence[Any], size: int) -> list[list[Any]]:
 
 
 def _scores(results: Mapping[str, Any], task: str) -> dict[str, float]:
-    """lm-eval's row of a task or group as plain names: "acc,none" -> acc, "exact_match,strict" -> exact_match.strict."""
+    """lm-eval's row of a task or group as plain names: "acc,none" -> acc, "exact_match,strict" ->
+    exact_match.strict.
+    """
     rows = {**results["results"], **results.get("groups", {})}
     if task not in rows:
         raise UserError(
-            f"{task} is a tag of {len(rows)} tasks without a common score: make one benchmark of each ({', '.join(list(rows)[:3])}, ...)."
+            f"{task} is a tag of {len(rows)} tasks without a common score: make one benchmark of"
+            f" each ({', '.join(list(rows)[:3])}, ...)."
         )
     scores: dict[str, float] = {}
     for key, value in rows[task].items():
         name, comma, chosen = key.partition(",")
-        if comma and isinstance(value, int | float):  # a standard error of one document is the text "N/A"
+        # a standard error of one document is the text "N/A"
+        if comma and isinstance(value, int | float):
             scores[name if chosen == "none" else f"{name}.{chosen}"] = float(value)
     scores["n"] = float(sum(counts["effective"] for counts in results["n-samples"].values()))
     return scores
@@ -287,7 +398,9 @@ def _scores(results: Mapping[str, Any], task: str) -> dict[str, float]:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """No bars and no chatter of lm_eval and datasets inside; errors still show, and our own counts stand in for the warnings."""
+    """No bars and no chatter of lm_eval and datasets inside; errors still show, and our own counts
+    stand in for the warnings.
+    """
     import datasets
     import lm_eval.api.task as task_module
 

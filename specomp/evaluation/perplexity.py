@@ -1,8 +1,10 @@
-"""Token-level perplexity over fixed windows: the protocol of SVD-LLM's `ppl_eval` (methods.md 3.4), which is that of GPTQ.
+"""Token-level perplexity over fixed windows: the protocol of SVD-LLM's `ppl_eval` (methods.md 3.4),
+which is that of GPTQ.
 
-Text joined and tokenised once (special tokens as the tokenizer adds them, so at most one BOS), cut into non-overlapping windows,
-remainder dropped, window - 1 predictions per window, exp of the mean NLL over all predictions.
-Differs from the reference: a window whose NLL is not finite counts and is reported; there it is left out without a word.
+Text joined and tokenised once (special tokens as the tokenizer adds them, so at most one BOS), cut
+into non-overlapping windows, remainder dropped, window - 1 predictions per window, exp of the mean
+NLL over all predictions. Differs from the reference: a window whose NLL is not finite counts and is
+reported; there it is left out without a word.
 """
 
 import hashlib
@@ -29,7 +31,9 @@ from specomp.progress import track
 from specomp.settings import configurable
 
 log = logging.getLogger(__name__)
-CHUNK = 128  # positions of one sequence whose float32 logits and log-softmax exist at a time: 50 MB at a vocabulary of 49152
+# positions of one sequence whose float32 logits and log-softmax exist at a time: 50 MB at a
+# vocabulary of 49152
+CHUNK = 128
 MIN_WINDOW = 2  # one token to read, one to predict
 ForwardPrecision = Literal["float32", "bfloat16"]
 
@@ -39,7 +43,9 @@ METRICS = {"ppl": Metric("", "lower"), "nonfinite_windows": Metric("windows", "l
 
 @dataclass(frozen=True)
 class WindowLoss:
-    """Summed NLL of every window, in nats: `per_window` (w,) float64, each over `predictions` tokens."""
+    """Summed NLL of every window, in nats: `per_window` (w,) float64, each over `predictions`
+    tokens.
+    """
 
     per_window: Tensor
     predictions: int
@@ -62,16 +68,21 @@ class WindowLoss:
 
 @contextmanager
 def evaluating(model: nn.Module, precision: ForwardPrecision = "float32") -> Iterator[None]:
-    """Eval mode without gradients; the mode of every submodule is put back afterwards. bfloat16: a float32 model multiplies in bfloat16.
+    """Eval mode without gradients; the mode of every submodule is put back afterwards. bfloat16: a
+    float32 model multiplies in bfloat16.
 
-    no_grad and not inference_mode: buffers a model makes while it runs must stay usable in later training.
+    no_grad and not inference_mode: buffers a model makes while it runs must stay usable in later
+    training.
     """
     training = [module for module in model.modules() if module.training]
     parameter = next(model.parameters())
     half = precision == "bfloat16" and parameter.dtype == torch.float32
     model.eval()
     try:
-        with torch.no_grad(), torch.autocast(parameter.device.type, torch.bfloat16) if half else nullcontext():
+        with (
+            torch.no_grad(),
+            torch.autocast(parameter.device.type, torch.bfloat16) if half else nullcontext(),
+        ):
             yield
     finally:
         for module in training:
@@ -79,7 +90,9 @@ def evaluating(model: nn.Module, precision: ForwardPrecision = "float32") -> Ite
 
 
 def cut_windows(ids: Tensor, window: int, max_windows: int | None) -> Tensor:
-    """int64 (tokens,) -> (w, window): consecutive, non-overlapping, remainder dropped, the first `max_windows` kept (None = all)."""
+    """int64 (tokens,) -> (w, window): consecutive, non-overlapping, remainder dropped, the first
+    `max_windows` kept (None = all).
+    """
     count = ids.numel() // window
     if max_windows is not None:
         count = min(count, max_windows)
@@ -92,11 +105,18 @@ def precision_mark(precision: ForwardPrecision) -> list[str]:
 
 
 def window_nll(
-    model: PreTrainedModel, windows: Tensor, batch_size: int, *, precision: ForwardPrecision = "float32", description: str = "perplexity"
+    model: PreTrainedModel,
+    windows: Tensor,
+    batch_size: int,
+    *,
+    precision: ForwardPrecision = "float32",
+    description: str = "perplexity",
 ) -> WindowLoss:
-    """NLL in nats of every window, int64 (w, tokens), in float32, summed in float64; nothing is left out.
+    """NLL in nats of every window, int64 (w, tokens), in float32, summed in float64; nothing is
+    left out.
 
-    Equivalent to w * (tokens - 1) * the loss of `model(windows, labels=windows)`, without a float32 copy of all logits.
+    Equivalent to w * (tokens - 1) * the loss of `model(windows, labels=windows)`, without a float32
+    copy of all logits.
     """
     batches = windows.split(batch_size)  # type: ignore[no-untyped-call]
     sums: list[Tensor] = []
@@ -113,21 +133,29 @@ def _summed_nll(logits: Tensor, targets: Tensor) -> Tensor:
     total = torch.zeros(len(targets), dtype=torch.float64)
     for start in range(0, targets.shape[1], CHUNK):
         part, wanted = logits[:, start : start + CHUNK], targets[:, start : start + CHUNK]
-        # Sequence by sequence and flat: several at once would have to be transposed, which takes another copy of their logits.
+        # Sequence by sequence and flat: several at once would have to be transposed, which takes
+        # another copy of their logits.
         for i, (rows, ids) in enumerate(zip(part, wanted, strict=True)):
             total[i] += F.cross_entropy(rows.float(), ids, reduction="none").double().sum().cpu()
     return total
 
 
 def summarize(loss: WindowLoss, *, name: str, window: int, vocabulary: int) -> dict[str, float]:
-    """The metrics of one perplexity. `ppl` is inf or nan when a window is; `collapsed` is 1 when it is worse than guessing uniformly."""
+    """The metrics of one perplexity. `ppl` is inf or nan when a window is; `collapsed` is 1 when it
+    is worse than guessing uniformly.
+    """
     nll = loss.mean()
     ppl = _exp(nll)
     nonfinite = int((~loss.finite).sum())
     ppl_finite = _exp(loss.mean(finite_only=True))
     if nonfinite:
         log.warning(
-            "%s: NLL not finite in %d of %d windows: ppl %s, over the finite ones %.4f.", name, nonfinite, len(loss.finite), ppl, ppl_finite
+            "%s: NLL not finite in %d of %d windows: ppl %s, over the finite ones %.4f.",
+            name,
+            nonfinite,
+            len(loss.finite),
+            ppl,
+            ppl_finite,
         )
     return {
         "ppl": ppl,
@@ -142,10 +170,25 @@ def summarize(loss: WindowLoss, *, name: str, window: int, vocabulary: int) -> d
 
 
 def mean_perplexity(model: PreTrainedModel, windows: Tensor, batch_size: int) -> float:
-    """Of windows of token ids, int64 (windows, length). Raises UserError for another shape; says so where a window's is not finite."""
-    if windows.ndim != 2 or windows.shape[0] < 1 or windows.shape[1] < MIN_WINDOW or windows.dtype != torch.int64:
-        raise UserError(f"tokens must be int64 ids (windows, length) of two or more; this is {tuple(windows.shape)} of {windows.dtype}.")
-    found = summarize(window_nll(model, windows, batch_size), name="perplexity", window=windows.shape[1], vocabulary=_vocabulary(model))
+    """Of windows of token ids, int64 (windows, length). Raises UserError for another shape; says so
+    where a window's is not finite.
+    """
+    if (
+        windows.ndim != 2
+        or windows.shape[0] < 1
+        or windows.shape[1] < MIN_WINDOW
+        or windows.dtype != torch.int64
+    ):
+        raise UserError(
+            "tokens must be int64 ids (windows, length) of two or more; this is"
+            f" {tuple(windows.shape)} of {windows.dtype}."
+        )
+    found = summarize(
+        window_nll(model, windows, batch_size),
+        name="perplexity",
+        window=windows.shape[1],
+        vocabulary=_vocabulary(model),
+    )
     return found["ppl"]
 
 
@@ -162,7 +205,9 @@ def _vocabulary(model: PreTrainedModel) -> int:
 
 @configurable
 class Perplexity:
-    """Perplexity of a text corpus. `window` is in tokens; `max_windows` None means the whole text."""
+    """Perplexity of a text corpus. `window` is in tokens; `max_windows` None means the
+    whole text.
+    """
 
     metric: ClassVar[str] = "ppl"
     metrics: ClassVar[Mapping[str, Metric]] = METRICS
@@ -177,31 +222,53 @@ class Perplexity:
 
     @property
     def id(self) -> str:
-        """For example wikitext2@1:512x24:5d1f0c92, or wikitext2@1:512x24:bf16:5d1f0c92. The last part is from the hash of the text: a
-        local part of a corpus, or another Python's documentation, is another benchmark. Reads the text."""
+        """For example wikitext2@1:512x24:5d1f0c92, or wikitext2@1:512x24:bf16:5d1f0c92. The last
+        part is from the hash of the text: a local part of a corpus, or another Python's
+        documentation, is another benchmark. Reads the text.
+        """
         return self.protocol + self.corpus.describe()["sha256"][:8]
 
     @property
     def protocol(self) -> str:
         """The id without the text, up to and with its colon."""
-        return ":".join([f"{self.name}@{self.version}", f"{self.window}x{self.max_windows or 'all'}", *precision_mark(self.precision), ""])
+        return ":".join(
+            [
+                f"{self.name}@{self.version}",
+                f"{self.window}x{self.max_windows or 'all'}",
+                *precision_mark(self.precision),
+                "",
+            ]
+        )
 
     def reading(self) -> list[Reading]:
         """Windows of the text."""
         tokens, sure = text_tokens(self.corpus, self.window, self.max_windows)
-        return [Reading(tokens=tokens, length=self.window, batch=self.batch_size, sure=sure, half=self.precision == "bfloat16")]
+        return [
+            Reading(
+                tokens=tokens,
+                length=self.window,
+                batch=self.batch_size,
+                sure=sure,
+                half=self.precision == "bfloat16",
+            )
+        ]
 
     def validate(self, max_length: int) -> None:
-        """Raises UserError when a window does not fit a context of `max_length` tokens, or the text cannot be had."""
+        """Raises UserError when a window does not fit a context of `max_length` tokens, or the text
+        cannot be had.
+        """
         if self.window > max_length:
             raise UserError(
-                f"{self.name}: windows of {self.window} tokens do not fit the model's context of {max_length}: "
-                f"set benchmark.window to {max_length} or less."
+                f"{self.name}: windows of {self.window} tokens do not fit the model's context of"
+                f" {max_length}: set benchmark.window to {max_length} or less."
             )
         self.corpus.describe()
 
-    def __call__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> dict[str, float]:
-        """ppl, nll (nats), ppl_finite, tokens, windows, window, nonfinite_windows, collapsed; see `summarize`.
+    def __call__(
+        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
+    ) -> dict[str, float]:
+        """ppl, nll (nats), ppl_finite, tokens, windows, window, nonfinite_windows, collapsed; see
+        `summarize`.
 
         Raises UserError when the text is shorter than one window.
         """
@@ -209,21 +276,36 @@ class Perplexity:
         windows = cut_windows(ids, self.window, self.max_windows)
         if len(windows) == 0:
             raise UserError(
-                f"{self.name}: the text has {ids.numel()} tokens, less than one window of {self.window}: "
-                f"set benchmark.window to {ids.numel()} or less, or use a longer text."
+                f"{self.name}: the text has {ids.numel()} tokens, less than one window of"
+                f" {self.window}: set benchmark.window to {ids.numel()} or less, or use a longer"
+                " text."
             )
         if self.max_windows is not None and len(windows) < self.max_windows:
             log.warning(
-                "%s: the text fills %d windows of %d tokens, not the %d asked for.", self.name, len(windows), self.window, self.max_windows
+                "%s: the text fills %d windows of %d tokens, not the %d asked for.",
+                self.name,
+                len(windows),
+                self.window,
+                self.max_windows,
             )
-        log.info("%s: %d windows of %d tokens, out of %d tokens of text.", self.name, len(windows), self.window, ids.numel())
-        loss = window_nll(model, windows, self.batch_size, precision=self.precision, description=self.id)
+        log.info(
+            "%s: %d windows of %d tokens, out of %d tokens of text.",
+            self.name,
+            len(windows),
+            self.window,
+            ids.numel(),
+        )
+        loss = window_nll(
+            model, windows, self.batch_size, precision=self.precision, description=self.id
+        )
         return summarize(loss, name=self.name, window=self.window, vocabulary=_vocabulary(model))
 
 
 @configurable
 class TokenFilePerplexity:
-    """Perplexity of prepared token ids; every row of the file is one window. The ids must come from the model's own tokenizer."""
+    """Perplexity of prepared token ids; every row of the file is one window. The ids must come from
+    the model's own tokenizer.
+    """
 
     metric: ClassVar[str] = "ppl"
     metrics: ClassVar[Mapping[str, Metric]] = METRICS
@@ -237,38 +319,60 @@ class TokenFilePerplexity:
 
     @property
     def id(self) -> str:
-        """Names the content of the file, not its place: token_ids@1:xall:3f2a91c0. Raises UserError when it cannot be read."""
+        """Names the content of the file, not its place: token_ids@1:xall:3f2a91c0. Raises UserError
+        when it cannot be read.
+        """
         windows = self._windows()
-        content = hashlib.sha256(windows.numpy().tobytes() + repr(tuple(windows.shape)).encode()).hexdigest()[:8]
+        content = hashlib.sha256(
+            windows.numpy().tobytes() + repr(tuple(windows.shape)).encode()
+        ).hexdigest()[:8]
         return self.protocol + content
 
     @property
     def protocol(self) -> str:
         """The id without the content, up to and with its colon."""
-        return ":".join([f"{self.name}@{self.version}", f"x{self.max_windows or 'all'}", *precision_mark(self.precision), ""])
+        return ":".join(
+            [
+                f"{self.name}@{self.version}",
+                f"x{self.max_windows or 'all'}",
+                *precision_mark(self.precision),
+                "",
+            ]
+        )
 
     def reading(self) -> list[Reading]:
         """Rows of the file."""
         rows, length = self._windows()[: self.max_windows].shape
         half = self.precision == "bfloat16"
-        return [Reading(tokens=rows * length, length=length, batch=self.batch_size, sure="", half=half)]
+        return [
+            Reading(tokens=rows * length, length=length, batch=self.batch_size, sure="", half=half)
+        ]
 
     def validate(self, max_length: int) -> None:
-        """Raises UserError when the file cannot be read or its rows do not fit a context of `max_length` tokens."""
+        """Raises UserError when the file cannot be read or its rows do not fit a context of
+        `max_length` tokens.
+        """
         length = self._windows().shape[1]
         if length > max_length:
             raise UserError(
-                f"{self.path}: rows of {length} tokens do not fit the model's context of {max_length}: "
-                "write shorter rows or choose another model."
+                f"{self.path}: rows of {length} tokens do not fit the model's context of"
+                f" {max_length}: write shorter rows or choose another model."
             )
         if length < MIN_WINDOW:
-            raise UserError(f"{self.path}: rows of {length} token leave nothing to predict: write rows of {MIN_WINDOW} or more.")
+            raise UserError(
+                f"{self.path}: rows of {length} token leave nothing to predict: write rows of"
+                f" {MIN_WINDOW} or more."
+            )
 
-    def __call__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> dict[str, float]:
+    def __call__(
+        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
+    ) -> dict[str, float]:
         """The metrics of `Perplexity`. Raises UserError for ids outside the model's vocabulary."""
         windows, vocabulary = self._windows()[: self.max_windows], _vocabulary(model)
         check_vocabulary(windows, vocabulary, self.path)
-        loss = window_nll(model, windows, self.batch_size, precision=self.precision, description=self.id)
+        loss = window_nll(
+            model, windows, self.batch_size, precision=self.precision, description=self.id
+        )
         return summarize(loss, name=self.name, window=windows.shape[1], vocabulary=vocabulary)
 
     def _windows(self) -> Tensor:

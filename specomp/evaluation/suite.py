@@ -17,17 +17,23 @@ from specomp.slots import check_protocol
 
 
 class Benchmark(Protocol):
-    """Something that turns a model into named numbers. volatile: they belong to the machine at that moment."""
+    """Something that turns a model into named numbers. volatile: they belong to the machine at that
+    moment.
+    """
 
     volatile: bool
 
     @property
     def id(self) -> str:
-        """Name, version and what the numbers depend on: "wikitext2@1:2048xall"; results are stored under it."""
+        """Name, version and what the numbers depend on: "wikitext2@1:2048xall"; results are stored
+        under it.
+        """
 
     @property
     def protocol(self) -> str:
-        """What of the id is known without reading any text; it ends with a colon where the content follows."""
+        """What of the id is known without reading any text; it ends with a colon where the content
+        follows.
+        """
 
     @property
     def metric(self) -> str:
@@ -35,22 +41,30 @@ class Benchmark(Protocol):
 
     @property
     def metrics(self) -> Mapping[str, Metric]:
-        """What its numbers are, by name: at least of the one that tables quote, those worth a line on a terminal too."""
+        """What its numbers are, by name: at least of the one that tables quote, those worth a line
+        on a terminal too.
+        """
 
     def reading(self) -> Sequence[Reading]:
         """What it runs a model over; reads no text."""
 
     def validate(self, max_length: int) -> None:
-        """Raise UserError when the benchmark cannot run on a model with a context of `max_length` tokens; loads no model."""
+        """Raise UserError when the benchmark cannot run on a model with a context of `max_length`
+        tokens; loads no model.
+        """
 
-    def __call__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> dict[str, float]:
+    def __call__(
+        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
+    ) -> dict[str, float]:
         """Measure. The model comes back as it was."""
 
 
 @configurable
 class Suite:
-    """Several benchmarks. The fields below `parts` are what the parts have in common: the yaml of a part points at them
-    (`${...window}`), so one override (`benchmark.window=512`) reaches every part. A suite names only those its parts read."""
+    """Several benchmarks. The fields below `parts` are what the parts have in common: the yaml of a
+    part points at them (`${...window}`), so one override (`benchmark.window=512`) reaches every
+    part. A suite names only those its parts read.
+    """
 
     name: str
     parts: dict[str, Any]  # label -> Benchmark
@@ -73,6 +87,13 @@ class Suite:
         for label, part in self.parts.items():
             check_protocol(part, Benchmark, f"benchmark.parts.{label}")
             part.validate(max_length)
-        repeated = [identity for identity, count in Counter(part.id for part in self.benchmarks).items() if count > 1]
+        repeated = [
+            identity
+            for identity, count in Counter(part.id for part in self.benchmarks).items()
+            if count > 1
+        ]
         if repeated:
-            raise UserError(f"Suite {self.name} measures {repeated[0]} twice and would keep one result: rename or remove one of the parts.")
+            raise UserError(
+                f"Suite {self.name} measures {repeated[0]} twice and would keep one result: rename"
+                " or remove one of the parts."
+            )

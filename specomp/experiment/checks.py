@@ -31,7 +31,9 @@ log = logging.getLogger(__name__)
 
 
 def make(cfg: DictConfig, group: str, **more: Any) -> Any:
-    """Instantiate one group, with more nodes in it, turning what is wrong with it into one line that names the key."""
+    """Instantiate one group, with more nodes in it, turning what is wrong with it into one line
+    that names the key.
+    """
     try:
         node = cfg[group]
         if more:
@@ -39,7 +41,8 @@ def make(cfg: DictConfig, group: str, **more: Any) -> Any:
             with open_dict(node):
                 node.update(more)
         made = instantiate(node)
-        if isinstance(made, partial):  # a misspelt keyword would otherwise show when it is called, with the model loaded
+        # a misspelt keyword would otherwise show when it is called, with the model loaded
+        if isinstance(made, partial):
             inspect.signature(made.func).bind_partial(**made.keywords)
         return made
     except TypeError as error:
@@ -49,13 +52,18 @@ def make(cfg: DictConfig, group: str, **more: Any) -> Any:
         where = re.search(r"full_key: (\S+)", str(error))
         prefix = where.group(1) if where else group
         if isinstance(cause, ValidationError):
-            problems = [f"{'.'.join([prefix, *map(str, x['loc'])])}={_typed(x['input'])}: {x['msg']}" for x in cause.errors()]
+            problems = [
+                f"{'.'.join([prefix, *map(str, x['loc'])])}={_typed(x['input'])}: {x['msg']}"
+                for x in cause.errors()
+            ]
             raise UserError("; ".join(problems) + ".") from error
         if isinstance(cause, UserError):
             raise cause from error
         raise UserError(f"{prefix}: {one_line(cause)}") from error
     except MissingMandatoryValue as error:
-        raise UserError(f"{error.full_key} has no default: give it a value, {error.full_key}=VALUE.") from error
+        raise UserError(
+            f"{error.full_key} has no default: give it a value, {error.full_key}=VALUE."
+        ) from error
     except OmegaConfBaseException as error:
         raise UserError(f"{error.full_key or group}: {first_line(error)}") from error
 
@@ -68,31 +76,45 @@ def _typed(value: Any) -> str:
 
 
 def check_machine(source: Source, trainer: Callable[..., L.Trainer]) -> int:
-    """Device and loop, before the model is loaded; returns the number of processes that train. Raises UserError."""
+    """Device and loop, before the model is loaded; returns the number of processes that train.
+    Raises UserError.
+    """
     torch_device(source.device, source.device_map)
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # that an accelerator is left idle is meant, see conf/trainer
+            # that an accelerator is left idle is meant, see conf/trainer
+            warnings.simplefilter("ignore")
             return trainer().world_size
     except (MisconfigurationException, ValueError, TypeError, RuntimeError) as error:
         raise UserError(f"trainer: {one_line(error)}") from error
 
 
-def check_streamed(source: Source, method: Method, route: Route, options: Options, suite: Suite) -> None:
+def check_streamed(
+    source: Source, method: Method, route: Route, options: Options, suite: Suite
+) -> None:
     """What a model that is never in memory as a whole cannot do. Raises UserError."""
     if not source.stream:
         return
     reason = source.unstreamable()
     if reason is None and method.training.active:
-        reason = f"method={method.name} trains, which needs the whole model in memory: set model.stream=false"
+        reason = (
+            f"method={method.name} trains, which needs the whole model in memory: set"
+            " model.stream=false"
+        )
     if reason is None and (gradients := sorted(x.name for x in route.gradients)):
-        reason = f"{gradients[0]} is a statistic of gradients, which need the whole model in memory: set model.stream=false"
+        reason = (
+            f"{gradients[0]} is a statistic of gradients, which need the whole model in memory: set"
+            " model.stream=false"
+        )
     if reason is None and not method.is_dense and not options.save:
         reason = "the compressed model exists on disk only: set save=true"
     timings = [x.id for x in suite.benchmarks if x.volatile]
     if reason is None and timings:
-        reason = f"{timings[0]} would measure the disk: set model.stream=false, or choose another benchmark"
+        reason = (
+            f"{timings[0]} would measure the disk: set model.stream=false, or choose another"
+            " benchmark"
+        )
     if reason is not None:
         raise UserError(f"model.stream=true: {reason}.")
 
@@ -106,19 +128,25 @@ def check_packed(method: Method, options: Options) -> None:
         log.warning("Nothing is compressed: quantizer is not used.")
     elif options.save and options.export == "factors" and find_spec("compressed_tensors") is None:
         raise UserError(
-            f"Saving factors of {grid.bits} bits needs compressed-tensors: pip install 'specomp[int4]', or set save=false, which "
-            "evaluates all the same."
+            f"Saving factors of {grid.bits} bits needs compressed-tensors: pip install"
+            " 'specomp[int4]', or set save=false, which evaluates all the same."
         )
 
 
 def actionable(error: BaseException) -> UserError | None:
     """What to do about an exhausted resource, or None for other errors."""
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return UserError("No space left on the device: free some, or point paths.cache or paths.outputs elsewhere.")
-    # torch tells of exhausted CPU memory by the text alone
-    if isinstance(error, (torch.OutOfMemoryError, MemoryError)) or (isinstance(error, RuntimeError) and "allocate memory" in str(error)):
         return UserError(
-            f"Out of memory ({one_line(error, 120)}): lower calibration.batch_size or benchmark.batch_size, "
-            "set calibration.layers_at_once, use model.dtype=bfloat16, or model.stream=true."
+            "No space left on the device: free some, or point paths.cache or paths.outputs"
+            " elsewhere."
+        )
+    # torch tells of exhausted CPU memory by the text alone
+    if isinstance(error, (torch.OutOfMemoryError, MemoryError)) or (
+        isinstance(error, RuntimeError) and "allocate memory" in str(error)
+    ):
+        return UserError(
+            f"Out of memory ({one_line(error, 120)}): lower calibration.batch_size or"
+            " benchmark.batch_size, set calibration.layers_at_once, use model.dtype=bfloat16, or"
+            " model.stream=true."
         )
     return None

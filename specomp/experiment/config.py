@@ -1,4 +1,6 @@
-"""What a run works with: every choice of the command line as an object, checked before any model is loaded."""
+"""What a run works with: every choice of the command line as an object, checked before any model is
+loaded.
+"""
 
 import sys
 from collections.abc import Callable
@@ -61,7 +63,11 @@ class Experiment(Request):
         model = self.source.fingerprint(self.cache)
         if dense or self.method.is_dense:
             return {"model": model, "method": "dense"}
-        more = {} if self.training_samples is self.samples else {"training_samples": self.training_samples.hash}
+        more = (
+            {}
+            if self.training_samples is self.samples
+            else {"training_samples": self.training_samples.hash}
+        )
         return more | {
             "model": model,
             "method": method_identity(self.method),
@@ -75,18 +81,25 @@ class Experiment(Request):
 
 
 def ask(cfg: DictConfig) -> Request:
-    """Instantiate every choice, which checks types and ranges, and check what depends on several of them. Raises UserError."""
+    """Instantiate every choice, which checks types and ranges, and check what depends on several of
+    them. Raises UserError.
+    """
     options: Options = make(cfg, "options")
     if options.threads:
         torch.set_num_threads(options.threads)
     L.seed_everything(options.seed, workers=True, verbose=False)
     outputs = Path(str(cfg.paths.outputs)).expanduser().absolute()
-    parts = {name: make(cfg, name) for name in ("quantizer", "ratio", "calibration", "trainer", "tracking")}
+    parts = {
+        name: make(cfg, name)
+        for name in ("quantizer", "ratio", "calibration", "trainer", "tracking")
+    }
     del parts["quantizer"]  # made for its messages; what counts is the method's
     parts["method"] = make(cfg, "method", rounding=cfg.quantizer)
     source, suite = make(cfg, "model"), make(cfg, "benchmark")
     processes = check_machine(source, parts["trainer"])
-    route = check_request(parts["method"], parts["ratio"], parts["calibration"], processes, source.dtype)
+    route = check_request(
+        parts["method"], parts["ratio"], parts["calibration"], processes, source.dtype
+    )
     check_packed(parts["method"], options)
     check_streamed(source, parts["method"], route, options, suite)
     return Request(
@@ -97,18 +110,29 @@ def ask(cfg: DictConfig) -> Request:
         cache=Cache(str(cfg.paths.cache)),
         outputs=outputs,
         records=RecordStore(outputs / "records"),
-        choices={name: str(choice) for name, choice in HydraConfig.get().runtime.choices.items() if not name.startswith("hydra/")},
-        config={**OmegaConf.to_container(cfg, resolve=True), "overrides": list(HydraConfig.get().overrides.task)},  # type: ignore[dict-item]
+        choices={
+            name: str(choice)
+            for name, choice in HydraConfig.get().runtime.choices.items()
+            if not name.startswith("hydra/")
+        },
+        config={
+            **OmegaConf.to_container(cfg, resolve=True),  # type: ignore[dict-item]
+            "overrides": list(HydraConfig.get().overrides.task),
+        },
         **parts,
     )
 
 
-def check_request(method: Method, budget: Budget, spec: CalibrationSpec, processes: int, dtype: str) -> Route:
+def check_request(
+    method: Method, budget: Budget, spec: CalibrationSpec, processes: int, dtype: str
+) -> Route:
     """What the library checks, before any text is read. Raises UserError.
 
     Whether there are enough samples where all of a token file's are asked for, `build` checks.
     """
-    return check_method(method, budget, spec.upstream, spec.num_samples or sys.maxsize, processes, dtype)
+    return check_method(
+        method, budget, spec.upstream, spec.num_samples or sys.maxsize, processes, dtype
+    )
 
 
 def build(cfg: DictConfig) -> Experiment:
@@ -119,11 +143,22 @@ def build(cfg: DictConfig) -> Experiment:
     tokenizer = request.source.tokenizer(request.cache)
     samples = training_samples = request.calibration.build(tokenizer, max_length=context)
     method = request.method
-    check_method(method, request.ratio, request.calibration.upstream, samples.num_samples, request.processes, request.source.dtype)
+    check_method(
+        method,
+        request.ratio,
+        request.calibration.upstream,
+        samples.num_samples,
+        request.processes,
+        request.source.dtype,
+    )
     wanted = method.training.samples_of(samples.num_samples)
     if wanted not in (0, samples.num_samples):
-        training_samples = replace(request.calibration, num_samples=wanted).build(tokenizer, max_length=context)
-    return Experiment(**vars(request), samples=samples, training_samples=training_samples, tokenizer=tokenizer)
+        training_samples = replace(request.calibration, num_samples=wanted).build(
+            tokenizer, max_length=context
+        )
+    return Experiment(
+        **vars(request), samples=samples, training_samples=training_samples, tokenizer=tokenizer
+    )
 
 
 def composed(*overrides: str) -> DictConfig:
@@ -137,5 +172,7 @@ def composed(*overrides: str) -> DictConfig:
 
 
 def typed(*overrides: str) -> Experiment:
-    """What `python run.py overrides...` would build: for notebooks and scripts. Raises UserError."""
+    """What `python run.py overrides...` would build: for notebooks and scripts. Raises
+    UserError.
+    """
     return build(composed(*overrides))

@@ -1,4 +1,6 @@
-"""The folder that Hydra writes its logs into, made before Hydra does: it would answer one that cannot be written with a traceback."""
+"""The folder that Hydra writes its logs into, made before Hydra does: it would answer one that
+cannot be written with a traceback.
+"""
 
 from pathlib import Path
 from typing import Any
@@ -11,7 +13,9 @@ from specomp.errors import UserError
 
 
 class LogsFolder(Callback):
-    """Called by Hydra at the start of a run and of a sweep (hydra.callbacks in conf/config.yaml)."""
+    """Called by Hydra at the start of a run and of a sweep (hydra.callbacks in
+    conf/config.yaml).
+    """
 
     def on_run_start(self, config: DictConfig, **kwargs: Any) -> None:
         """Raises SystemExit: Hydra makes a warning of any other exception here."""

@@ -1,7 +1,9 @@
-"""What records and tables are found by, kept through every renaming: new names to those that keys and points were made with.
+"""What records and tables are found by, kept through every renaming: new names to those that keys
+and points were made with.
 
-A key is a hash of classes and settings (`method_identity`), a point one of a composed config (`portable`). Whoever moves a class or
-adds a setting says here what it was before; tests hold every committed record to it.
+A key is a hash of classes and settings (`method_identity`), a point one of a composed config
+(`portable`). Whoever moves a class or adds a setting says here what it was before; tests hold every
+committed record to it.
 """
 
 from collections.abc import Mapping
@@ -16,17 +18,20 @@ OLD_TARGETS = {
     "specomp.forms.prices.Numbers": "specomp.ratio.Ratio",
     "specomp.training.phases.Convergence": "specomp.phases.Convergence",
 }
-# Settings that came later, by class, with the value that they have in every key made before: left out of a key at that value.
+# Settings that came later, by class, with the value that they have in every key made before: left
+# out of a key at that value.
 LATER: dict[str, dict[str, Any]] = {}
-# What of a config says which weights are wanted; what inside it only says where they are made, or repeats what the weights say of
-# themselves (shape); what of a calibration only says how fast.
+# What of a config says which weights are wanted; what inside it only says where they are made, or
+# repeats what the weights say of themselves (shape); what of a calibration only says how fast.
 WEIGHTS = ("model", "method", "ratio", "calibration", "quantizer", "seed")
 MACHINE = {"device", "device_map", "stream", "data_root", "local", "partial", "shape"}
 MEMORY = {"batch_size", "layers_at_once", "window"}  # the last is what the second was called
 
 
 def method_identity(method: Method) -> dict[str, Any]:
-    """What a record's key says of a method: its name is none of it, the rounding stands beside it."""
+    """What a record's key says of a method: its name is none of it, the rounding stands
+    beside it.
+    """
     found = without_later(describe(method))
     found |= {"name": None}
     found.pop("rounding")
@@ -40,12 +45,16 @@ def without_later(described: Any) -> Any:
     """A description without the settings of LATER that are at their first value."""
     if isinstance(described, Mapping):
         later = LATER.get(str(described.get("class")), {})
-        return {k: without_later(v) for k, v in described.items() if k not in later or v != later[k]}
+        return {
+            k: without_later(v) for k, v in described.items() if k not in later or v != later[k]
+        }
     return [without_later(v) for v in described] if isinstance(described, list) else described
 
 
 def portable(config: Mapping[str, Any]) -> dict[str, Any]:
-    """What a point is made of: the part of a config that says which weights are wanted, the same on every machine."""
+    """What a point is made of: the part of a config that says which weights are wanted, the same on
+    every machine.
+    """
     wanted = {name: _portable(config.get(name)) for name in WEIGHTS}
     if isinstance(wanted["calibration"], Mapping):
         wanted["calibration"] = {k: v for k, v in wanted["calibration"].items() if k not in MEMORY}
@@ -61,6 +70,14 @@ def portable(config: Mapping[str, Any]) -> dict[str, Any]:
 def _portable(value: Any) -> Any:
     if isinstance(value, Mapping):
         later = LATER.get(str(value.get("_target_")).rpartition(".")[2], {})
-        kept = {k: _portable(v) for k, v in value.items() if k not in MACHINE and (k not in later or v != later[k])}
-        return kept | ({"_target_": OLD_TARGETS.get(kept["_target_"], kept["_target_"])} if "_target_" in kept else {})
+        kept = {
+            k: _portable(v)
+            for k, v in value.items()
+            if k not in MACHINE and (k not in later or v != later[k])
+        }
+        return kept | (
+            {"_target_": OLD_TARGETS.get(kept["_target_"], kept["_target_"])}
+            if "_target_" in kept
+            else {}
+        )
     return [_portable(v) for v in value] if isinstance(value, (list, tuple)) else value

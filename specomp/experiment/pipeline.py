@@ -1,7 +1,7 @@
 """run(cfg): one experiment from top to bottom.
 
-Build and check everything that is cheap; stop if the record says it is done; then load, compress through the same functions as the
-library (api.py), save, evaluate, and write down what happened.
+Build and check everything that is cheap; stop if the record says it is done; then load, compress
+through the same functions as the library (api.py), save, evaluate, and write down what happened.
 """
 
 import logging
@@ -78,7 +78,9 @@ class RecordProgress(Progress):
 
 
 def run(cfg: DictConfig) -> float | None:
-    """One experiment. Returns the first benchmark's first metric, or None without benchmarks or with plan=true. Raises UserError."""
+    """One experiment. Returns the first benchmark's first metric, or None without benchmarks or
+    with plan=true. Raises UserError.
+    """
     if cfg.plan:
         show_plan(ask(cfg))
         return None
@@ -90,12 +92,18 @@ def run(cfg: DictConfig) -> float | None:
             record.points.append(point)
         try:
             if experiment.options.profile:
-                record.note("profile=true: seconds and peak memory are those of a run that torch's profiler watched")
-            with profiles.into(experiment.outputs / "profiles" / key[:12] if experiment.options.profile else None):
+                record.note(
+                    "profile=true: seconds and peak memory are those of a run that torch's profiler"
+                    " watched"
+                )
+            with profiles.into(
+                experiment.outputs / "profiles" / key[:12] if experiment.options.profile else None
+            ):
                 execute(experiment, record)
             record.status, record.error = "ok", None
         except KeyboardInterrupt:
-            # Unfinished, which is not a failure of the experiment; anything else is, and the record says what.
+            # Unfinished, which is not a failure of the experiment; anything else is, and the record
+            # says what.
             record.status, record.error = "running", "interrupted"
             raise
         except BaseException as error:
@@ -115,7 +123,9 @@ def resume(experiment: Experiment, key: str) -> Record:
     record = experiment.records.load(key)
     if record is not None and not experiment.options.redo:
         if record.status == "failed" and not experiment.options.retry:
-            raise UserError(f"Record {key[:12]} failed before ({record.error}) and options.retry=false.")
+            raise UserError(
+                f"Record {key[:12]} failed before ({record.error}) and options.retry=false."
+            )
         if record.ledger:
             log.info("Record %s exists: running only what is missing.", key[:12])
             return record
@@ -130,7 +140,9 @@ def resume(experiment: Experiment, key: str) -> Record:
 
 
 def execute(experiment: Experiment, record: Record) -> None:
-    """Bring a record up to what was asked: compressed, saved, evaluated; whatever it already has is not done again."""
+    """Bring a record up to what was asked: compressed, saved, evaluated; whatever it already has is
+    not done again.
+    """
     missing = [b for b in experiment.suite.benchmarks if b.id not in record.metrics]
     folder = model_folder(experiment, record)
     usable = folder is not None and _usable(folder)
@@ -140,7 +152,9 @@ def execute(experiment: Experiment, record: Record) -> None:
         return
     linears: list[LinearReport] = []
     if record.ledger and folder is not None and usable:
-        if experiment.options.reference and any(b.id not in _dense_metrics(experiment) for b in missing):
+        if experiment.options.reference and any(
+            b.id not in _dense_metrics(experiment) for b in missing
+        ):
             loaded = load_dense(experiment, record)
             with record.stage("evaluate dense"):
                 reference(experiment, loaded)
@@ -154,12 +168,16 @@ def execute(experiment: Experiment, record: Record) -> None:
         with record.stage("evaluate"):
             evaluate(record.metrics, benchmark, model, tokenizer)
         record.dense_metrics |= {
-            b: v for b, v in _dense_metrics(experiment).items() if b in record.metrics and b not in record.dense_metrics
+            b: v
+            for b, v in _dense_metrics(experiment).items()
+            if b in record.metrics and b not in record.dense_metrics
         }
         experiment.records.save(record)
     for kind, counted in (("hits", experiment.cache.hits), ("misses", experiment.cache.misses)):
         before = record.cache.get(kind, {})  # of an earlier run that this one went on from
-        record.cache[kind] = before | {name: before.get(name, 0) + count for name, count in counted.items()}
+        record.cache[kind] = before | {
+            name: before.get(name, 0) + count for name, count in counted.items()
+        }
     experiment.tracking.publish(record, [x.as_dict() for x in linears])
 
 
@@ -194,7 +212,13 @@ def run_of(experiment: Experiment, loaded: LoadedModel, progress: Progress | Non
 def reload(experiment: Experiment, folder: Path) -> LoadedModel:
     """A compressed model from its folder, in the precision and the place of the dense one."""
     source = experiment.source
-    return load_folder(folder, dtype=source.dtype, device=source.device, device_map=source.device_map, stream=source.stream)
+    return load_folder(
+        folder,
+        dtype=source.dtype,
+        device=source.device,
+        device_map=source.device_map,
+        stream=source.stream,
+    )
 
 
 def produce(experiment: Experiment, record: Record) -> tuple[Any, Any, list[LinearReport]]:
@@ -215,12 +239,18 @@ def produce(experiment: Experiment, record: Record) -> tuple[Any, Any, list[Line
             record.dense_metrics |= reference(experiment, loaded)
     folder = model_folder(experiment, record)
     assert folder is not None, "only the dense row has none"
-    info = {"method": run.method.name, **run.budget.identity(), "record": record.key, "specomp": record.identity}
+    info = {
+        "method": run.method.name,
+        **run.budget.identity(),
+        "record": record.key,
+        "specomp": record.identity,
+    }
     with ExitStack() as stack:
         export: Export | None = None
         if run.store is not None:  # every decoder layer is written as soon as it is compressed
             remove_unfinished(folder)  # this process holds the lock of the record
-            export, name = stack.enter_context(exporting(folder, experiment.options.export)), run.family.decoder_layers
+            export = stack.enter_context(exporting(folder, experiment.options.export))
+            name = run.family.decoder_layers
             progress.layers = lambda index: export.add(f"{name}.{index}", run.layers[index])
         module = CalibrationOnlyModule(run)
         with record.stage("calibrate"):
@@ -236,7 +266,9 @@ def produce(experiment: Experiment, record: Record) -> tuple[Any, Any, list[Line
         return reload(experiment, folder).model, loaded.tokenizer, report.linears
     if experiment.options.save:
         with record.stage("save"):
-            save_compressed(run.model, loaded.tokenizer, folder, form=experiment.options.export, info=info)
+            save_compressed(
+                run.model, loaded.tokenizer, folder, form=experiment.options.export, info=info
+            )
         record.model_folder = str(folder)
     return run.model, loaded.tokenizer, report.linears
 
@@ -248,7 +280,9 @@ def dense_ledger(size: Size, loaded: LoadedModel) -> Any:
 
 
 def reference(experiment: Experiment, loaded: LoadedModel) -> dict[str, dict[str, float]]:
-    """The dense model's metrics: from its own record where they are, measured now where not (timings always)."""
+    """The dense model's metrics: from its own record where they are, measured now where not
+    (timings always).
+    """
     key = record_key(experiment.identity(dense=True))
     with waiting(experiment.records.lock(key), "evaluates the dense model"):
         record = experiment.records.load(key)
@@ -259,7 +293,9 @@ def reference(experiment: Experiment, loaded: LoadedModel) -> dict[str, dict[str
                 identity=experiment.identity(dense=True),
                 choices=experiment.choices | {"method": "dense", "ratio": "dense"},
                 config=experiment.config,
-                ledger=dense_ledger(measure(loaded.model, loaded.family.linears(loaded.model)), loaded),
+                ledger=dense_ledger(
+                    measure(loaded.model, loaded.family.linears(loaded.model)), loaded
+                ),
                 provenance=provenance() | {"device": device_name(loaded.model.device)},
             )
         for benchmark in experiment.suite.benchmarks:
@@ -270,7 +306,9 @@ def reference(experiment: Experiment, loaded: LoadedModel) -> dict[str, dict[str
     return {name: values for name, values in record.metrics.items() if name in wanted}
 
 
-def evaluate(metrics: dict[str, dict[str, float]], benchmark: Benchmark, model: Any, tokenizer: Any) -> None:
+def evaluate(
+    metrics: dict[str, dict[str, float]], benchmark: Benchmark, model: Any, tokenizer: Any
+) -> None:
     """One benchmark, stored under its id."""
     log.info("Evaluate %s.", benchmark.id)
     metrics[benchmark.id] = benchmark(model, tokenizer)
@@ -286,7 +324,11 @@ def model_folder(experiment: Experiment, record: Record) -> Path | None:
     if experiment.method.is_dense:
         return None
     suffix = "-dense" if experiment.options.export == "dense" else ""
-    return experiment.outputs / "models" / f"{experiment.choices['model']}-{experiment.method.name}-{record.key[:12]}{suffix}"
+    return (
+        experiment.outputs
+        / "models"
+        / f"{experiment.choices['model']}-{experiment.method.name}-{record.key[:12]}{suffix}"
+    )
 
 
 def _usable(folder: Path) -> bool:

@@ -1,4 +1,6 @@
-"""plan=true: a request's plan with its time and memory on this device, what a record measured beside it, printed."""
+"""plan=true: a request's plan with its time and memory on this device, what a record measured
+beside it, printed.
+"""
 
 import resource
 import sys
@@ -21,19 +23,27 @@ from specomp.models.load import device_name, torch_device
 from specomp.numerics.work import measured_rates, seconds
 from specomp.pricing import Plan, Stage, planned
 
-# Bytes of CPU memory that a run takes before it holds anything: what Lightning, datasets and the first products add to this process.
+# Bytes of CPU memory that a run takes before it holds anything: what Lightning, datasets and the
+# first products add to this process.
 OVERHEAD = 1.0e8
-LEAST_SECONDS = 0.1  # below it a time says nothing: a stage that only looked into a record or the cache
+LEAST_SECONDS = (
+    0.1  # below it a time says nothing: a stage that only looked into a record or the cache
+)
 UNITS = {"memory": "GB/s", "product": "GFLOP/s", "factorization": "GFLOP/s"}
 
 
 def plan_of(request: Request) -> Plan:
-    """Reads no weights, no text and no network, and writes nothing. Raises UserError as the run itself would for a wrong request."""
+    """Reads no weights, no text and no network, and writes nothing. Raises UserError as the run
+    itself would for a wrong request.
+    """
     config, spec = request.source.config_for_plan(request.cache), request.calibration
     num_samples, length = sample_shape(spec)
     context = getattr(config, "max_position_embeddings", None)
     if context is not None and length > context:
-        raise UserError(f"Samples of {length} tokens do not fit the model's context of {context}: lower calibration.length.")
+        raise UserError(
+            f"Samples of {length} tokens do not fit the model's context of {context}: lower"
+            " calibration.length."
+        )
     readings = {label: part.reading() for label, part in request.suite.parts.items()}
     return planned(
         *(config, request.source.dtype, request.method, request.ratio, spec, num_samples, length),
@@ -59,25 +69,55 @@ def show_plan(request: Request, *, console: Console | None = None) -> None:
     found, choice = plan_of(request), request.choices
     device = torch_device(request.source.device, request.source.device_map)
     rates = measured_rates([x.work for x in found.stages], device)
-    title = f"plan: {choice['model']}, {choice['method']}, {'nothing is compressed' if found.method.is_dense else request.ratio}"
+    title = (
+        f"plan: {choice['model']}, {choice['method']},"
+        f" {'nothing is compressed' if found.method.is_dense else request.ratio}"
+    )
     if found.method.rounding.grid is not None:
         title += f", {choice.get('quantizer')}"
-    console.print(table(["linears", "number", "m x n", "rank", "parameters, dense", "stored"], linear_rows(found), title=title))
+    console.print(
+        table(
+            ["linears", "number", "m x n", "rank", "parameters, dense", "stored"],
+            linear_rows(found),
+            title=title,
+        )
+    )
     console.print(table(["", "bytes"], size_rows(found)))
     record = record_of(request)
     held = found.size.held_bytes + (base + OVERHEAD if device.type == "cpu" else 0.0)
-    console.print(table(["stage", "what", "TFLOP", "~time", "~peak memory"], stage_rows(found, rates, held)))
-    if record is not None:
-        header = ["stage", "~time", "measured", "~ / measured", "~peak memory", "measured", "~ / measured"]
-        console.print(table(header, compared(found, rates, held, record, request), title="beside the record"))
-    samples = found.run.samples
-    console.print(f"calibration set: {samples.num_samples} samples of {samples.length} tokens", markup=False)
-    more = " or more" if any(x.unknown for x in found.stages) else ""
-    total, where = sum(seconds(x.work, rates) for x in found.stages), f"{device_name(device)}, {torch.get_num_threads()} threads"
     console.print(
-        f"altogether ~{duration(total)}{more}, peak memory ~{size(held + max(x.held for x in found.stages))}, on {where}", markup=False
+        table(["stage", "what", "TFLOP", "~time", "~peak memory"], stage_rows(found, rates, held))
     )
-    speeds = (f"{kind} {rate / 1e9:,.0f} {UNITS[kind]} {dtype}".strip() for (kind, dtype), rate in rates.items() if kind in UNITS)
+    if record is not None:
+        header = [
+            "stage",
+            "~time",
+            "measured",
+            "~ / measured",
+            "~peak memory",
+            "measured",
+            "~ / measured",
+        ]
+        console.print(
+            table(header, compared(found, rates, held, record, request), title="beside the record")
+        )
+    samples = found.run.samples
+    console.print(
+        f"calibration set: {samples.num_samples} samples of {samples.length} tokens", markup=False
+    )
+    more = " or more" if any(x.unknown for x in found.stages) else ""
+    total = sum(seconds(x.work, rates) for x in found.stages)
+    where = f"{device_name(device)}, {torch.get_num_threads()} threads"
+    console.print(
+        f"altogether ~{duration(total)}{more}, peak memory"
+        f" ~{size(held + max(x.held for x in found.stages))}, on {where}",
+        markup=False,
+    )
+    speeds = (
+        f"{kind} {rate / 1e9:,.0f} {UNITS[kind]} {dtype}".strip()
+        for (kind, dtype), rate in rates.items()
+        if kind in UNITS
+    )
     console.print(f"speed measured now: {', '.join(speeds)}", markup=False)
     for note in notes(found, request):
         console.print(f"note: {note}", markup=False)
@@ -105,16 +145,36 @@ def linear_rows(found: Plan) -> Iterator[list[str]]:
         kinds.setdefault(unit.linears[0].kind, []).append((unit, choice))
     for kind, members in kinds.items():
         ranks = sorted({choice.size for _, choice in members if choice.form != DENSE})
-        shown = "dense" if not ranks else f"{ranks[0]}" if len(ranks) == 1 else f"{ranks[0]} to {ranks[-1]}"
+        shown = (
+            "dense"
+            if not ranks
+            else f"{ranks[0]}"
+            if len(ranks) == 1
+            else f"{ranks[0]} to {ranks[-1]}"
+        )
         if ranks and (dense := sum(choice.form == DENSE for _, choice in members)):
             shown += f", {dense} dense"
         stored = sum(numbers(choice.form.parts(unit, choice.size)) for unit, choice in members)
         first = members[0][0].linears[0]
         shown = f"~{shown}" if found.asked and ranks else shown
         whole = sum(unit.params for unit, _ in members)
-        yield [kind, f"{len(members)}", f"{first.m:,} x {first.n:,}", shown, f"{whole:,}", f"{stored:,}"]
+        yield [
+            kind,
+            f"{len(members)}",
+            f"{first.m:,} x {first.n:,}",
+            shown,
+            f"{whole:,}",
+            f"{stored:,}",
+        ]
     dense_size, small = found.size, found.compressed
-    yield ["all", f"{len(found.run.linears)}", "", "", f"{dense_size.linear_params:,}", f"{small.linear_params:,}"]
+    yield [
+        "all",
+        f"{len(found.run.linears)}",
+        "",
+        "",
+        f"{dense_size.linear_params:,}",
+        f"{small.linear_params:,}",
+    ]
     yield ["whole model", "", "", "", f"{dense_size.model_params:,}", f"{small.model_params:,}"]
 
 
@@ -140,24 +200,44 @@ def stage_rows(found: Plan, rates: Any, held: float) -> Iterator[list[str]]:
     for x in found.stages:
         peak, more = max(peak, held + x.held), " or more" if x.unknown else ""
         tera = f"{'' if x.sure else '~'}{x.work.flops / 1e12:,.2f}{more}"
-        yield [x.name, x.detail, tera, f"~{duration(seconds(x.work, rates))}{more}", f"~{size(peak)}"]
+        yield [
+            x.name,
+            x.detail,
+            tera,
+            f"~{duration(seconds(x.work, rates))}{more}",
+            f"~{size(peak)}",
+        ]
 
 
 def notes(found: Plan, request: Request) -> Iterator[str]:
     """What a reader of the numbers should know."""
     if found.asked:
-        yield f"the allocation asks for {found.asked}: the ranks shown are uniform ones, at the same budget"
+        yield (
+            f"the allocation asks for {found.asked}: the ranks shown are uniform ones, at the same"
+            " budget"
+        )
     if (download := request.source.download) is not None:
-        yield f"downloading the weights of {download} ({found.size.model_bytes / 1e9:.1f} GB, once) is not counted"
+        yield (
+            f"downloading the weights of {download} ({found.size.model_bytes / 1e9:.1f} GB, once)"
+            " is not counted"
+        )
     if not found.method.is_dense:
-        yield "nothing is taken from the cache here; jobs that share model and calibration share statistics, spectra and dense metrics"
-        yield "work on single linears is counted on small random ones: solve=auto and exchanges of pivot rows may take more"
+        yield (
+            "nothing is taken from the cache here; jobs that share model and calibration share"
+            " statistics, spectra and dense metrics"
+        )
+        yield (
+            "work on single linears is counted on small random ones: solve=auto and exchanges of"
+            " pivot rows may take more"
+        )
     if found.method.training.active and request.processes > 1:
         yield f"the training is counted for one process, not for {request.processes}"
 
 
 def record_of(request: Request) -> Record | None:
-    """The record of this configuration, where runs write theirs or among the committed ones; the most recent if there are several."""
+    """The record of this configuration, where runs write theirs or among the committed ones; the
+    most recent if there are several.
+    """
     point = point_of(request.config)
     for store in [RecordStore(x) for x in (request.records.folder, COMMITTED) if x.is_dir()]:
         found = [record for record in store.all() if point in record.points and record.ledger]
@@ -166,7 +246,9 @@ def record_of(request: Request) -> Record | None:
     return None
 
 
-def compared(found: Plan, rates: Any, held: float, record: Record, request: Request) -> Iterator[list[str]]:
+def compared(
+    found: Plan, rates: Any, held: float, record: Record, request: Request
+) -> Iterator[list[str]]:
     """What the record measured, and the estimate over it."""
     peak = 0.0
     for x in found.stages:
@@ -179,22 +261,33 @@ def compared(found: Plan, rates: Any, held: float, record: Record, request: Requ
 
 
 def measured(stage: Stage, record: Record, request: Request) -> tuple[float | None, float | None]:
-    """Seconds and peak bytes of a stage; no seconds where the record's stage was another one: read from the cache, or other benchmarks."""
+    """Seconds and peak bytes of a stage; no seconds where the record's stage was another one: read
+    from the cache, or other benchmarks.
+    """
     if stage.name not in record.seconds:
         return None, None
     wanted = [benchmark.protocol for benchmark in request.suite.benchmarks]
-    same = len(record.metrics) == len(wanted) and all(any(name.startswith(x) for name in record.metrics) for x in wanted)
+    same = len(record.metrics) == len(wanted) and all(
+        any(name.startswith(x) for name in record.metrics) for x in wanted
+    )
     other = stage.name.startswith("evaluate") and not same
     peak = record.peak_memory_mib.get(stage.name)
-    return None if other or from_cache(stage.name, record) else record.seconds[stage.name], None if peak is None else peak * 2**20
+    return None if other or from_cache(stage.name, record) else record.seconds[stage.name], (
+        None if peak is None else peak * 2**20
+    )
 
 
 def from_cache(stage: str, record: Record) -> bool:
     """Whether a record's stage found its expensive part done."""
     hits, misses = record.cache.get("hits", {}), record.cache.get("misses", {})
     if stage == "compress":
-        # After an allocation or a training that looked at them, reading spectra from the cache is what the stage does.
-        return hits.get("spectra", 0) > 0 and not misses.get("spectra") and "train" not in record.seconds
+        # After an allocation or a training that looked at them, reading spectra from the cache is
+        # what the stage does.
+        return (
+            hits.get("spectra", 0) > 0
+            and not misses.get("spectra")
+            and "train" not in record.seconds
+        )
     kinds = {"calibrate": "statistics/", "allocate": "spectra", "train": "trained"}
     return stage in kinds and not any(name.startswith(kinds[stage]) for name in misses)
 

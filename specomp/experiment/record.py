@@ -1,7 +1,8 @@
 """One JSON file per compressed model: its passport, which benchmarks stamp.
 
-The key is the hash of what determines the weights, so the same model asked for by two tables is one record, re-running finds it, and only
-missing benchmarks are run. Written atomically after every step; a failed run leaves a record that says why.
+The key is the hash of what determines the weights, so the same model asked for by two tables is one
+record, re-running finds it, and only missing benchmarks are run. Written atomically after every
+step; a failed run leaves a record that says why.
 """
 
 import csv
@@ -36,12 +37,24 @@ COMMITTED = Path(__file__).resolve().parents[2] / "experiments" / "records"
 # Bumped when the same settings would give other weights.
 WEIGHTS_VERSION = 1
 COMPANIONS = ("linears.csv", "training.csv")
-PACKAGES = ("specomp", "torch", "transformers", "lightning", "datasets", "lm_eval", "hydra-core", "safetensors", "compressed-tensors")
+PACKAGES = (
+    "specomp",
+    "torch",
+    "transformers",
+    "lightning",
+    "datasets",
+    "lm_eval",
+    "hydra-core",
+    "safetensors",
+    "compressed-tensors",
+)
 
 
 @dataclass(kw_only=True)
 class Record:
-    """Everything a table, a plot or a doubt needs about one compressed model. Metrics are keyed by benchmark id, then name."""
+    """Everything a table, a plot or a doubt needs about one compressed model. Metrics are keyed by
+    benchmark id, then name.
+    """
 
     schema: int = SCHEMA
     key: str
@@ -53,7 +66,8 @@ class Record:
     calibration: dict[str, Any] = field(default_factory=dict)
     ledger: Ledger | None = None
     training: dict[str, Any] = field(default_factory=dict)
-    points: list[str] = field(default_factory=list)  # `point_of` every config that asked for these weights
+    # `point_of` every config that asked for these weights
+    points: list[str] = field(default_factory=list)
     metrics: dict[str, dict[str, float]] = field(default_factory=dict)
     dense_metrics: dict[str, dict[str, float]] = field(default_factory=dict)
     texts: dict[str, Any] = field(default_factory=dict)
@@ -88,7 +102,9 @@ class Record:
 
 
 def peak_memory() -> int:
-    """Peak bytes: of the GPU's allocator where anything was on one, else the process's resident set."""
+    """Peak bytes: of the GPU's allocator where anything was on one, else the process's resident
+    set.
+    """
     if torch.cuda.is_available() and (allocated := torch.cuda.max_memory_allocated()):
         return int(allocated)
     unit = 1 if sys.platform == "darwin" else 1024
@@ -97,7 +113,9 @@ def peak_memory() -> int:
 
 def as_dict(record: Record) -> dict[str, Any]:
     """As it is stored."""
-    return asdict(replace(record, ledger=None)) | {"ledger": record.ledger.as_dict() if record.ledger else {}}
+    return asdict(replace(record, ledger=None)) | {
+        "ledger": record.ledger.as_dict() if record.ledger else {}
+    }
 
 
 def record_key(identity: Mapping[str, Any]) -> str:
@@ -106,7 +124,9 @@ def record_key(identity: Mapping[str, Any]) -> str:
 
 
 def point_of(config: Mapping[str, Any]) -> str:
-    """Short hash of what a config asks for, the same on every machine; unlike the key it needs neither model nor text."""
+    """Short hash of what a config asks for, the same on every machine; unlike the key it needs
+    neither model nor text.
+    """
 
     return digest(portable(config))[:16]
 
@@ -127,7 +147,9 @@ class RecordStore:
         return self.folder / f"{key[:12]}.{suffix}"
 
     def lock(self, key: str) -> FileLock:
-        """Held while a job works on a record: a second process that wants the same waits, and then finds it done."""
+        """Held while a job works on a record: a second process that wants the same waits, and then
+        finds it done.
+        """
         make_folder(self.folder / ".locks")
         return FileLock(self.folder / ".locks" / f"{key[:12]}.lock", is_singleton=True)
 
@@ -144,8 +166,11 @@ class RecordStore:
         return record if record.key == key else None
 
     def save(self, record: Record) -> None:
-        """Write atomically; what is stored already is left alone, so that a file's time says when something was last added."""
-        path, text = self.path(record.key), json.dumps(as_dict(record), indent=1, default=str, allow_nan=True) + "\n"
+        """Write atomically; what is stored already is left alone, so that a file's time says when
+        something was last added.
+        """
+        path = self.path(record.key)
+        text = json.dumps(as_dict(record), indent=1, default=str, allow_nan=True) + "\n"
         if path.exists() and path.read_text() == text:
             return
         with atomic_path(path) as temporary:
@@ -155,10 +180,18 @@ class RecordStore:
         """One csv line per linear."""
         if not reports:
             return
-        with atomic_path(self.companion(key, "linears.csv")) as temporary, temporary.open("w", newline="") as file:
-            writer = csv.DictWriter(file, fieldnames=list(dict.fromkeys(name for row in reports for name in row)))
+        with (
+            atomic_path(self.companion(key, "linears.csv")) as temporary,
+            temporary.open("w", newline="") as file,
+        ):
+            writer = csv.DictWriter(
+                file, fieldnames=list(dict.fromkeys(name for row in reports for name in row))
+            )
             writer.writeheader()
-            writer.writerows({name: f"{x:.6g}" if isinstance(x, float) else x for name, x in row.items()} for row in reports)
+            writer.writerows(
+                {name: f"{x:.6g}" if isinstance(x, float) else x for name, x in row.items()}
+                for row in reports
+            )
 
     def all(self) -> list[Record]:
         """Every readable record, oldest first."""
@@ -190,12 +223,20 @@ def stored(folders: Sequence[Path] | None) -> list[Record]:
 
 
 def companions(stores: Sequence[RecordStore], key: str, suffix: str) -> list[Path]:
-    """Files beside a record, those of the first store that has the record itself: a run in progress writes some before there is one."""
-    return [path for store in stores if store.path(key).exists() and (path := store.companion(key, suffix)).exists()]
+    """Files beside a record, those of the first store that has the record itself: a run in progress
+    writes some before there is one.
+    """
+    return [
+        path
+        for store in stores
+        if store.path(key).exists() and (path := store.companion(key, suffix)).exists()
+    ]
 
 
 def publish(records: Sequence[Record], sources: Sequence[RecordStore], folder: Path) -> list[Path]:
-    """Copy records, and the csv files beside them, into a folder to commit; absolute paths are cut to their last part."""
+    """Copy records, and the csv files beside them, into a folder to commit; absolute paths are cut
+    to their last part.
+    """
 
     def shortened(value: Any) -> Any:
         if isinstance(value, Mapping):
@@ -207,7 +248,14 @@ def publish(records: Sequence[Record], sources: Sequence[RecordStore], folder: P
 
     target = RecordStore(folder)
     for record in records:
-        target.save(replace(record, config=shortened(record.config), model_folder=None, calibration=shortened(record.calibration)))
+        target.save(
+            replace(
+                record,
+                config=shortened(record.config),
+                model_folder=None,
+                calibration=shortened(record.calibration),
+            )
+        )
         for suffix in COMPANIONS:
             copy = target.companion(record.key, suffix)
             found = companions(sources, record.key, suffix)
@@ -224,7 +272,9 @@ def read_record(path: Path) -> Record:
         if content["schema"] != SCHEMA:
             raise ValueError(f"schema {content['schema']}, expected {SCHEMA}")
         ledger = Ledger.from_dict(content["ledger"]) if content.get("ledger") else None
-        return Record(**{name: value for name, value in content.items() if name in known} | {"ledger": ledger})
+        return Record(
+            **{name: value for name, value in content.items() if name in known} | {"ledger": ledger}
+        )
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path} is not a readable record ({error}).") from error
 
@@ -246,7 +296,9 @@ def provenance() -> dict[str, Any]:
 def _git(*arguments: str) -> str | None:
     root = Path(__file__).parent
     try:
-        return subprocess.run(["git", *arguments], cwd=root, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
+        return subprocess.run(
+            ["git", *arguments], cwd=root, capture_output=True, text=True, check=True, timeout=10
+        ).stdout.strip()
     except (OSError, subprocess.SubprocessError):
         return None
 

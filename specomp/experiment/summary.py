@@ -31,7 +31,9 @@ def show(record: Record, *, console: Console | None = None) -> None:
         table.add_row(*row)
     console.print(table)
     spent = ", ".join(f"{stage} {seconds:.1f} s" for stage, seconds in record.seconds.items())
-    console.print(f"time: {spent}; peak memory {max(record.peak_memory_mib.values(), default=0):.0f} MiB")
+    console.print(
+        f"time: {spent}; peak memory {max(record.peak_memory_mib.values(), default=0):.0f} MiB"
+    )
     for note in record.notes:
         console.print(f"note: {note}", markup=False)
     if record.model_folder:
@@ -46,7 +48,14 @@ def rows(record: Record) -> list[tuple[str, str, str, str]]:
         for metric, value in values.items():
             if shown(metric):
                 reference = record.dense_metrics.get(name, {}).get(metric)
-                lines.append(size_row(f"{name} {label(metric, values)}", reference, value, "{:,.4f}" if "acc" in metric else "{:,.2f}"))
+                lines.append(
+                    size_row(
+                        f"{name} {label(metric, values)}",
+                        reference,
+                        value,
+                        "{:,.4f}" if "acc" in metric else "{:,.2f}",
+                    )
+                )
     return lines
 
 
@@ -65,4 +74,8 @@ def label(metric: str, values: dict[str, float]) -> str:
 
 def asked_for(ledger: Ledger) -> str:
     """What was to be stored."""
-    return f"{ledger.target_bits:g} bits a weight" if ledger.target_bits else f"compression {ledger.target_compression or 0:.0%}"
+    return (
+        f"{ledger.target_bits:g} bits a weight"
+        if ledger.target_bits
+        else f"compression {ledger.target_compression or 0:.0%}"
+    )

@@ -1,6 +1,8 @@
-"""Weights & Biases, the only file that knows it. A record is complete without it: losing the server loses nothing.
+"""Weights & Biases, the only file that knows it. A record is complete without it: losing the server
+loses nothing.
 
-Nothing here can stop a run or hold it up for long: every wait has a limit, and after one failure online the process stays offline.
+Nothing here can stop a run or hold it up for long: every wait has a limit, and after one failure
+online the process stays offline.
 """
 
 import contextlib
@@ -20,30 +22,41 @@ from specomp.experiment.record import Record
 from specomp.settings import configurable
 
 log = logging.getLogger(__name__)
-RETENTION, BYTES = "measured_retention", "model_bytes"  # what curves are drawn against, in a run's summary and in a sweep's points
-LINEARS, POINTS, REPORT = "linears", "points", "report"  # names of what is logged, which the dashboard's panels ask for
-_offline_from_now = threading.Event()  # of this process: a sweep of many jobs waits for a dead server once, not once per job
+# what curves are drawn against, in a run's summary and in a sweep's points
+RETENTION = "measured_retention"
+BYTES = "model_bytes"
+# names of what is logged, which the dashboard's panels ask for
+LINEARS = "linears"
+POINTS = "points"
+REPORT = "report"
+# of this process: a sweep of many jobs waits for a dead server once, not once per job
+_offline_from_now = threading.Event()
 
 
 @dataclass(frozen=True, kw_only=True)
 class SweepReport:
-    """A whole sweep as W&B shows it beside its records: the report, its points as a table, and curves over them."""
+    """A whole sweep as W&B shows it beside its records: the report, its points as a table, and
+    curves over them.
+    """
 
     key: str
     name: str
     caption: str
     html: str
-    points: Sequence[
-        Mapping[str, Any]
-    ]  # one per finished point: `series`, the swept keys, RETENTION, BYTES and the metrics by their labels
-    curves: Mapping[str, tuple[str, str]]  # chart -> columns of x and y; one line per value of `series`
+    # one per finished point: `series`, the swept keys, RETENTION, BYTES and the metrics by their
+    # labels
+    points: Sequence[Mapping[str, Any]]
+    # chart -> columns of x and y; one line per value of `series`
+    curves: Mapping[str, tuple[str, str]]
 
 
 class Tracking(Protocol):
     """Where a record is also shown."""
 
     def training_logger(self, record: Record) -> Any:
-        """A Lightning logger for a training of this record, or None. Never raises for reasons of the network or the service."""
+        """A Lightning logger for a training of this record, or None. Never raises for reasons of
+        the network or the service.
+        """
 
     def publish(self, record: Record, linears: Sequence[Mapping[str, Any]]) -> None:
         """Show one record. Never raises for reasons of the network or the service."""
@@ -62,7 +75,9 @@ class NoTracking:
 
 @configurable
 class WandbTracking:
-    """One W&B run per record: id = record key, group = sweep, job type = method; config, metrics and the table of linears."""
+    """One W&B run per record: id = record key, group = sweep, job type = method; config, metrics
+    and the table of linears.
+    """
 
     project: str
     entity: str | None
@@ -80,7 +95,9 @@ class WandbTracking:
         return None if run is None else WandbLogger(experiment=run, project=self.project)
 
     def publish(self, record: Record, linears: Sequence[Mapping[str, Any]]) -> None:
-        """Upload, or store for a later `wandb sync`; online falls back to offline when there is no key or no server."""
+        """Upload, or store for a later `wandb sync`; online falls back to offline when there is no
+        key or no server.
+        """
 
         def show(mode: str) -> None:
             with self._run(mode, **self._of(record)) as run:
@@ -89,11 +106,20 @@ class WandbTracking:
         self._attempt(show)
 
     def publish_sweep(self, sweep: SweepReport) -> str | None:
-        """The same for a whole sweep, as one more run of its group. Returns the entity it is now shown under, None where it is not yet."""
+        """The same for a whole sweep, as one more run of its group. Returns the entity it is now
+        shown under, None where it is not yet.
+        """
 
         def show(mode: str) -> str | None:
             name, about = f"{REPORT} {sweep.name}", {"sweep": sweep.caption}
-            with self._run(mode, id=sweep.key, group=self.group or sweep.caption, job_type=REPORT, name=name, config=about) as run:
+            with self._run(
+                mode,
+                id=sweep.key,
+                group=self.group or sweep.caption,
+                job_type=REPORT,
+                name=name,
+                config=about,
+            ) as run:
                 _log_sweep(run, sweep)
                 return str(run.entity) if mode == "online" else None
 
@@ -104,7 +130,11 @@ class WandbTracking:
         choice = record.choices
         return {
             "id": record.key[:12],
-            "group": self.group or (record.config.get("table") or {}).get("caption") or choice.get("model"),
+            "group": (
+                self.group
+                or (record.config.get("table") or {}).get("caption")
+                or choice.get("model")
+            ),
             "job_type": choice.get("method"),
             "name": f"{choice.get('method')} {choice.get('ratio')}",
             "config": record.config,
@@ -122,8 +152,16 @@ class WandbTracking:
                 if mode == "online":
                     _offline_from_now.set()
                     _leave_service(self.finish_timeout)
-                    later = f" From here on offline: `wandb sync {self.folder}/wandb/*run-*` uploads it later."
-                log.warning("W&B (%s) failed: %s. The record itself is complete.%s", mode, reason.rstrip("."), later)
+                    later = (
+                        f" From here on offline: `wandb sync {self.folder}/wandb/*run-*` uploads it"
+                        " later."
+                    )
+                log.warning(
+                    "W&B (%s) failed: %s. The record itself is complete.%s",
+                    mode,
+                    reason.rstrip("."),
+                    later,
+                )
         return None
 
     @contextlib.contextmanager
@@ -137,12 +175,17 @@ class WandbTracking:
     def _start(self, mode: str, **about: Any) -> Any:
         import wandb
 
-        # Where W&B puts what an artifact or a table holds until it is uploaded; it has no other name for this place than a variable.
+        # Where W&B puts what an artifact or a table holds until it is uploaded; it has no other
+        # name for this place than a variable.
         folder = Path(self.folder).expanduser().absolute()
         os.environ.setdefault("WANDB_DATA_DIR", str(folder / "wandb"))
         make_folder(folder)  # where there is none, W&B writes into the system's temporary folder
         open_run = wandb.run
-        if open_run is not None and open_run.id == about["id"] and open_run.offline == (mode == "offline"):
+        if (
+            open_run is not None
+            and open_run.id == about["id"]
+            and open_run.offline == (mode == "offline")
+        ):
             return open_run  # the training's
         # On a terminal wandb.init would ask for a key and wait.
         if mode == "online" and open_run is None and not wandb.login(prompt=False, verify=False):
@@ -155,14 +198,19 @@ class WandbTracking:
             mode=mode,  # type: ignore[arg-type]
             reinit="finish_previous",
             settings=wandb.Settings(
-                init_timeout=self.init_timeout, finish_timeout=self.finish_timeout, finish_timeout_raises=True, silent=True
+                init_timeout=self.init_timeout,
+                finish_timeout=self.finish_timeout,
+                finish_timeout_raises=True,
+                silent=True,
             ),
             **about,
         )
 
 
 def _leave_service(limit: float) -> None:
-    """End W&B's background process, which refuses the id of a run it could not start from then on; the next run starts another."""
+    """End W&B's background process, which refuses the id of a run it could not start from then on;
+    the next run starts another.
+    """
     wandb = sys.modules.get("wandb")
     if wandb is None:
         return
@@ -178,10 +226,18 @@ def _leave_service(limit: float) -> None:
 
 def summary(record: Record) -> dict[str, float]:
     """The numbers of a run: metrics as `<benchmark id>/<metric>`, sizes, seconds by stage."""
-    numbers = {f"{name}/{metric}": value for name, values in record.metrics.items() for metric, value in values.items()}
+    numbers = {
+        f"{name}/{metric}": value
+        for name, values in record.metrics.items()
+        for metric, value in values.items()
+    }
     numbers |= {f"seconds/{stage}": value for stage, value in record.seconds.items()}
     if record.ledger is not None:
-        numbers |= {name: value for name, value in record.ledger.as_dict().items() if isinstance(value, float)}
+        numbers |= {
+            name: value
+            for name, value in record.ledger.as_dict().items()
+            if isinstance(value, float)
+        }
         numbers[BYTES] = record.ledger.compressed.model_bytes
     return numbers
 
@@ -192,8 +248,12 @@ def _log_record(run: Any, record: Record, linears: Sequence[Mapping[str, Any]]) 
     run.log(summary(record))
     for phase in record.training.get("phases", ()):
         for kind, counts in phase.get("histograms", {}).items():
-            edges = [record.training["histogram_top"] * i / len(counts) for i in range(len(counts) + 1)]
-            run.log({f"gates/{phase['phase']}/{kind}": wandb.Histogram(np_histogram=(counts, edges))})
+            edges = [
+                record.training["histogram_top"] * i / len(counts) for i in range(len(counts) + 1)
+            ]
+            run.log(
+                {f"gates/{phase['phase']}/{kind}": wandb.Histogram(np_histogram=(counts, edges))}
+            )
     if linears:
         run.log({LINEARS: _table(linears)})
 
@@ -205,7 +265,9 @@ def _log_sweep(run: Any, sweep: SweepReport) -> None:
     if sweep.points:
         run.log({POINTS: _table(sweep.points)})
     for name, (x, y) in sweep.curves.items():
-        drawn = [{"series": p["series"], x: p[x], y: p[y]} for p in sweep.points if p[y] is not None]
+        drawn = [
+            {"series": p["series"], x: p[x], y: p[y]} for p in sweep.points if p[y] is not None
+        ]
         run.log({name: wandb.plot.line(_table(drawn), x, y, stroke="series", title=name)})
     artifact = wandb.Artifact(f"{sweep.name}-{REPORT}", type=REPORT, description=sweep.caption)
     with artifact.new_file(f"{sweep.name}.html", encoding="utf-8") as file:

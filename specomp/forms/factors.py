@@ -23,15 +23,21 @@ class Factors(RankForm):
     def module(self, linear: LinearSpec, rank: int, evidence: Evidence) -> nn.Module:
         """A LowRankLinear in the model's dtype."""
         factors = evidence.factors(linear, rank)
-        Vt, U = evidence.rounded(linear, (factors.Vt, factors.U), lambda Vt, U: U @ Vt, free_basis=True)
-        made = LowRankLinear.from_factors(U.values, Vt.values, evidence.bias(linear), **evidence.place(linear))
+        Vt, U = evidence.rounded(
+            linear, (factors.Vt, factors.U), lambda Vt, U: U @ Vt, free_basis=True
+        )
+        made = LowRankLinear.from_factors(
+            U.values, Vt.values, evidence.bias(linear), **evidence.place(linear)
+        )
         if Vt.grid is not None and U.grid is not None:
-            made.v_proj, made.u_proj = GridLinear.of(made.v_proj, Vt.grid), GridLinear.of(made.u_proj, U.grid)
+            made.v_proj = GridLinear.of(made.v_proj, Vt.grid)
+            made.u_proj = GridLinear.of(made.u_proj, U.grid)
         return made
 
 
 class LowRankLinear(TwoStage):
-    """y = U (Vt x) + b: a linear of weight U Vt (m n) kept as its factors, `v_proj` (n -> r, no bias) and `u_proj` (r -> m, with the bias).
+    """y = U (Vt x) + b: a linear of weight U Vt (m n) kept as its factors, `v_proj` (n -> r, no
+    bias) and `u_proj` (r -> m, with the bias).
 
     At full rank equals the nn.Linear it was made from, to rounding.
     """
@@ -63,13 +69,21 @@ class LowRankLinear(TwoStage):
         dtype: torch.dtype,
         device: torch.device | str,
     ) -> "LowRankLinear":
-        """The linear of weight U Vt, from U (m r), Vt (r n) and the bias (m) of the linear it replaces; all are copied."""
+        """The linear of weight U Vt, from U (m r), Vt (r n) and the bias (m) of the linear it
+        replaces; all are copied.
+        """
         (m, rank), (_, n) = U.shape, Vt.shape
         # On the meta device nothing is drawn that would be overwritten at once.
         module = cls(n, m, rank, bias=bias is not None, dtype=dtype, device="meta")
-        for owner, name, value in ((module.v_proj, "weight", Vt), (module.u_proj, "weight", U), (module.u_proj, "bias", bias)):
+        for owner, name, value in (
+            (module.v_proj, "weight", Vt),
+            (module.u_proj, "weight", U),
+            (module.u_proj, "bias", bias),
+        ):
             if value is not None:
-                copy = value.detach().to(device=device, dtype=dtype, copy=True, memory_format=torch.contiguous_format)
+                copy = value.detach().to(
+                    device=device, dtype=dtype, copy=True, memory_format=torch.contiguous_format
+                )
                 setattr(owner, name, nn.Parameter(copy))
         return module
 

@@ -1,7 +1,8 @@
-"""What an allocation chooses among: every way to store a unit, with its price and its predicted loss.
+"""What an allocation chooses among: every way to store a unit, with its price and its predicted
+loss.
 
-And what allocations share: turning wished-for retentions into options that meet a budget. A retention is a share of what the
-dense unit costs in the budget's currency.
+And what allocations share: turning wished-for retentions into options that meet a budget. A
+retention is a share of what the dense unit costs in the budget's currency.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -19,13 +20,17 @@ from specomp.numerics.grid import GridSpec
 from specomp.slots import Choice, Evidence, Form
 
 BISECTIONS = 60
-ROUNDING = 1e-9  # of a mean over units, relative; and of a price: 0.2 of 10,000 is 2,000 although 1 - 0.8 is no fifth in binary
+# of a mean over units, relative; and of a price: 0.2 of 10,000 is 2,000 although 1 - 0.8 is no
+# fifth in binary
+ROUNDING = 1e-9
 DENSE = Dense()
 
 
 @dataclass(frozen=True)
 class Option:
-    """One way to store a unit: its price in the budget's currency, and the loss that is predicted for it."""
+    """One way to store a unit: its price in the budget's currency, and the loss that is predicted
+    for it.
+    """
 
     choice: Choice
     price: float
@@ -33,14 +38,26 @@ class Option:
 
 
 class Options(Sequence[Option]):
-    """The options of one unit, the cheapest first; dense is the last, whatever costs as much is left out."""
+    """The options of one unit, the cheapest first; dense is the last, whatever costs as much is
+    left out.
+    """
 
-    def __init__(self, unit: Unit, forms: Sequence[Form], price: Callable, evidence: Evidence, grid: GridSpec | None) -> None:
+    def __init__(
+        self,
+        unit: Unit,
+        forms: Sequence[Form],
+        price: Callable,
+        evidence: Evidence,
+        grid: GridSpec | None,
+    ) -> None:
         """price: of parts; grid: what the method rounds to."""
         self.unit, self.evidence, self.forms = unit, evidence, (*forms, DENSE)
         self.dense = float(price(DENSE.parts(unit, 0)))
         self._sizes = [torch.tensor(form.sizes(unit), dtype=torch.int64) for form in forms]
-        prices = [torch.as_tensor(price(f.parts(unit, x, grid))).double().expand(len(x)) for f, x in zip(forms, self._sizes, strict=True)]
+        prices = [
+            torch.as_tensor(price(f.parts(unit, x, grid))).double().expand(len(x))
+            for f, x in zip(forms, self._sizes, strict=True)
+        ]
         owners = [torch.full_like(x, i) for i, x in enumerate(self._sizes)]
         self._sizes.append(torch.tensor(DENSE.sizes(unit)))
         flat = torch.cat([*prices, torch.tensor([self.dense], dtype=torch.float64)])
@@ -57,13 +74,18 @@ class Options(Sequence[Option]):
     @cached_property
     def losses(self) -> Tensor:
         """Predicted losses (options) in float64; asks for spectra."""
-        found = [form.losses(self.unit, x, self.evidence) for form, x in zip(self.forms, self._sizes, strict=True)]
+        found = [
+            form.losses(self.unit, x, self.evidence)
+            for form, x in zip(self.forms, self._sizes, strict=True)
+        ]
         return torch.cat(found)[self._order]
 
     @property
     def whole(self) -> float:
         """What storing nothing would lose: size 0 of the first form."""
-        return float(self.forms[0].losses(self.unit, torch.zeros(1, dtype=torch.int64), self.evidence))
+        return float(
+            self.forms[0].losses(self.unit, torch.zeros(1, dtype=torch.int64), self.evidence)
+        )
 
     def __len__(self) -> int:
         return len(self.prices)
@@ -77,9 +99,11 @@ class Options(Sequence[Option]):
         return len(self.prices) - 1
 
     def affordable(self, retention: float) -> int:
-        """Index of the dearest option that costs at most this share of the dense one; -1 where none does.
+        """Index of the dearest option that costs at most this share of the dense one; -1 where none
+        does.
 
-        For two factors that is rank floor(retention m n / (m + n)): AdaSVD Eq. 21, and SVD-LLM's code.
+        For two factors that is rank floor(retention m n / (m + n)): AdaSVD Eq. 21, and SVD-LLM's
+        code.
         """
         if retention >= 1:
             return self.last
@@ -92,10 +116,18 @@ Menu = Mapping[Unit, Options]
 
 
 def options(
-    units: Sequence[Unit], forms: Sequence[Form], budget: Budget, dtype: torch.dtype, evidence: Evidence, grid: GridSpec | None
+    units: Sequence[Unit],
+    forms: Sequence[Form],
+    budget: Budget,
+    dtype: torch.dtype,
+    evidence: Evidence,
+    grid: GridSpec | None,
 ) -> dict[Unit, Options]:
     """The options of every unit of a model of this dtype."""
-    return {unit: Options(unit, forms, lambda parts: budget.price(parts, dtype), evidence, grid) for unit in units}
+    return {
+        unit: Options(unit, forms, lambda parts: budget.price(parts, dtype), evidence, grid)
+        for unit in units
+    }
 
 
 def chosen(menu: Menu, at: Mapping[Unit, int]) -> dict[Unit, Choice]:
@@ -104,21 +136,25 @@ def chosen(menu: Menu, at: Mapping[Unit, int]) -> dict[Unit, Choice]:
 
 
 def floor(menu: Menu, retention: Mapping[Unit, float]) -> dict[Unit, int]:
-    """The dearest option that each unit's retention pays for. Raises UserError where it pays for none."""
+    """The dearest option that each unit's retention pays for. Raises UserError where it pays for
+    none.
+    """
     found = {}
     for unit, options in menu.items():
         found[unit] = options.affordable(retention[unit])
         if found[unit] < 0:
             sizes = ", ".join(f"{x.m} x {x.n}" for x in unit.linears)
             raise UserError(
-                f"{unit.name} ({sizes}): a retention of {retention[unit]:.4g} leaves rank 0; lower ratio.compression, "
-                "or choose an allocation with a higher minimum retention."
+                f"{unit.name} ({sizes}): a retention of {retention[unit]:.4g} leaves rank 0; lower"
+                " ratio.compression, or choose an allocation with a higher minimum retention."
             )
     return found
 
 
 def fill(menu: Menu, retention: Mapping[Unit, float], target: float) -> dict[Unit, int]:
-    """`floor`, then one option more for each unit that the budget still pays for, where the floor took the most first."""
+    """`floor`, then one option more for each unit that the budget still pays for, where the floor
+    took the most first.
+    """
     at = floor(menu, retention)
     budget = target * sum(x.dense for x in menu.values())
     used = sum(float(menu[unit].prices[index]) for unit, index in at.items())
@@ -135,11 +171,15 @@ def fill(menu: Menu, retention: Mapping[Unit, float], target: float) -> dict[Uni
     return at
 
 
-def water_fill(menu: Menu, base: Mapping[Unit, float], slope: Mapping[Unit, float], target: float, low: float) -> dict[Unit, float]:
-    """Retentions clip(base + level * slope, low, 1) with the one level that meets the target on average over what units cost.
+def water_fill(
+    menu: Menu, base: Mapping[Unit, float], slope: Mapping[Unit, float], target: float, low: float
+) -> dict[Unit, float]:
+    """Retentions clip(base + level * slope, low, 1) with the one level that meets the target on
+    average over what units cost.
 
-    slope must be >= 0 and positive somewhere. Equals AdaSVD Eq. 20 with level = trr - mrr where nothing is clipped and all
-    decoder layers have the same size. Raises UserError when no level can meet the target.
+    slope must be >= 0 and positive somewhere. Equals AdaSVD Eq. 20 with level = trr - mrr where
+    nothing is clipped and all decoder layers have the same size. Raises UserError when no level can
+    meet the target.
     """
     weight = {unit: options.dense for unit, options in menu.items()}
     total = sum(weight.values())
@@ -159,7 +199,8 @@ def water_fill(menu: Menu, base: Mapping[Unit, float], slope: Mapping[Unit, floa
         bottom *= 2
     if mean(top) < target or mean(bottom) > most:
         raise UserError(
-            f"No allocation with retentions in [{low:.3g}, 1] averages {target:.4g}: change ratio.compression or the minimum retention."
+            f"No allocation with retentions in [{low:.3g}, 1] averages {target:.4g}: change"
+            " ratio.compression or the minimum retention."
         )
     for _ in range(BISECTIONS):
         middle = (bottom + top) / 2

@@ -1,9 +1,11 @@
-"""Pivot rows: r (m + n - r) numbers for a matrix of rank r instead of the r (m + n) of two factors (PIFA, arXiv:2501.19090).
+"""Pivot rows: r (m + n - r) numbers for a matrix of rank r instead of the r (m + n) of two factors
+(PIFA, arXiv:2501.19090).
 
-Pivoted   r rows of W' = U Vt, and the coefficients with which they make the other m - r   Sec. 3 (pivoting factorization)
-Exact for any W' of rank r; the same bytes buy a higher rank, and at full rank nothing is lost or added.
-Differs from the paper: pivots come from LU with partial pivoting of U, then rows are exchanged until no coefficient
-exceeds `max_growth` (maxvol, Goreinov et al. 2010; CHOICE), so that storing both parts in low precision stays safe.
+Pivoted   r rows of W' = U Vt, and the coefficients with which they make the other m - r   Sec. 3
+(pivoting factorization) Exact for any W' of rank r; the same bytes buy a higher rank, and at full
+rank nothing is lost or added. Differs from the paper: pivots come from LU with partial pivoting of
+U, then rows are exchanged until no coefficient exceeds `max_growth` (maxvol, Goreinov et al. 2010;
+CHOICE), so that storing both parts in low precision stays safe.
 """
 
 import math
@@ -30,13 +32,18 @@ INDEX_BITS = 32
 
 @configurable
 class Pivoted(RankForm):
-    """r pivot rows (r, n), coefficients (m - r, r), and the place of every output (m integers, which only bits count)."""
+    """r pivot rows (r, n), coefficients (m - r, r), and the place of every output (m integers,
+    which only bits count).
+    """
 
     max_growth: Annotated[float, Field(ge=1.01)]
 
     def shapes(self, m: int, n: int, rank: int, grid: GridSpec | None) -> dict[str, Part]:
         """r (m + n - r) numbers."""
-        rows = {"pivots.weight": Part((rank, n), grid), "others.weight": Part((m - rank, rank), grid)}
+        rows = {
+            "pivots.weight": Part((rank, n), grid),
+            "others.weight": Part((m - rank, rank), grid),
+        }
         return rows | {"order": Part((m,), index_bits=INDEX_BITS)}
 
     def module(self, linear: LinearSpec, rank: int, evidence: Evidence) -> nn.Module:
@@ -48,10 +55,15 @@ class Pivoted(RankForm):
         def assembled(P: Tensor, C: Tensor) -> Tensor:
             return torch.cat([P, C @ P])[place]
 
-        P, C = evidence.rounded(linear, (factors.U[pivots] @ factors.Vt, coefficients), assembled, free_basis=False)
-        made = PivotedLinear.from_pivots(P.values, C.values, place, evidence.bias(linear), **evidence.place(linear))
+        P, C = evidence.rounded(
+            linear, (factors.U[pivots] @ factors.Vt, coefficients), assembled, free_basis=False
+        )
+        made = PivotedLinear.from_pivots(
+            P.values, C.values, place, evidence.bias(linear), **evidence.place(linear)
+        )
         if P.grid is not None and C.grid is not None:
-            made.pivots, made.others = GridLinear.of(made.pivots, P.grid), GridLinear.of(made.others, C.grid)
+            made.pivots = GridLinear.of(made.pivots, P.grid)
+            made.others = GridLinear.of(made.others, C.grid)
         return made
 
     def facts(self, module: nn.Module) -> dict[str, float]:
@@ -65,10 +77,11 @@ class Pivoted(RankForm):
 
 
 class PivotedLinear(TwoStage):
-    """y = [P x, C (P x)] in the order of the outputs, + b: a linear of rank r kept as r (m + n - r) numbers (PIFA, arXiv:2501.19090).
+    """y = [P x, C (P x)] in the order of the outputs, + b: a linear of rank r kept as r (m + n - r)
+    numbers (PIFA, arXiv:2501.19090).
 
-    `pivots` P (r, n) are r rows of the weight itself, `others` C (m - r, r) write the remaining rows in terms of them, and `order` (m),
-    int32, says where among both each output is found.
+    `pivots` P (r, n) are r rows of the weight itself, `others` C (m - r, r) write the remaining
+    rows in terms of them, and `order` (m), int32, says where among both each output is found.
     """
 
     order: Tensor
@@ -89,7 +102,9 @@ class PivotedLinear(TwoStage):
         self.rank = rank
         self.pivots = nn.Linear(in_features, rank, bias=False, dtype=dtype, device=device)
         self.others = nn.Linear(rank, out_features - rank, bias=False, dtype=dtype, device=device)
-        self.bias = nn.Parameter(torch.zeros(out_features, dtype=dtype, device=device)) if bias else None
+        self.bias = (
+            nn.Parameter(torch.zeros(out_features, dtype=dtype, device=device)) if bias else None
+        )
         self.register_buffer("order", torch.arange(out_features, dtype=torch.int32, device=device))
 
     @classmethod
@@ -103,13 +118,21 @@ class PivotedLinear(TwoStage):
         dtype: torch.dtype,
         device: torch.device | str,
     ) -> "PivotedLinear":
-        """From pivot rows (r n), coefficients (m-r r), order (m) and the bias (m) of the linear it replaces; all are copied."""
+        """From pivot rows (r n), coefficients (m-r r), order (m) and the bias (m) of the linear it
+        replaces; all are copied.
+        """
         (rank, n), m = rows.shape, len(order)
         # On the meta device nothing is drawn that would be overwritten at once.
         module = cls(n, m, rank, bias=bias is not None, dtype=dtype, device="meta")
-        for owner, name, value in ((module.pivots, "weight", rows), (module.others, "weight", coefficients), (module, "bias", bias)):
+        for owner, name, value in (
+            (module.pivots, "weight", rows),
+            (module.others, "weight", coefficients),
+            (module, "bias", bias),
+        ):
             if value is not None:
-                copy = value.detach().to(device=device, dtype=dtype, copy=True, memory_format=torch.contiguous_format)
+                copy = value.detach().to(
+                    device=device, dtype=dtype, copy=True, memory_format=torch.contiguous_format
+                )
                 setattr(owner, name, nn.Parameter(copy))
         module.order = order.detach().to(device=device, dtype=torch.int32, copy=True)
         return module
@@ -117,7 +140,8 @@ class PivotedLinear(TwoStage):
     def expand(self, pivots: Tensor) -> Tensor:
         """y (... m) from P x (... r)."""
         rows = torch.cat([pivots, self.others(pivots)], -1)
-        out = rows.gather(-1, self.order.long().expand_as(rows))  # on a CPU several times as fast as index_select
+        # on a CPU several times as fast as index_select
+        out = rows.gather(-1, self.order.long().expand_as(rows))
         return out if self.bias is None else out + self.bias
 
     @property
@@ -133,14 +157,18 @@ class PivotedLinear(TwoStage):
         return torch.cat([rows, self.others.weight.to(wide) @ rows])[self.order.long()]
 
     def growth(self) -> float:
-        """The largest coefficient in absolute value: how much rounding errors of the pivots can grow."""
+        """The largest coefficient in absolute value: how much rounding errors of the pivots can
+        grow.
+        """
         return float(self.others.weight.detach().abs().max())
 
 
 def pivot_rows(U: Tensor, max_growth: float) -> tuple[Tensor, Tensor, Tensor]:
-    """(pivots (r), others (m - r), C (m - r, r)) with U[others] = C U[pivots] and |C| <= max_growth, for U (m, r) in float64, r < m.
+    """(pivots (r), others (m - r), C (m - r, r)) with U[others] = C U[pivots] and |C| <=
+    max_growth, for U (m, r) in float64, r < m.
 
-    Independent of the basis: U R gives the same for every invertible R. Columns of U may depend on each other.
+    Independent of the basis: U R gives the same for every invertible R. Columns of U may depend on
+    each other.
     """
     U = U / U.norm(dim=0).clamp_min(torch.finfo(U.dtype).tiny)
     LU, swaps = decomposed(U)
@@ -162,18 +190,23 @@ def pivot_rows(U: Tensor, max_growth: float) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def decomposed(U: Tensor) -> tuple[Tensor, Tensor]:
-    """LU (m, r) with partial pivoting of the unit columns of U (m, r), and its swaps; of an orthonormal basis of them where that is needed.
+    """LU (m, r) with partial pivoting of the unit columns of U (m, r), and its swaps; of an
+    orthonormal basis of them where that is needed.
 
-    The latter costs more than everything else here, and is needed only where columns depend on each other, which a vanishing pivot shows.
+    The latter costs more than everything else here, and is needed only where columns depend on each
+    other, which a vanishing pivot shows.
     """
     LU, swaps = torch.linalg.lu_factor_ex(U)[:2]
-    if float(LU.diagonal().abs().min()) * math.sqrt(len(U)) > INDEPENDENT:  # entries of a unit column are about 1 / sqrt(m)
+    # entries of a unit column are about 1 / sqrt(m)
+    if float(LU.diagonal().abs().min()) * math.sqrt(len(U)) > INDEPENDENT:
         return LU, swaps
     return tuple(torch.linalg.lu_factor(torch.linalg.qr(U).Q))  # type: ignore[return-value]
 
 
 def exchange(C: Tensor, row: int, column: int) -> None:
-    """Makes C (m - r, r) what it is when pivot `column` and the other `row` change places: a rank-one update."""
+    """Makes C (m - r, r) what it is when pivot `column` and the other `row` change places: a
+    rank-one update.
+    """
     pivot = float(C[row, column])
     left, right = C[:, column].clone(), C[row].clone()
     right[column] -= 1

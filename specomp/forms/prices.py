@@ -1,8 +1,8 @@
 """What a unit costs: the list of tensors that are stored for it, and the two ways to count them.
 
-numbers  what the papers count: parameters, no indices, a weight on a grid as many as one in full precision
-bits     everything: values on their grids, scales, zeros, indices
-A plan, an allocation and the ledger of a finished model call these two and nothing else. Sizes may be tensors (ranks of
+numbers  what the papers count: parameters, no indices, a weight on a grid as many as one in full
+precision bits     everything: values on their grids, scales, zeros, indices A plan, an allocation
+and the ledger of a finished model call these two and nothing else. Sizes may be tensors (ranks of
 many candidates, or of many linears): then so are the prices.
 """
 
@@ -23,7 +23,9 @@ from specomp.settings import configurable
 
 @dataclass(frozen=True)
 class Part:
-    """One stored tensor: of numbers, on a grid where there is one; or, with index_bits, of indices of that many bits."""
+    """One stored tensor: of numbers, on a grid where there is one; or, with index_bits, of indices
+    of that many bits.
+    """
 
     shape: tuple[int, ...]
     grid: GridSpec | None = None
@@ -50,7 +52,9 @@ def _bits(part: Part, dtype: torch.dtype) -> int:
 
 
 def parts_of(module: nn.Module) -> dict[str, Part]:
-    """What a finished module stores: its weights on their grids, and its buffers as indices. Biases are no weights."""
+    """What a finished module stores: its weights on their grids, and its buffers as indices. Biases
+    are no weights.
+    """
     found = {}
     for owner_name, owner in module.named_modules():
         for name, value in owner.named_parameters(owner_name, recurse=False):
@@ -65,7 +69,9 @@ def parts_of(module: nn.Module) -> dict[str, Part]:
 
 
 class Budget(Protocol):
-    """How much may be stored, in which currency (parameters, bits); setting and remedy: words for a message."""
+    """How much may be stored, in which currency (parameters, bits); setting and remedy: words for a
+    message.
+    """
 
     @property
     def currency(self) -> str:
@@ -83,7 +89,9 @@ class Budget(Protocol):
         """Of parts, in this currency."""
 
     def share(self, dtype: torch.dtype) -> float:
-        """What may be spent, as a share of the price of the dense units of a model of this dtype."""
+        """What may be spent, as a share of the price of the dense units of a model of this
+        dtype.
+        """
 
     def identity(self) -> dict[str, float]:
         """What a record's key says of it."""
@@ -94,7 +102,9 @@ class Budget(Protocol):
 
 @configurable
 class Numbers:
-    """A budget of parameters: the papers' ratio. Papers quote compression, the mathematics uses retention."""
+    """A budget of parameters: the papers' ratio. Papers quote compression, the mathematics uses
+    retention.
+    """
 
     compression: Annotated[float, Field(ge=0, lt=1)]
     currency: ClassVar[str] = "parameters"

@@ -1,4 +1,6 @@
-"""What the forms of single linears at a rank have in common: one for every rank that is below full."""
+"""What the forms of single linears at a rank have in common: one for every rank that is
+below full.
+"""
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
@@ -34,7 +36,9 @@ class RankForm(ABC):
         return self.shapes(linear.m, linear.n, size, grid)
 
     def losses(self, unit: Unit, sizes: Tensor, evidence: Evidence) -> Tensor:
-        """sum_{i > rank} s_i^2 (sizes) in float64: what dropping the smallest components loses (Eckart-Young)."""
+        """sum_{i > rank} s_i^2 (sizes) in float64: what dropping the smallest components loses
+        (Eckart-Young).
+        """
         (linear,) = unit.linears
         squares = evidence.spectrum(linear).s.double().cpu().square()
         tails = torch.cat([squares.flip(0).cumsum(0).flip(0), squares.new_zeros(1)])

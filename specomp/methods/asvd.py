@@ -2,8 +2,9 @@
 
 ActivationWhitening    S = diag(mean |x|)^alpha                                      Sec. 3.2
 SensitivityAllocation  perplexity of cutting one linear at a time, then one cut      Sec. 3.3 (STRS)
-Differs from the paper's code: exact SVD instead of a randomized one; the last cut tried is the one applied (theirs can be off
-by one); the head is not compressed, as everywhere here. Reference code: hahnyuan/ASVD4LLM.
+Differs from the paper's code: exact SVD instead of a randomized one; the last cut tried is the one
+applied (theirs can be off by one); the head is not compressed, as everywhere here. Reference code:
+hahnyuan/ASVD4LLM.
 """
 
 import logging
@@ -42,7 +43,9 @@ class ActivationWhitening:
 
 @configurable
 class SensitivityAllocation:
-    """Sensitivity-based truncation rank search: each (linear, candidate retention) is tried alone; the least harmful cuts are kept."""
+    """Sensitivity-based truncation rank search: each (linear, candidate retention) is tried alone;
+    the least harmful cuts are kept.
+    """
 
     # Retentions tried per linear; the lowest bounds what the search can reach.
     candidates: tuple[Annotated[float, Field(gt=0, lt=1)], ...]
@@ -61,7 +64,9 @@ class SensitivityAllocation:
 
 
 def cut(trials: Sequence[tuple[float, Unit, int]], menu: Menu, share: float) -> dict[Unit, int]:
-    """Apply the fewest, least harmful trials (loss, unit, index of an option) that bring what is stored to a share of the dense units."""
+    """Apply the fewest, least harmful trials (loss, unit, index of an option) that bring what is
+    stored to a share of the dense units.
+    """
     dense = sum(x.dense for x in menu.values())
     budget, used, at = share * dense, dense, {unit: options.last for unit, options in menu.items()}
     # A cut that breaks the model has no loss to compare (NaN): tried last.
@@ -74,7 +79,7 @@ def cut(trials: Sequence[tuple[float, Unit, int]], menu: Menu, share: float) -> 
         log.debug("cut %s to option %d (loss alone %.4f)", unit.name, lower, loss)
     if used > budget:
         raise UserError(
-            f"The deepest candidates keep {used / budget * share:.3f} of the parameters, the target is {share:.3f}: "
-            "add lower values to method.allocation.candidates."
+            f"The deepest candidates keep {used / budget * share:.3f} of the parameters, the target"
+            f" is {share:.3f}: add lower values to method.allocation.candidates."
         )
     return at

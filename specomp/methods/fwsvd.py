@@ -1,8 +1,9 @@
 """FWSVD: Language model compression with weighted low-rank factorization (arXiv:2207.00112).
 
-FisherWhitening  norm weighted by the square root of the summed Fisher information   Sec. 3.2, Eq. 4-6
-The paper's W is (in, out), so its "rows" are input features: side "in" here is a weight per column of nn.Linear.weight.
-Differs from the paper: eps regularizes features whose gradient vanishes (CHOICE). Reference code: none published.
+FisherWhitening  norm weighted by the square root of the summed Fisher information   Sec. 3.2, Eq.
+4-6 The paper's W is (in, out), so its "rows" are input features: side "in" here is a weight per
+column of nn.Linear.weight. Differs from the paper: eps regularizes features whose gradient vanishes
+(CHOICE). Reference code: none published.
 """
 
 from typing import Annotated, Literal
@@ -18,7 +19,9 @@ from specomp.settings import configurable
 
 @configurable
 class FisherWhitening:
-    """||(W' - W) diag(I)^{1/2}||_F for side in, ||diag(I)^{1/2} (W' - W)||_F for side out, I = row or column sums of grad^2."""
+    """||(W' - W) diag(I)^{1/2}||_F for side in, ||diag(I)^{1/2} (W' - W)||_F for side out, I = row
+    or column sums of grad^2.
+    """
 
     side: Literal["in", "out"]
     eps: Annotated[float, Field(gt=0)]
@@ -35,6 +38,7 @@ class FisherWhitening:
         importance = importance + self.eps * importance.mean()
         if self.side == "in":
             return GramNorm(importance, solve=self.solve)
-        # Where no loss depends on these outputs they are all alike. Without a branch on values: plans count with tensors that have none.
+        # Where no loss depends on these outputs they are all alike. Without a branch on values:
+        # plans count with tensors that have none.
         importance = torch.where(importance.any(), importance, torch.ones_like(importance))
         return GramNorm(None, left=importance.sqrt(), solve=self.solve)

@@ -1,13 +1,15 @@
 """Global allocation: the parameters go where they save the most predicted loss.
 
-GlobalLossAllocation   minimize sum over linears of sum_{i > rank} s_i^2 under one budget (ours)
-In a norm that approximates the model's loss (method/whitening=kronecker) the squared singular values of all linears are predicted loss
-increases, and comparable. A norm of the inputs alone says nothing about how much the outputs of different linears matter: `normalize`
-then compares shares of each linear's energy (CHOICE).
+GlobalLossAllocation   minimize sum over linears of sum_{i > rank} s_i^2 under one budget (ours) In
+a norm that approximates the model's loss (method/whitening=kronecker) the squared singular values
+of all linears are predicted loss increases, and comparable. A norm of the inputs alone says nothing
+about how much the outputs of different linears matter: `normalize` then compares shares of each
+linear's energy (CHOICE).
 
-Each linear is a curve of loss over stored parameters, one point per rank and one for dense (loss 0). Its lower convex hull has the steps
-that some price per parameter makes optimal, the jump to dense among them; the steepest steps of all linears are taken until the budget
-ends inside one. That is the optimum for what it spends. The rest, less than that step, buys the best of what still fits.
+Each linear is a curve of loss over stored parameters, one point per rank and one for dense (loss
+0). Its lower convex hull has the steps that some price per parameter makes optimal, the jump to
+dense among them; the steepest steps of all linears are taken until the budget ends inside one. That
+is the optimum for what it spends. The rest, less than that step, buys the best of what still fits.
 """
 
 from collections.abc import Mapping
@@ -27,7 +29,9 @@ from specomp.slots import Choice, Reads
 
 @configurable
 class GlobalLossAllocation:
-    """Ranks of least predicted loss, at least one each; dense where a linear's share of the budget is best spent so."""
+    """Ranks of least predicted loss, at least one each; dense where a linear's share of the budget
+    is best spent so.
+    """
 
     normalize: bool
     # Ranks are multiples of this where a linear has such a rank, for kernels that want it.
@@ -38,20 +42,28 @@ class GlobalLossAllocation:
 
     def __call__(self, menu: Menu, share: float, reads: Reads) -> dict[Unit, Choice]:
         """Choices. Raises UserError when the budget cannot pay the smallest of them."""
-        curves = {unit: curve(options, self.round_to, normalize=self.normalize) for unit, options in menu.items()}
+        curves = {
+            unit: curve(options, self.round_to, normalize=self.normalize)
+            for unit, options in menu.items()
+        }
         budget = int(share * sum(x.dense for x in menu.values()) + 1e-6)
         least = sum(x.cheapest for x in curves.values())
         if least > budget:
             raise UserError(
-                f"The smallest ranks in multiples of method.allocation.round_to={self.round_to} take {least} parameters, "
-                f"the budget is {budget}: lower round_to or ratio.compression."
+                f"The smallest ranks in multiples of method.allocation.round_to={self.round_to}"
+                f" take {least} parameters, the budget is {budget}: lower round_to or"
+                " ratio.compression."
             )
-        return {unit: menu[unit].choice(index) for unit, index in least_loss(curves, budget).items()}
+        return {
+            unit: menu[unit].choice(index) for unit, index in least_loss(curves, budget).items()
+        }
 
 
 @dataclass(frozen=True)
 class Curve:
-    """Some options of one unit by index, costs ascending and losses descending, each (options,) in float64."""
+    """Some options of one unit by index, costs ascending and losses descending, each (options,) in
+    float64.
+    """
 
     indices: list[int]
     costs: Tensor
@@ -76,8 +88,11 @@ class Curve:
         return kept
 
     def best(self, here: int, left: float) -> tuple[float, float, int]:
-        """(loss saved per parameter, parameters, option) of the best step up from `here` that costs at most `left`; (0, 0, here): none."""
-        more, saved = self.costs[here + 1 :] - self.costs[here], self.losses[here] - self.losses[here + 1 :]
+        """(loss saved per parameter, parameters, option) of the best step up from `here` that costs
+        at most `left`; (0, 0, here): none.
+        """
+        more = self.costs[here + 1 :] - self.costs[here]
+        saved = self.losses[here] - self.losses[here + 1 :]
         affordable = int((more <= left).sum())
         if affordable == 0:
             return 0.0, 0.0, here
@@ -97,7 +112,9 @@ def curve(options: Options, round_to: int, *, normalize: bool) -> Curve:
 
 
 def least_loss(curves: Mapping[Unit, Curve], budget: int) -> dict[Unit, int]:
-    """The option of every unit. Optimal for what the steps on the hulls spend; the budget is met to less than the smallest step."""
+    """The option of every unit. Optimal for what the steps on the hulls spend; the budget is met to
+    less than the smallest step.
+    """
     steps = []
     for name, points in curves.items():
         hull, costs, losses = points.hull(), points.costs.tolist(), points.losses.tolist()
@@ -106,7 +123,8 @@ def least_loss(curves: Mapping[Unit, Curve], budget: int) -> dict[Unit, int]:
             steps.append(((losses[start] - losses[stop]) / more, more, name, stop))
     at = dict.fromkeys(curves, 0)
     left = float(budget - sum(x.cheapest for x in curves.values()))
-    # Along a hull the rate falls, so sorting (which is stable) keeps the order of each linear's steps.
+    # Along a hull the rate falls, so sorting (which is stable) keeps the order of each linear's
+    # steps.
     for _, more, name, stop in sorted(steps, key=lambda step: -step[0]):
         if more > left:
             break

@@ -1,11 +1,15 @@
-"""Two-sided norm: Kronecker-factored curvature of the language-model loss (K-FAC, arXiv:1503.05671; GFWSVD, arXiv:2505.17974).
+"""Two-sided norm: Kronecker-factored curvature of the language-model loss (K-FAC, arXiv:1503.05671;
+GFWSVD, arXiv:2505.17974).
 
-KroneckerWhitening   ||D (W' - W) S||_F with A = S S^T of the inputs x_t and B = D^T D of the gradients g_t = dLoss/dy_t
-Up to one factor that all linears share, sum_t (x_t x_t^T) kron (g_t g_t^T) is the curvature of the loss by the weight, and A kron B
-approximates it: with x and g independent of each other as in K-FAC, or as the nearest such product as in GFWSVD. So the squared norm
-predicts the loss increase. With B = I and independent factors it is SVD-LLM, with A = I and a diagonal B FWSVD on outputs.
-Differs from the papers: labels are the text's, not drawn from the model (the empirical Fisher matrix); B is damped relative to its mean
-diagonal and A not at all (CHOICE); the nearest product is taken over tokens, not sequences, and after one step of its iteration.
+KroneckerWhitening   ||D (W' - W) S||_F with A = S S^T of the inputs x_t and B = D^T D of the
+gradients g_t = dLoss/dy_t Up to one factor that all linears share, sum_t (x_t x_t^T) kron (g_t
+g_t^T) is the curvature of the loss by the weight, and A kron B approximates it: with x and g
+independent of each other as in K-FAC, or as the nearest such product as in GFWSVD. So the squared
+norm predicts the loss increase. With B = I and independent factors it is SVD-LLM, with A = I and a
+diagonal B FWSVD on outputs. Differs from the papers: labels are the text's, not drawn from the
+model (the empirical Fisher matrix); B is damped relative to its mean diagonal and A not at all
+(CHOICE); the nearest product is taken over tokens, not sequences, and after one step of its
+iteration.
 """
 
 from typing import Annotated, Literal
@@ -20,9 +24,12 @@ from specomp.settings import configurable
 
 @configurable
 class KroneckerWhitening:
-    """The inputs' Gram on one side, the output gradients' on the other; the damping of the latter is recorded."""
+    """The inputs' Gram on one side, the output gradients' on the other; the damping of the latter
+    is recorded.
+    """
 
-    # independent: sum x x^T and sum g g^T (K-FAC); nearest: each token weighted by the other side's length (GFWSVD).
+    # independent: sum x x^T and sum g g^T (K-FAC); nearest: each token weighted by the other side's
+    # length (GFWSVD).
     fit: Literal["independent", "nearest"]
     damping: Annotated[float, Field(gt=0)]
     solve: SolveDtype
@@ -35,7 +42,11 @@ class KroneckerWhitening:
     @property
     def sides(self) -> tuple[Statistic, Statistic]:
         """The statistics of the inputs and of the gradients."""
-        return (Gram(), OutputGradGram()) if self.fit == "independent" else (TokenWeightedGram("in"), TokenWeightedGram("out"))
+        return (
+            (Gram(), OutputGradGram())
+            if self.fit == "independent"
+            else (TokenWeightedGram("in"), TokenWeightedGram("out"))
+        )
 
     def __call__(self, stats: Stats) -> Norm:
         """Two-sided norm."""

@@ -1,4 +1,6 @@
-"""Training of singular spectra as a slot: gates on components, and what is kept of them (the phases of SoCo are in soco.py)."""
+"""Training of singular spectra as a slot: gates on components, and what is kept of them (the phases
+of SoCo are in soco.py).
+"""
 
 from dataclasses import replace
 from typing import Any, ClassVar
@@ -21,7 +23,9 @@ from specomp.training.teacher import TeacherStates
 
 @configurable
 class SpectrumTraining(SpectrumSettings):
-    """Chooses components by trained gates: of the dense model, or of what a method has stored and repaired."""
+    """Chooses components by trained gates: of the dense model, or of what a method has stored and
+    repaired.
+    """
 
     chooses: ClassVar[bool] = True
     moves_stored: ClassVar[bool] = False
@@ -31,20 +35,32 @@ class SpectrumTraining(SpectrumSettings):
         """Whether d is trained."""
         return self.deviation
 
-    def check(self, method: Method, budget: Budget, num_samples: int, processes: int, dtype: str) -> None:
+    def check(
+        self, method: Method, budget: Budget, num_samples: int, processes: int, dtype: str
+    ) -> None:
         """Whether it can start from what the other slots leave. Raises UserError."""
         if not isinstance(budget, Numbers):
-            raise UserError(f"{type(self).__name__} spends parameters: give a ratio of them, such as ratio=cr40, not {budget}.")
+            raise UserError(
+                f"{type(self).__name__} spends parameters: give a ratio of them, such as"
+                f" ratio=cr40, not {budget}."
+            )
         if method.repairs and not method.allocation.compresses:
             slot = "compensation" if method.compensation.active else "refinement"
             raise UserError(
-                f"Every component is kept until the training drops some, so {type(getattr(method, slot)).__name__} has nothing to repair: "
-                f"use method/{slot}=none, or an allocation that truncates, such as method/allocation=global_loss."
+                "Every component is kept until the training drops some, so"
+                f" {type(getattr(method, slot)).__name__} has nothing to repair: use"
+                f" method/{slot}=none, or an allocation that truncates, such as"
+                " method/allocation=global_loss."
             )
         super().check(method, budget, num_samples, processes, dtype)
 
     def forms(
-        self, run: Run, prepared: TeacherStates, choices: dict[Unit, Choice], statistics: Statistics, spectra: Spectra
+        self,
+        run: Run,
+        prepared: TeacherStates,
+        choices: dict[Unit, Choice],
+        statistics: Statistics,
+        spectra: Spectra,
     ) -> GatedChoice:
         """What the trained gates keep."""
         assert isinstance(run.budget, Numbers), "checked"
@@ -54,10 +70,22 @@ class SpectrumTraining(SpectrumSettings):
                 spectra(linear)  # while the model is dense
             with run.progress.stage("compress"):  # what is trained is rounded afterwards
                 bare = replace(run, method=replace(run.method, rounding=NoQuantizer()))
-                gains = {x.name: x.compensation_gain for x in compress_layers(bare, choices, statistics, spectra)}
+                gains = {
+                    x.name: x.compensation_gain
+                    for x in compress_layers(bare, choices, statistics, spectra)
+                }
             components = StoredSpectra(run, statistics)
         by = f"whole components, chosen with {describe(self)['pruning']}"
-        return train(run, self, choices, components, prepared, target=run.budget.retention, gains=gains, by=by)
+        return train(
+            run,
+            self,
+            choices,
+            components,
+            prepared,
+            target=run.budget.retention,
+            gains=gains,
+            by=by,
+        )
 
     def after(self, run: Run, prepared: TeacherStates) -> dict[str, Any]:
         """Nothing: it was said with the choice."""

@@ -1,4 +1,6 @@
-"""The plain slots: truncated SVD at a uniform ratio; nothing compensated, refined or trained. The target is compression.spectra.Weight."""
+"""The plain slots: truncated SVD at a uniform ratio; nothing compensated, refined or trained. The
+target is compression.spectra.Weight.
+"""
 
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
@@ -31,7 +33,8 @@ class NoWhitening:
 class UniformAllocation:
     """The same retention for every unit (SVD-LLM: k = int(m n retention / (m + n)))."""
 
-    # The published formula rounds every rank down; True spends what that leaves, to within one rank of the target.
+    # The published formula rounds every rank down; True spends what that leaves, to within one rank
+    # of the target.
     exact_budget: bool
     needs: ClassVar[frozenset[Statistic]] = frozenset()
     compresses: ClassVar[bool] = True
@@ -40,7 +43,9 @@ class UniformAllocation:
     def __call__(self, menu: Menu, share: float, reads: Reads) -> dict[Unit, Choice]:
         """Choices."""
         retention = dict.fromkeys(menu, share)
-        return chosen(menu, fill(menu, retention, share) if self.exact_budget else floor(menu, retention))
+        return chosen(
+            menu, fill(menu, retention, share) if self.exact_budget else floor(menu, retention)
+        )
 
 
 @configurable
@@ -82,7 +87,9 @@ class NoRefinement:
     steps: ClassVar[int] = 0
     moves_stored: ClassVar[bool] = False
 
-    def __call__(self, index: int, parameters: Sequence[nn.Parameter], batches: LayerBatches) -> float:
+    def __call__(
+        self, index: int, parameters: Sequence[nn.Parameter], batches: LayerBatches
+    ) -> float:
         """Changes nothing."""
         return 1.0
 
@@ -101,13 +108,17 @@ class NoTraining:
         """None."""
         return 0
 
-    def check(self, method: Method, budget: Any, num_samples: int, processes: int, dtype: str) -> None:
+    def check(
+        self, method: Method, budget: Any, num_samples: int, processes: int, dtype: str
+    ) -> None:
         """Everything fits."""
 
     def before(self, run: Any) -> None:
         """Nothing."""
 
-    def forms(self, run: Any, prepared: Any, choices: dict[Unit, Choice], statistics: Any, spectra: Any) -> None:
+    def forms(
+        self, run: Any, prepared: Any, choices: dict[Unit, Choice], statistics: Any, spectra: Any
+    ) -> None:
         """The allocation's."""
 
     def after(self, run: Any, prepared: Any) -> Mapping[str, Any]:

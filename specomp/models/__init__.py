@@ -1,1 +1,3 @@
-"""Language models: where their linears are (family, families), how they are loaded (load, sources, gguf) and saved (export)."""
+"""Language models: where their linears are (family, families), how they are loaded (load, sources,
+gguf) and saved (export).
+"""

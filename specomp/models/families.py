@@ -6,7 +6,8 @@ from specomp.errors import UserError
 from specomp.models.family import ModelFamily, Site
 
 LLAMA = ModelFamily(
-    name="llama",  # LLaMA 1-3, Vicuna, SmolLM2, Mistral, Qwen 2-3 and Gemma 2 name their linears alike
+    # LLaMA 1-3, Vicuna, SmolLM2, Mistral, Qwen 2-3 and Gemma 2 name their linears alike
+    name="llama",
     model_types=("llama", "mistral", "qwen2", "qwen3", "gemma2"),
     decoder_layers="model.layers",
     sites=(
@@ -47,16 +48,21 @@ COMPRESSED_PREFIX = "specomp_"  # a compressed folder of a llama has the model_t
 
 
 def base_model_type(config: PreTrainedConfig) -> str:
-    """The model_type, without the mark of a compressed folder: "llama" for "llama" and for "specomp_llama"."""
+    """The model_type, without the mark of a compressed folder: "llama" for "llama" and for
+    "specomp_llama".
+    """
     return config.model_type.removeprefix(COMPRESSED_PREFIX)
 
 
 def family_of(config: PreTrainedConfig) -> ModelFamily:
-    """The family of a model, from its config alone. Raises UserError for a model_type that no family lists."""
+    """The family of a model, from its config alone. Raises UserError for a model_type that no
+    family lists.
+    """
     family = FAMILY_OF_TYPE.get(base_model_type(config))
     if family is None:
         raise UserError(
-            f"Model type '{config.model_type}' is not supported; supported: {', '.join(sorted(FAMILY_OF_TYPE))}. "
-            "To add one, write a ModelFamily of about 10 lines in specomp/models/families.py and add it to FAMILIES there."
+            f"Model type '{config.model_type}' is not supported; supported:"
+            f" {', '.join(sorted(FAMILY_OF_TYPE))}. To add one, write a ModelFamily of about 10"
+            " lines in specomp/models/families.py and add it to FAMILIES there."
         )
     return family

@@ -1,4 +1,6 @@
-"""A model family is data: where the decoder layers are and which of their linears share an input. No forward code."""
+"""A model family is data: where the decoder layers are and which of their linears share an input.
+No forward code.
+"""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -12,7 +14,9 @@ from specomp.models.modules import Substitute
 
 @dataclass(frozen=True)
 class Site:
-    """Linears fed by the same activation, so that one Gram serves them all. Names are relative to a decoder layer."""
+    """Linears fed by the same activation, so that one Gram serves them all. Names are relative to a
+    decoder layer.
+    """
 
     linears: tuple[str, ...]
 
@@ -25,7 +29,8 @@ class LinearSpec:
     m: int  # out_features
     n: int  # in_features
     decoder_layer: int  # index of its decoder layer
-    site: int  # index of its site within the decoder layer: (decoder_layer, site) names the shared input
+    # index of its site within the decoder layer: (decoder_layer, site) names the shared input
+    site: int
     kind: str  # name relative to the decoder layer, "self_attn.q_proj"
 
     @property
@@ -55,7 +60,9 @@ class Unit:
 
 @dataclass(frozen=True, kw_only=True)
 class ModelFamily:
-    """Models with the same module names. To support one more, write a row like those in specomp/models/families.py."""
+    """Models with the same module names. To support one more, write a row like those in
+    specomp/models/families.py.
+    """
 
     name: str
     model_types: tuple[str, ...]  # `model_type` of the transformers configs it covers
@@ -63,7 +70,9 @@ class ModelFamily:
     sites: tuple[Site, ...]
 
     def decoder(self, model: nn.Module) -> nn.Module:
-        """Embeddings, decoder layers and final norm, without the LM head: the owner of the list of decoder layers."""
+        """Embeddings, decoder layers and final norm, without the LM head: the owner of the list of
+        decoder layers.
+        """
         return self._submodule(model, self.decoder_layers.rpartition(".")[0])
 
     def layers(self, model: nn.Module) -> list[nn.Module]:
@@ -73,7 +82,8 @@ class ModelFamily:
     def linears(self, model: nn.Module) -> list[LinearSpec]:
         """Every compressible linear, decoder layer by decoder layer, in the order of the sites.
 
-        Raises UserError where a module of the family is absent or is neither an nn.Linear nor what specomp puts in its place.
+        Raises UserError where a module of the family is absent or is neither an nn.Linear nor what
+        specomp puts in its place.
         """
         specs = []
         for index, decoder_layer in enumerate(self.layers(model)):
@@ -81,7 +91,11 @@ class ModelFamily:
                 for kind in site.linears:
                     name = f"{self.decoder_layers}.{index}.{kind}"
                     linear = self._checked_linear(decoder_layer, kind, name)
-                    specs.append(LinearSpec(name, linear.out_features, linear.in_features, index, number, kind))
+                    specs.append(
+                        LinearSpec(
+                            name, linear.out_features, linear.in_features, index, number, kind
+                        )
+                    )
         return specs
 
     def units(self, model: nn.Module) -> list[Unit]:
@@ -89,7 +103,9 @@ class ModelFamily:
         return [Unit(x.name, "linear", (x,)) for x in self.linears(model)]
 
     def layer_ranges(self, model: nn.Module, size: int | None) -> Iterator[range]:
-        """Consecutive ranges of `size` decoder-layer indices that cover the model; all of it at once when size is None."""
+        """Consecutive ranges of `size` decoder-layer indices that cover the model; all of it at
+        once when size is None.
+        """
         count = len(self.layers(model))
         step = size or count
         for start in range(0, count, step):
@@ -100,25 +116,31 @@ class ModelFamily:
             return model.get_submodule(name)
         except AttributeError as error:
             raise UserError(
-                f"{type(model).__name__} has no module '{name}', which family '{self.name}' expects: "
-                "check decoder_layers of the family in specomp/models/families.py."
+                f"{type(model).__name__} has no module '{name}', which family '{self.name}'"
+                " expects: check decoder_layers of the family in specomp/models/families.py."
             ) from error
 
-    def _checked_linear(self, decoder_layer: nn.Module, kind: str, name: str) -> nn.Linear | Substitute:
+    def _checked_linear(
+        self, decoder_layer: nn.Module, kind: str, name: str
+    ) -> nn.Linear | Substitute:
         supported = "supported are torch.nn.Linear and what specomp puts in its place"
         try:
             module = decoder_layer.get_submodule(kind)
         except AttributeError as error:
             raise UserError(
-                f"{name} does not exist in {type(decoder_layer).__name__}, but family '{self.name}' lists it ({supported}): "
-                "give this model a family of its own in specomp/models/families.py."
+                f"{name} does not exist in {type(decoder_layer).__name__}, but family '{self.name}'"
+                f" lists it ({supported}): give this model a family of its own in"
+                " specomp/models/families.py."
             ) from error
         if not isinstance(module, nn.Linear | Substitute):
-            raise UserError(f"{name} is a {_type_name(module)}; {supported}: load the model unquantized and without adapters.")
+            raise UserError(
+                f"{name} is a {_type_name(module)}; {supported}: load the model unquantized and"
+                " without adapters."
+            )
         if isinstance(module, nn.Linear) and not module.weight.is_floating_point():
             raise UserError(
-                f"{name} is a {_type_name(module)} with {module.weight.dtype} weights; {supported} with float weights: "
-                "load the model unquantized."
+                f"{name} is a {_type_name(module)} with {module.weight.dtype} weights; {supported}"
+                " with float weights: load the model unquantized."
             )
         return module
 

@@ -1,9 +1,11 @@
-"""Inference: the first factors of linears that share an input (q, k and v; gate and up) as one product.
+"""Inference: the first factors of linears that share an input (q, k and v; gate and up) as one
+product.
 
     model = specomp.load(folder)
     fuse(model)                    # in place; parameters, names and what is saved stay as they are
 
-Three thin products read the same input three times and each fills a machine badly; one with their rows stacked does not.
+Three thin products read the same input three times and each fills a machine badly; one with their
+rows stacked does not.
 """
 
 from collections.abc import Iterator
@@ -19,8 +21,10 @@ from specomp.models.modules import TwoStage
 
 
 def fuse(model: PreTrainedModel) -> int:
-    """Stack the first factors of every site with two or more factorized linears; returns how many sites have that. For inference: the
-    stacked rows are computed for the first linear that sees an input and handed to the others, which must see the same tensor next."""
+    """Stack the first factors of every site with two or more factorized linears; returns how many
+    sites have that. For inference: the stacked rows are computed for the first linear that sees an
+    input and handed to the others, which must see the same tensor next.
+    """
     family, count = family_of(model.config), 0
     for layer in family.layers(model):
         for site in family.sites:
@@ -48,7 +52,9 @@ def fused(model: PreTrainedModel) -> Iterator[int]:
 
 
 class Stacked:
-    """The first factors of several linears, one below the other; each linear's own is a view of its rows."""
+    """The first factors of several linears, one below the other; each linear's own is a view of its
+    rows.
+    """
 
     def __init__(self, linears: list[TwoStage]) -> None:
         firsts = [x.first for x in linears]
@@ -62,12 +68,15 @@ class Stacked:
             vars(linear)["forward"] = partial(self.forward, linear, index)
 
     def forward(self, linear: TwoStage, index: int, x: Tensor) -> Tensor:
-        """What linear(x) is. A model that was moved or cast since has other numbers than these rows: then each linear is on its own."""
+        """What linear(x) is. A model that was moved or cast since has other numbers than these
+        rows: then each linear is on its own.
+        """
         own = linear.first
         if own.weight.untyped_storage().data_ptr() != self.weight.untyped_storage().data_ptr():
             return linear.expand(own(x))
         if x is not self.seen or index not in self.parts:
-            self.seen, self.parts = x, dict(enumerate(nn.functional.linear(x, self.weight).split(self.sizes, -1)))
+            self.seen = x
+            self.parts = dict(enumerate(nn.functional.linear(x, self.weight).split(self.sizes, -1)))
         hidden = self.parts.pop(index)
         if not self.parts:
             self.seen = None  # no activation is kept longer than needed

@@ -17,9 +17,16 @@ from huggingface_hub.errors import (
 
 from specomp.errors import UserError
 
-# First match wins: GatedRepoError is a RepositoryNotFoundError, LocalEntryNotFoundError an EntryNotFoundError.
+# First match wins: GatedRepoError is a RepositoryNotFoundError, LocalEntryNotFoundError an
+# EntryNotFoundError.
 ADVICE: tuple[tuple[tuple[type[Exception], ...], str], ...] = (
-    ((GatedRepoError,), "is gated and this account has no access: accept its licence on its hub page, then log in with `hf auth login`"),
+    (
+        (GatedRepoError,),
+        (
+            "is gated and this account has no access: accept its licence on its hub page, then log"
+            " in with `hf auth login`"
+        ),
+    ),
     ((RevisionNotFoundError,), "does not have this revision: check model.revision"),
     (
         (RepositoryNotFoundError,),
@@ -27,35 +34,53 @@ ADVICE: tuple[tuple[tuple[type[Exception], ...], str], ...] = (
     ),
     (
         (OfflineModeIsEnabled, LocalEntryNotFoundError, ConnectionError, TimeoutError),
-        "is not in the local hub cache and the hub cannot be reached: connect once to download it, "
-        "or use model=local model.path=FOLDER, or the embedded model=smollm2_135m",
+        (
+            "is not in the local hub cache and the hub cannot be reached: connect once to download"
+            " it, or use model=local model.path=FOLDER, or the embedded model=smollm2_135m"
+        ),
     ),
     (
         (EntryNotFoundError,),
-        "lacks a file that is needed: if it has no safetensors, set model.weights=bin; else check model.revision",
+        (
+            "lacks a file that is needed: if it has no safetensors, set model.weights=bin; else"
+            " check model.revision"
+        ),
     ),
 )
 
 
 @contextlib.contextmanager
 def hub_errors(repo: str, revision: str) -> Iterator[None]:
-    """Turn what transformers and huggingface_hub raise about `repo` into a UserError; other exceptions pass."""
+    """Turn what transformers and huggingface_hub raise about `repo` into a UserError; other
+    exceptions pass.
+    """
     try:
         yield
     except UserError:
         raise
     except (OSError, ValueError, HfHubHTTPError) as error:
         chain = list(_causes(error))
-        advice = next((text for kinds, text in ADVICE if any(isinstance(cause, kinds) for cause in chain)), None)
+        advice = next(
+            (text for kinds, text in ADVICE if any(isinstance(cause, kinds) for cause in chain)),
+            None,
+        )
         if advice is None:
-            advice = _by_text(str(error)) or f"cannot be loaded: {' '.join(str(error).split())[:300]}"
+            advice = (
+                _by_text(str(error)) or f"cannot be loaded: {' '.join(str(error).split())[:300]}"
+            )
         raise UserError(f"{repo} (revision {revision}) {advice}.") from error
 
 
 def downloaded(repo: str, revision: str) -> Path:
-    """The folder of a repository in the hub's cache, with its config and safetensors, downloaded if need be. Raises UserError."""
+    """The folder of a repository in the hub's cache, with its config and safetensors, downloaded if
+    need be. Raises UserError.
+    """
     with hub_errors(repo, revision):
-        return Path(snapshot_download(repo, revision=revision, allow_patterns=["*.json", "*.py", "model*.safetensors"]))
+        return Path(
+            snapshot_download(
+                repo, revision=revision, allow_patterns=["*.json", "*.py", "model*.safetensors"]
+            )
+        )
 
 
 def _causes(error: BaseException) -> Iterator[BaseException]:

@@ -1,6 +1,8 @@
-"""From a config and a folder (or hub repository) to a model that is ready to use: what all model sources share.
+"""From a config and a folder (or hub repository) to a model that is ready to use: what all model
+sources share.
 
-Order of the checks: architecture from the config, then the files, then the weights; nothing large is read before the small can fail.
+Order of the checks: architecture from the config, then the files, then the weights; nothing large
+is read before the small can fail.
 """
 
 import contextlib
@@ -31,7 +33,9 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class LoadedModel:
-    """A model in eval mode on its device, with what is needed to feed it and to find its linears."""
+    """A model in eval mode on its device, with what is needed to feed it and to find its
+    linears.
+    """
 
     model: PreTrainedModel
     tokenizer: Any  # of transformers; None where a folder has none
@@ -49,10 +53,12 @@ def open_model(
     without: str | None = None,
     **options: Any,
 ) -> PreTrainedModel:
-    """The causal LM of `config` with the weights at `where` (a checked folder or a hub repository), in eval mode.
+    """The causal LM of `config` with the weights at `where` (a checked folder or a hub repository),
+    in eval mode.
 
-    `dtype` may be "auto" (as saved). `options` go to from_pretrained. Raises UserError when a weight is absent or has another shape.
-    without: part of the names of weights that are there and not wanted.
+    `dtype` may be "auto" (as saved). `options` go to from_pretrained. Raises UserError when a
+    weight is absent or has another shape. without: part of the names of weights that are there and
+    not wanted.
     """
     register()
     target = torch_device(device, device_map)
@@ -68,30 +74,56 @@ def open_model(
             )
             model, info = loaded
     except RuntimeError as error:  # transformers: weights of another shape than the config says
-        raise UserError(f"Weights of {where} do not fit its config.json: {first_line(error)}") from error
+        raise UserError(
+            f"Weights of {where} do not fit its config.json: {first_line(error)}"
+        ) from error
     missing = sorted(info["missing_keys"])
     if missing:  # transformers only warns, and leaves random weights
-        raise UserError(f"{where} lacks {len(missing)} weights that its config.json asks for ({some(missing)}): the folder is incomplete.")
-    unexpected = sorted(name for name in info["unexpected_keys"] if without is None or without not in name)
+        raise UserError(
+            f"{where} lacks {len(missing)} weights that its config.json asks for ({some(missing)}):"
+            " the folder is incomplete."
+        )
+    unexpected = sorted(
+        name for name in info["unexpected_keys"] if without is None or without not in name
+    )
     if unexpected:
-        log.warning("%s: %d weights are not used by %s (%s)", where, len(unexpected), type(model).__name__, some(unexpected))
+        log.warning(
+            "%s: %d weights are not used by %s (%s)",
+            where,
+            len(unexpected),
+            type(model).__name__,
+            some(unexpected),
+        )
     if device_map is None:
         model = model.to(target)
     return model.eval()  # type: ignore[no-any-return]
 
 
 def open_streamed(
-    folder: Path, config: PreTrainedConfig, family: ModelFamily, *, dtype: str, device: str, **options: Any
+    folder: Path,
+    config: PreTrainedConfig,
+    family: ModelFamily,
+    *,
+    dtype: str,
+    device: str,
+    **options: Any,
 ) -> tuple[PreTrainedModel, LayerStore]:
-    """The model of a checked folder without its decoder layers, which come in when they are called. Raises UserError as `open_model`."""
-    # What surrounds the decoder layers is what a model of none consists of: transformers loads, ties and initializes it.
+    """The model of a checked folder without its decoder layers, which come in when they are called.
+    Raises UserError as `open_model`.
+    """
+    # What surrounds the decoder layers is what a model of none consists of: transformers loads,
+    # ties and initializes it.
     none: dict[str, Any] = {"num_hidden_layers": 0, "layer_types": [], **dict.fromkeys(OWN_FIELDS)}
-    changed = {name: value for name, value in none.items() if getattr(config, name, None) is not None}
+    changed = {
+        name: value for name, value in none.items() if getattr(config, name, None) is not None
+    }
     hollow = copy.deepcopy(config)
     for name, value in changed.items():
         setattr(hollow, name, value)
     owner, _, leaf = family.decoder_layers.rpartition(".")
-    model = open_model(folder, hollow, dtype=dtype, device=device, device_map=None, without=f"{leaf}.", **options)
+    model = open_model(
+        folder, hollow, dtype=dtype, device=device, device_map=None, without=f"{leaf}.", **options
+    )
     for name in changed:
         setattr(model.config, name, getattr(config, name))
     trusted = {name: value for name, value in options.items() if name == "trust_remote_code"}
@@ -102,49 +134,85 @@ def open_streamed(
         if hasattr(module, "config"):
             module.config = model.config
     setattr(model.get_submodule(owner), leaf, layers)
-    store = LayerStore(family.layers(model), family.decoder_layers, model.base_model_prefix, TensorFiles(folder), model.device)
-    log.info("%s is streamed: its %d decoder layers are read from disk one at a time.", folder, len(store.layers))
+    store = LayerStore(
+        family.layers(model),
+        family.decoder_layers,
+        model.base_model_prefix,
+        TensorFiles(folder),
+        model.device,
+    )
+    log.info(
+        "%s is streamed: its %d decoder layers are read from disk one at a time.",
+        folder,
+        len(store.layers),
+    )
     return model, store
 
 
 def read_config(where: Path | str, **options: Any) -> PreTrainedConfig:
-    """The config of a folder or hub repository, compressed folders included. OSError or ValueError as transformers raises them."""
+    """The config of a folder or hub repository, compressed folders included. OSError or ValueError
+    as transformers raises them.
+    """
     register()
     with quiet():
         return AutoConfig.from_pretrained(where, **options)  # type: ignore[no-any-return]
 
 
 def config_of_shape(shape: Mapping[str, Any], name: str) -> PreTrainedConfig:
-    """The config that a `shape` of conf/model describes. Raises UserError when transformers refuses it."""
+    """The config that a `shape` of conf/model describes. Raises UserError when transformers refuses
+    it.
+    """
     fields = dict(shape)
     try:
         return AutoConfig.for_model(fields.pop("model_type"), **fields)
     except (KeyError, TypeError, ValueError, StrictDataclassError) as error:
-        raise UserError(f"model.shape of {name} is refused: {one_line(error)}: correct it, or set model.shape=null.") from error
+        raise UserError(
+            f"model.shape of {name} is refused: {one_line(error)}: correct it, or set"
+            " model.shape=null."
+        ) from error
 
 
-def check_shape(shape: Mapping[str, Any] | None, config: PreTrainedConfig, where: Path | str) -> None:
+def check_shape(
+    shape: Mapping[str, Any] | None, config: PreTrainedConfig, where: Path | str
+) -> None:
     """Whether the real config is what `shape` says. Raises UserError."""
     found = {key: getattr(config, key, None) for key in shape or {}}
-    wrong = [f"{key} is {found[key]} where model.shape says {value}" for key, value in (shape or {}).items() if found[key] != value]
+    wrong = [
+        f"{key} is {found[key]} where model.shape says {value}"
+        for key, value in (shape or {}).items()
+        if found[key] != value
+    ]
     if wrong:
-        raise UserError(f"{where}: {'; '.join(wrong)}: correct model.shape, or set model.shape=null to read the config itself.")
+        raise UserError(
+            f"{where}: {'; '.join(wrong)}: correct model.shape, or set model.shape=null to read the"
+            " config itself."
+        )
 
 
 def skeleton(config: PreTrainedConfig, dtype: str) -> PreTrainedModel:
-    """The causal LM of a config on the meta device: every module and shape, no weights and no memory."""
+    """The causal LM of a config on the meta device: every module and shape, no weights and no
+    memory.
+    """
     with torch.device("meta"), quiet():
         return AutoModelForCausalLM.from_config(config, dtype=getattr(torch, dtype))  # type: ignore[no-any-return, no-untyped-call]
 
 
 def dense_family(config: PreTrainedConfig, where: Path | str) -> ModelFamily:
-    """The family of a model that is to be compressed. Raises UserError when it is unsupported, compressed already or quantized."""
+    """The family of a model that is to be compressed. Raises UserError when it is unsupported,
+    compressed already or quantized.
+    """
     family = family_of(config)
     if config.model_type.startswith(COMPRESSED_PREFIX):
-        raise UserError(f"{where} is compressed already ({config.model_type}): compress its dense original, or open it with specomp.load.")
+        raise UserError(
+            f"{where} is compressed already ({config.model_type}): compress its dense original, or"
+            " open it with specomp.load."
+        )
     quantization = getattr(config, "quantization_config", None)
     if quantization is not None:
-        raise UserError(f"{where} is quantized ({_quantization_name(quantization)}): start from the float16 or bfloat16 release.")
+        raise UserError(
+            f"{where} is quantized ({_quantization_name(quantization)}): start from the float16 or"
+            " bfloat16 release."
+        )
     return family
 
 
@@ -152,26 +220,37 @@ def context_length(config: PreTrainedConfig) -> int:
     """Tokens the model can attend to. Raises UserError when the config does not say."""
     length = getattr(config, "max_position_embeddings", None)
     if not isinstance(length, int):
-        raise UserError(f"The config of this {config.model_type} model has no max_position_embeddings: set it in its config.json.")
+        raise UserError(
+            f"The config of this {config.model_type} model has no max_position_embeddings: set it"
+            " in its config.json."
+        )
     return length
 
 
 def torch_device(device: str, device_map: str | None) -> torch.device:
-    """Resolve "auto" (CUDA, else MPS, else CPU) and check that the device exists. Raises UserError when it does not.
+    """Resolve "auto" (CUDA, else MPS, else CPU) and check that the device exists. Raises UserError
+    when it does not.
 
-    Of several GPUs "auto" is the first that no other job of this machine holds, unless a device_map spreads the model over them.
+    Of several GPUs "auto" is the first that no other job of this machine holds, unless a device_map
+    spreads the model over them.
     """
     if device_map is not None and device != "auto":
-        raise UserError(f"model.device={device} and model.device_map={device_map} contradict each other: leave one of them unset.")
+        raise UserError(
+            f"model.device={device} and model.device_map={device_map} contradict each other: leave"
+            " one of them unset."
+        )
     cuda, mps = torch.cuda.device_count(), torch.backends.mps.is_available()
     if device == "auto":
         if cuda > 1 and device_map is None:
             return torch.device("cuda", claim("gpu", cuda))
         return torch.device("cuda" if cuda else "mps" if mps else "cpu")
     target = torch.device(device)
-    if (target.type == "cuda" and (target.index or 0) >= cuda) or (target.type == "mps" and not mps):
+    if (target.type == "cuda" and (target.index or 0) >= cuda) or (
+        target.type == "mps" and not mps
+    ):
         raise UserError(
-            f"model.device={device} is not on this machine ({cuda} CUDA devices, MPS {'yes' if mps else 'no'}): use model.device=auto."
+            f"model.device={device} is not on this machine ({cuda} CUDA devices, MPS"
+            f" {'yes' if mps else 'no'}): use model.device=auto."
         )
     return target
 
@@ -182,8 +261,9 @@ def device_name(device: torch.device) -> str:
 
 
 def cast_weights(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
-    """Cast parameters in place. Unlike model.to(dtype), leaves rotary frequencies in float32, as from_pretrained does: no reload
-    would reproduce rounded ones."""
+    """Cast parameters in place. Unlike model.to(dtype), leaves rotary frequencies in float32, as
+    from_pretrained does: no reload would reproduce rounded ones.
+    """
     for parameter in model.parameters():
         if parameter.is_floating_point():
             parameter.data = parameter.data.to(dtype)
@@ -194,7 +274,8 @@ def cast_weights(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
     """No progress bars, advice or warnings from transformers; errors still raise."""
-    verbosity, bars = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
+    verbosity = transformers_logging.get_verbosity()
+    bars = transformers_logging.is_progress_bar_enabled()
     transformers_logging.set_verbosity_error()  # type: ignore[no-untyped-call]
     transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     try:

@@ -1,7 +1,7 @@
 """What may stand where a family expects an nn.Linear. m out_features, n in_features, r rank.
 
-The source of `Substitute` and of its subclasses is copied into every folder of compressed weights (models/save.py): they use
-torch and each other alone.
+The source of `Substitute` and of its subclasses is copied into every folder of compressed weights
+(models/save.py): they use torch and each other alone.
 """
 
 from typing import Any
@@ -36,7 +36,9 @@ class Substitute(nn.Module):
 
 
 class TwoStage(Substitute):
-    """A linear of rank r as two products: `first` (n -> r, no bias), and `expand`, which makes the outputs of what that gives."""
+    """A linear of rank r as two products: `first` (n -> r, no bias), and `expand`, which makes the
+    outputs of what that gives.
+    """
 
     first: nn.Linear
     rank: int
@@ -51,19 +53,27 @@ class TwoStage(Substitute):
 
     def arguments(self) -> dict:
         """Sizes, rank, and whether there is a bias."""
-        sizes = {"in_features": self.in_features, "out_features": self.out_features, "rank": self.rank}
+        sizes = {
+            "in_features": self.in_features,
+            "out_features": self.out_features,
+            "rank": self.rank,
+        }
         return sizes | {"bias": self.bias is not None}
 
 
 class GridLinear(nn.Linear):
-    """An nn.Linear whose weight (m n), held in the model's dtype, lies on a grid: what a folder stores as integers (models/packed.py)."""
+    """An nn.Linear whose weight (m n), held in the model's dtype, lies on a grid: what a folder
+    stores as integers (models/packed.py).
+    """
 
     grid: Grid
 
     @classmethod
     def of(cls, linear: nn.Linear, grid: Grid) -> "GridLinear":
         """Takes over the parameters of a linear whose weight was rounded to this grid."""
-        module = cls(linear.in_features, linear.out_features, bias=linear.bias is not None, device="meta")
+        module = cls(
+            linear.in_features, linear.out_features, bias=linear.bias is not None, device="meta"
+        )
         module.weight, module.bias, module.grid = linear.weight, linear.bias, grid
         return module
 
@@ -78,7 +88,9 @@ def weight_of(module: nn.Module) -> Tensor:
 
 
 def replace_linear(model: nn.Module, name: str, module: nn.Module) -> None:
-    """Put `module` where the submodule of full dotted name `name` is, in the same train/eval mode. AttributeError if there is none."""
+    """Put `module` where the submodule of full dotted name `name` is, in the same train/eval mode.
+    AttributeError if there is none.
+    """
     parent, _, leaf = name.rpartition(".")
     module.train(model.get_submodule(name).training)
     setattr(model.get_submodule(parent), leaf, module)

@@ -1,10 +1,13 @@
-"""Rounded weights on disk: integers packed by compressed-tensors, which transformers unpacks when it loads the folder.
+"""Rounded weights on disk: integers packed by compressed-tensors, which transformers unpacks when
+it loads the folder.
 
-Every weight on a grid becomes weight_packed (int32 words), weight_scale (16 bits), weight_shape and, where it has zeros,
-weight_zero_point (int8); config.json says under quantization_config which weights have which grid. Symmetric groups that divide their
-rows are the format's strategy `group`; all else is declared as blocks of 1 x group_size, because the last block may be short (ranks are
-what they are), and because compressed-tensors 0.20 packs the zeros of groups but expects them unpacked when transformers loads them.
-compressed-tensors is imported only where packed weights are written or read: it is the extra `int4`.
+Every weight on a grid becomes weight_packed (int32 words), weight_scale (16 bits), weight_shape
+and, where it has zeros, weight_zero_point (int8); config.json says under quantization_config which
+weights have which grid. Symmetric groups that divide their rows are the format's strategy `group`;
+all else is declared as blocks of 1 x group_size, because the last block may be short (ranks are
+what they are), and because compressed-tensors 0.20 packs the zeros of groups but expects them
+unpacked when transformers loads them. compressed-tensors is imported only where packed weights are
+written or read: it is the extra `int4`.
 """
 
 from collections.abc import Iterator
@@ -21,7 +24,9 @@ from specomp.numerics.grid import Grid
 
 
 def packed_state(model: nn.Module) -> dict[str, Tensor]:
-    """The state dict with the weight of every GridLinear packed. Raises UserError when a weight has left its grid."""
+    """The state dict with the weight of every GridLinear packed. Raises UserError when a weight has
+    left its grid.
+    """
     from compressed_tensors.compressors.pack_quantized import pack_to_int32
 
     state = dict(model.state_dict())
@@ -29,7 +34,10 @@ def packed_state(model: nn.Module) -> dict[str, Tensor]:
         grid, weight = module.grid, state.pop(f"{name}.weight")
         integers = grid.integers(weight)
         if not torch.equal(grid.values(integers).to(weight.dtype), weight):
-            raise UserError(f"{name}: the weight was changed after it was quantized: quantize last, or save with export=dense.")
+            raise UserError(
+                f"{name}: the weight was changed after it was quantized: quantize last, or save"
+                " with export=dense."
+            )
         state[f"{name}.weight_packed"] = pack_to_int32(integers, grid.bits)
         state[f"{name}.weight_scale"] = grid.scales
         state[f"{name}.weight_shape"] = torch.tensor(weight.shape)
@@ -43,19 +51,30 @@ def quantization_config(model: nn.Module) -> dict[str, Any]:
     kinds: dict[tuple[Any, ...], list[str]] = {}
     for name, module in grid_linears(model).items():
         kinds.setdefault(_kind(module), []).append(name)
-    groups = {f"group_{i}": {"targets": names, "weights": dict(kind)} for i, (kind, names) in enumerate(kinds.items())}
-    method = {"quant_method": "compressed-tensors", "format": "pack-quantized", "quantization_status": "compressed"}
+    groups = {
+        f"group_{i}": {"targets": names, "weights": dict(kind)}
+        for i, (kind, names) in enumerate(kinds.items())
+    }
+    method = {
+        "quant_method": "compressed-tensors",
+        "format": "pack-quantized",
+        "quantization_status": "compressed",
+    }
     return method | {"config_groups": groups, "ignore": []}
 
 
 @contextmanager
 def unpacking() -> Iterator[None]:
-    """Around from_pretrained of a packed folder: no advice about short blocks. Raises UserError without compressed-tensors."""
+    """Around from_pretrained of a packed folder: no advice about short blocks. Raises UserError
+    without compressed-tensors.
+    """
     try:
         import compressed_tensors  # noqa: F401
         from loguru import logger
     except ImportError as error:
-        raise UserError("This folder holds packed integers: pip install 'specomp[int4]' to read it.") from error
+        raise UserError(
+            "This folder holds packed integers: pip install 'specomp[int4]' to read it."
+        ) from error
     logger.disable("compressed_tensors")
     try:
         yield
@@ -64,23 +83,31 @@ def unpacking() -> Iterator[None]:
 
 
 def unpack_model(model: PreTrainedModel) -> None:
-    """Replace in place what transformers made of packed weights by GridLinear modules: the model that was saved."""
+    """Replace in place what transformers made of packed weights by GridLinear modules: the model
+    that was saved.
+    """
     from compressed_tensors.compressors.pack_quantized import unpack_from_int32
 
-    packed = [(name, module) for name, module in model.named_modules() if hasattr(module, "weight_packed")]
+    packed = [
+        (name, module) for name, module in model.named_modules() if hasattr(module, "weight_packed")
+    ]
     for name, module in packed:
         linear: Any = module
         args, shape = linear.quantization_scheme.weights, torch.Size(linear.weight_shape.tolist())
         dtype, zeros = linear.weight_scale.dtype, getattr(linear, "weight_zero_point", None)
         grid = Grid(
             # As they were stored: transformers casts them to the model's dtype.
-            scales=linear.weight_scale.detach().to(dtype if dtype == torch.bfloat16 else torch.float16),
+            scales=linear.weight_scale.detach().to(
+                dtype if dtype == torch.bfloat16 else torch.float16
+            ),
             zeros=None if zeros is None else zeros.detach(),
             bits=args.num_bits,
             group_size=args.group_size or args.block_structure[1],
         )
         plain = nn.Linear(shape[1], shape[0], bias=False, device="meta")
-        weight = grid.values(unpack_from_int32(linear.weight_packed, args.num_bits, shape)).to(dtype)
+        weight = grid.values(unpack_from_int32(linear.weight_packed, args.num_bits, shape)).to(
+            dtype
+        )
         plain.weight, plain.bias = nn.Parameter(weight, requires_grad=False), linear.bias
         replace_linear(model, name, GridLinear.of(plain, grid))
     hook: Any = model.ct_decompress_hook
@@ -90,13 +117,19 @@ def unpack_model(model: PreTrainedModel) -> None:
 
 def grid_linears(model: nn.Module) -> dict[str, GridLinear]:
     """Every GridLinear by its full dotted name."""
-    return {name: module for name, module in model.named_modules() if isinstance(module, GridLinear)}
+    return {
+        name: module for name, module in model.named_modules() if isinstance(module, GridLinear)
+    }
 
 
 def _kind(module: GridLinear) -> tuple[tuple[str, Any], ...]:
     """The arguments of compressed-tensors that a weight's grid needs."""
     grid, n = module.grid, module.in_features
-    args: tuple[tuple[str, Any], ...] = (("num_bits", grid.bits), ("type", "int"), ("symmetric", grid.zeros is None))
+    args: tuple[tuple[str, Any], ...] = (
+        ("num_bits", grid.bits),
+        ("type", "int"),
+        ("symmetric", grid.zeros is None),
+    )
     if grid.zeros is None and n % grid.group_size == 0:
         return (*args, ("strategy", "group"), ("group_size", grid.group_size))
     return (*args, ("strategy", "block"), ("block_structure", (1, grid.group_size)))

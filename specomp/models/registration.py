@@ -1,8 +1,10 @@
-"""Makes transformers know the compressed model types, at no cost to programs that never import transformers.
+"""Makes transformers know the compressed model types, at no cost to programs that never import
+transformers.
 
-Three steps, each only when the one before needs it: `import specomp` watches for the import of AutoConfig; AutoConfig gets a
-stand-in per compressed model type; the first folder that is loaded makes the real classes. (The real classes cannot be made any
-earlier: they need the model code, which cannot be imported while transformers' Auto modules, which import each other, are half-made.)
+Three steps, each only when the one before needs it: `import specomp` watches for the import of
+AutoConfig; AutoConfig gets a stand-in per compressed model type; the first folder that is loaded
+makes the real classes. (The real classes cannot be made any earlier: they need the model code,
+which cannot be imported while transformers' Auto modules, which import each other, are half-made.)
 """
 
 import importlib.abc
@@ -17,10 +19,15 @@ AUTO_CONFIG = "transformers.models.auto.configuration_auto"
 
 
 def register() -> None:
-    """Give AutoConfig and AutoModelForCausalLM the classes of every supported compressed model type. Idempotent; imports torch."""
+    """Give AutoConfig and AutoModelForCausalLM the classes of every supported compressed model
+    type. Idempotent; imports torch.
+    """
     import transformers
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
-    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, AutoModelForCausalLM
+    from transformers.models.auto.modeling_auto import (
+        MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+        AutoModelForCausalLM,
+    )
 
     from specomp.models.families import COMPRESSED_PREFIX, FAMILY_OF_TYPE
     from specomp.models.remote import compressed_config, compressed_model
@@ -37,7 +44,9 @@ def register() -> None:
 
 
 class Kinds:
-    """Classes of modules by their full names: those that are known here. Never imports what a folder names, but specomp's own."""
+    """Classes of modules by their full names: those that are known here. Never imports what a
+    folder names, but specomp's own.
+    """
 
     def __getitem__(self, name: str) -> type:
         from torch import nn
@@ -51,8 +60,9 @@ class Kinds:
         known: dict[str, type] = {full_name(x): x for x in [nn.Linear, *_subclasses(Substitute)]}
         if name not in known:
             raise UserError(
-                f"This folder holds modules of the class {name}, which is not known here: import what defines it first, or load it "
-                "without specomp by trust_remote_code=True, which runs the copy in the folder."
+                f"This folder holds modules of the class {name}, which is not known here: import"
+                " what defines it first, or load it without specomp by trust_remote_code=True,"
+                " which runs the copy in the folder."
             )
         return known[name]
 
@@ -68,12 +78,20 @@ def _subclasses(kind: type) -> list[type]:
 
 
 def modules_of(config: Any, model: Any) -> dict[str, list[Any]]:
-    """What stands in the place of linears by a config, also by one that was written before `specomp_modules` was there."""
+    """What stands in the place of linears by a config, also by one that was written before
+    `specomp_modules` was there.
+    """
     found = dict(config.specomp_modules or {})
-    pivoted, biased, ranks = set(config.lowrank_pivoted or ()), set(config.lowrank_biases or ()), config.lowrank_ranks or {}
+    pivoted = set(config.lowrank_pivoted or ())
+    biased = set(config.lowrank_biases or ())
+    ranks = config.lowrank_ranks or {}
     for name in dict.fromkeys([*ranks, *biased]):
         dense = model.get_submodule(name)
-        sizes = {"in_features": dense.in_features, "out_features": dense.out_features, "bias": name in biased or dense.bias is not None}
+        sizes = {
+            "in_features": dense.in_features,
+            "out_features": dense.out_features,
+            "bias": name in biased or dense.bias is not None,
+        }
         kind = "pivoted.PivotedLinear" if name in pivoted else "factors.LowRankLinear"
         low = [f"specomp.forms.{kind}", sizes | {"rank": ranks.get(name)}]
         found[name] = low if name in ranks else ["torch.nn.modules.linear.Linear", sizes]
@@ -89,7 +107,9 @@ def register_when_needed() -> None:
 
 
 class _StandIn:
-    """What AutoConfig finds for a compressed model type before `register()`: registers, then acts as the real config class."""
+    """What AutoConfig finds for a compressed model type before `register()`: registers, then acts
+    as the real config class.
+    """
 
     model_type: str
 
@@ -119,7 +139,9 @@ def _register_stand_ins() -> None:
 
 
 class _WatchAutoConfig(importlib.abc.MetaPathFinder):
-    """Finds the module of AutoConfig, once, the way the other finders do, and puts the stand-ins into it after its code has run."""
+    """Finds the module of AutoConfig, once, the way the other finders do, and puts the stand-ins
+    into it after its code has run.
+    """
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None

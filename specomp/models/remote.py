@@ -1,20 +1,25 @@
 """The classes of a compressed model, made from those of any causal LM of transformers.
 
-The source of both functions and of the modules that a folder holds is copied into every export (save.py::modelling_source), so that a
-compressed folder also loads where specomp is not installed: they may use nothing but torch, transformers and each other.
+The source of both functions and of the modules that a folder holds is copied into every export
+(save.py::modelling_source), so that a compressed folder also loads where specomp is not installed:
+they may use nothing but torch, transformers and each other.
 """
 
 from typing import Any
 
-# What a compressed folder's config.json has besides; the last three are of folders that were written before the first was there.
+# What a compressed folder's config.json has besides; the last three are of folders that were
+# written before the first was there.
 OWN_FIELDS = ("specomp_modules", "lowrank_ranks", "lowrank_biases", "lowrank_pivoted")
 
 
 def compressed_config(base: Any, compressed_type: str) -> Any:
-    """The config class of `base` with a model_type of its own, and by full name what stands in the place of its linears."""
+    """The config class of `base` with a model_type of its own, and by full name what stands in the
+    place of its linears.
+    """
 
     class CompressedConfig(base):  # type: ignore[misc]
-        model_type = compressed_type  # unknown to a stock transformers: a clear error there, never random weights
+        # unknown to a stock transformers: a clear error there, never random weights
+        model_type = compressed_type
         specomp_modules: dict[str, list[Any]] | None = None  # [class, arguments] by full name
         lowrank_ranks: dict[str, int] | None = None
         lowrank_biases: list[str] | None = None
@@ -27,7 +32,8 @@ def compressed_config(base: Any, compressed_type: str) -> Any:
 def compressed_model(base: Any, compressed_config_class: Any, modules_of: Any, kinds: Any) -> Any:
     """The model class of `base` with other modules in the place of some linears.
 
-    modules_of: (config, model of `base`) -> [class, arguments] by full name; kinds: that class by its name.
+    modules_of: (config, model of `base`) -> [class, arguments] by full name; kinds: that class by
+    its name.
     """
 
     class CompressedModel(base):  # type: ignore[misc]
@@ -37,7 +43,11 @@ def compressed_model(base: Any, compressed_config_class: Any, modules_of: Any, k
             super().__init__(config)
             for name, (kind, arguments) in modules_of(config, self).items():
                 weight = self.get_submodule(name).weight
-                place = {"dtype": weight.dtype, "device": weight.device}  # the meta device while weights are being loaded
+                # the meta device while weights are being loaded
+                place = {
+                    "dtype": weight.dtype,
+                    "device": weight.device,
+                }
                 parent, _, leaf = name.rpartition(".")
                 setattr(self.get_submodule(parent), leaf, kinds[kind](**arguments, **place))
 

@@ -1,10 +1,14 @@
-"""Compressed models on disk: folders that transformers loads like any other, bit for bit what was saved.
+"""Compressed models on disk: folders that transformers loads like any other, bit for bit what was
+saved.
 
-form="factors"  What is stored, as it is. The config has a model_type of its own (specomp_llama) and says what stands in the place
-                of which linear; one generated Python file makes the folder self-contained. Loads by plain AutoModelForCausalLM
-                after `import specomp`, or without specomp by trust_remote_code=True; with neither, transformers refuses. Rounded
-                weights are packed (packed.py), and need compressed-tensors to be read.
-form="dense"    Multiplied out to plain linears under the original model_type: loads everywhere, saves no memory.
+form="factors"  What is stored, as it is. The config has a model_type of its own (specomp_llama) and
+says what stands in the place
+                of which linear; one generated Python file makes the folder self-contained. Loads by
+                plain AutoModelForCausalLM after `import specomp`, or without specomp by
+                trust_remote_code=True; with neither, transformers refuses. Rounded weights are
+                packed (packed.py), and need compressed-tensors to be read.
+form="dense"    Multiplied out to plain linears under the original model_type: loads everywhere,
+saves no memory.
 """
 
 import contextlib
@@ -34,7 +38,13 @@ from specomp.models.families import COMPRESSED_PREFIX, base_model_type, family_o
 from specomp.models.files import checked_folder, safetensors_header
 from specomp.models.load import LoadedModel, open_model, quiet, torch_device
 from specomp.models.modules import Substitute
-from specomp.models.packed import grid_linears, packed_state, quantization_config, unpack_model, unpacking
+from specomp.models.packed import (
+    grid_linears,
+    packed_state,
+    quantization_config,
+    unpack_model,
+    unpacking,
+)
 from specomp.models.registration import full_name
 from specomp.models.remote import OWN_FIELDS, compressed_config, compressed_model
 from specomp.models.sources import folder_config, folder_tokenizer, streamed
@@ -54,10 +64,12 @@ def save_compressed(
     form: Form,
     info: dict[str, Any],
 ) -> None:
-    """Write a model, what stands in the place of its linears, its tokenizer, generation settings and `info` (specomp.json).
+    """Write a model, what stands in the place of its linears, its tokenizer, generation settings
+    and `info` (specomp.json).
 
-    The folder appears complete or not at all; an earlier export there is replaced. Raises UserError when the folder holds
-    something else, when a linear is of another type, and when the disk is full.
+    The folder appears complete or not at all; an earlier export there is replaced. Raises UserError
+    when the folder holds something else, when a linear is of another type, and when the disk is
+    full.
     """
     with exporting(folder, form) as export:
         export.finish(model, tokenizer, info)
@@ -65,13 +77,17 @@ def save_compressed(
 
 @contextlib.contextmanager
 def exporting(folder: Path, form: Form) -> Iterator["Export"]:
-    """The same for a model that is never in memory as a whole: the parts that were `add`ed need no numbers any more when it is finished."""
+    """The same for a model that is never in memory as a whole: the parts that were `add`ed need no
+    numbers any more when it is finished.
+    """
     with _replacing(Path(folder)) as target:
         yield Export(target, Path(folder), form)
 
 
 def remove_unfinished(folder: Path) -> None:
-    """What killed processes left of exports of `folder`: call it only where no other process can be writing it."""
+    """What killed processes left of exports of `folder`: call it only where no other process can be
+    writing it.
+    """
     for left in folder.parent.glob(f".{folder.name}.*.tmp"):
         log.info("Removing %s, which a killed run left.", left)
         shutil.rmtree(left, ignore_errors=True)
@@ -87,19 +103,33 @@ class Export:
 
     def add(self, name: str, module: nn.Module) -> None:
         """Write one module of the model, of full dotted name `name`, to a file of its own."""
-        state = {f"{name}.{key}": tensor.detach().cpu().contiguous() for key, tensor in stored_state(module, self.form).items()}
+        state = {
+            f"{name}.{key}": tensor.detach().cpu().contiguous()
+            for key, tensor in stored_state(module, self.form).items()
+        }
         save_file(state, self.target / _part_name(len(self.files)), metadata={"format": "pt"})
         self.files.append({key: tensor.nbytes for key, tensor in state.items()})
 
-    def finish(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, info: dict[str, Any]) -> None:
+    def finish(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase | None,
+        info: dict[str, Any],
+    ) -> None:
         """Write all that was not added, and what makes the folder a model."""
         folder, target, form = self.folder, self.target, self.form
         names = [x.name for x in family_of(model.config).linears(model)]
         entries, biases = module_entries(model, names)
         switches = _bias_switches(model, len(names), biases) if form == "dense" else {}
-        dtypes = {parameter.dtype for parameter in model.parameters() if parameter.is_floating_point()}
+        dtypes = {
+            parameter.dtype for parameter in model.parameters() if parameter.is_floating_point()
+        }
         if len(dtypes) > 1:
-            log.warning("%s: weights of several dtypes (%s); loading casts them to one.", folder, ", ".join(sorted(map(str, dtypes))))
+            log.warning(
+                "%s: weights of several dtypes (%s); loading casts them to one.",
+                folder,
+                ", ".join(sorted(map(str, dtypes))),
+            )
         self._save_rest(model)
         if tokenizer is not None:
             with quiet():
@@ -110,44 +140,69 @@ class Export:
         packed = form == "factors" and bool(grid_linears(model))
         quantized = {"quantization_config": quantization_config(model)} if packed else {}
         kept = {key: value for key, value in config.items() if key not in foreign}
-        _write_json(target / "config.json", kept | switches | _identity(base, entries, form) | quantized)
+        _write_json(
+            target / "config.json", kept | switches | _identity(base, entries, form) | quantized
+        )
         if form == "factors":
-            (target / f"{_file_stem(base)}.py").write_text(modelling_source(base, {type(model.get_submodule(name)) for name in entries}))
+            (target / f"{_file_stem(base)}.py").write_text(
+                modelling_source(base, {type(model.get_submodule(name)) for name in entries})
+            )
         for shard in target.glob("*.safetensors"):
-            shutil.copymode(target / "config.json", shard)  # safetensors makes files that only their owner can read
+            # safetensors makes files that only their owner can read
+            shutil.copymode(target / "config.json", shard)
         _write_json(target / INFO_FILE, {"specomp": __version__, "form": form, **info})
 
     def _save_rest(self, model: PreTrainedModel) -> None:
-        """config.json, generation settings and what was not added; beside files that were, an index of all."""
+        """config.json, generation settings and what was not added; beside files that were, an index
+        of all.
+        """
         if not self.files:
             with quiet():
-                model.save_pretrained(self.target, state_dict=stored_state(model, self.form), max_shard_size=MAX_SHARD)
+                model.save_pretrained(
+                    self.target, state_dict=stored_state(model, self.form), max_shard_size=MAX_SHARD
+                )
             return
         added = {name for file in self.files for name in file}
         rest = {name: tensor for name, tensor in model.state_dict().items() if not tensor.is_meta}
-        # In a folder of its own, since it would remove the files that are there as those of an earlier save.
+        # In a folder of its own, since it would remove the files that are there as those of an
+        # earlier save.
         with tempfile.TemporaryDirectory(dir=self.target) as temporary, quiet():
             model.save_pretrained(temporary, state_dict=rest, max_shard_size=sys.maxsize)
-            os.replace(Path(temporary) / "model.safetensors", self.target / _part_name(len(self.files)))
+            os.replace(
+                Path(temporary) / "model.safetensors", self.target / _part_name(len(self.files))
+            )
             for path in Path(temporary).iterdir():
                 os.replace(path, self.target / path.name)
-        names = safetensors_header(self.target / _part_name(len(self.files)))[1].keys() - {"__metadata__"}
+        names = safetensors_header(self.target / _part_name(len(self.files)))[1].keys() - {
+            "__metadata__"
+        }
         assert not names & added, "written twice"
         self.files.append({name: rest[name].nbytes for name in names})
         count = len(self.files)
         for index in range(count):
             os.replace(self.target / _part_name(index), self.target / _part_name(index, count))
-        weights = {name: _part_name(index, count) for index, file in enumerate(self.files) for name in sorted(file)}
+        weights = {
+            name: _part_name(index, count)
+            for index, file in enumerate(self.files)
+            for name in sorted(file)
+        }
         size = sum(sum(file.values()) for file in self.files)
         _write_json(
             self.target / "model.safetensors.index.json",
-            {"metadata": {"total_parameters": model.num_parameters(), "total_size": size}, "weight_map": weights},
+            {
+                "metadata": {"total_parameters": model.num_parameters(), "total_size": size},
+                "weight_map": weights,
+            },
         )
 
 
 def _part_name(index: int, count: int | None = None) -> str:
     """A file of weights as transformers calls them; the count is known only at the end."""
-    return f"model-{index + 1:05d}.safetensors" if count is None else f"model-{index + 1:05d}-of-{count:05d}.safetensors"
+    return (
+        f"model-{index + 1:05d}.safetensors"
+        if count is None
+        else f"model-{index + 1:05d}-of-{count:05d}.safetensors"
+    )
 
 
 def stored_state(module: nn.Module, form: Form) -> dict[str, Tensor]:
@@ -158,22 +213,37 @@ def stored_state(module: nn.Module, form: Form) -> dict[str, Tensor]:
 
 
 def load(
-    folder: Path | str, *, dtype: str | None = None, device_map: str | None = None, device: str = "cpu", stream: bool = False
+    folder: Path | str,
+    *,
+    dtype: str | None = None,
+    device_map: str | None = None,
+    device: str = "cpu",
+    stream: bool = False,
 ) -> LoadedModel:
-    """The model in a folder that `save_compressed` wrote (either form), in eval mode on the CPU unless device or device_map say otherwise.
+    """The model in a folder that `save_compressed` wrote (either form), in eval mode on the CPU
+    unless device or device_map say otherwise.
 
-    dtype: "float32", "bfloat16", "float16", or None for the one it was saved in. stream: its decoder layers stay on disk until they are
-    called (packed integers are loaded all the same). Raises UserError when the folder is damaged.
+    dtype: "float32", "bfloat16", "float16", or None for the one it was saved in. stream: its
+    decoder layers stay on disk until they are called (packed integers are loaded all the same).
+    Raises UserError when the folder is damaged.
     """
     path = checked_folder(str(folder))
     config = folder_config(path, trust_remote_code=False)
     family = family_of(config)
-    tokenizer = folder_tokenizer(path, trust_remote_code=False) if any(path.glob("tokenizer*")) else None
+    tokenizer = (
+        folder_tokenizer(path, trust_remote_code=False) if any(path.glob("tokenizer*")) else None
+    )
     packed = getattr(config, "quantization_config", None) is not None
     if stream and not packed:
         return streamed(path, config, tokenizer, dtype=dtype or "auto", device=device)
     with unpacking() if packed else contextlib.nullcontext():
-        model = open_model(path, config, dtype=dtype or "auto", device="cpu" if device_map is None else "auto", device_map=device_map)
+        model = open_model(
+            path,
+            config,
+            dtype=dtype or "auto",
+            device="cpu" if device_map is None else "auto",
+            device_map=device_map,
+        )
     if packed:
         unpack_model(model)
     if device_map is None:
@@ -183,16 +253,25 @@ def load(
 
 def substitutes(model: nn.Module) -> dict[str, Substitute]:
     """What stands in the place of linears, by full dotted name."""
-    return {name: module for name, module in model.named_modules() if isinstance(module, Substitute)}
+    return {
+        name: module for name, module in model.named_modules() if isinstance(module, Substitute)
+    }
 
 
-def module_entries(model: PreTrainedModel, names: Sequence[str]) -> tuple[dict[str, list[Any]], list[str]]:
-    """[class, arguments] of those of these modules that are not what the stock architecture has there; and which have a bias
-    where it has none (SoCo's deviation term)."""
+def module_entries(
+    model: PreTrainedModel, names: Sequence[str]
+) -> tuple[dict[str, list[Any]], list[str]]:
+    """[class, arguments] of those of these modules that are not what the stock architecture has
+    there; and which have a bias where it has none (SoCo's deviation term).
+    """
     base = base_model_type(model.config)
-    fields = {k: v for k, v in model.config.to_dict().items() if k not in ("model_type", "auto_map")}
+    fields = {
+        k: v for k, v in model.config.to_dict().items() if k not in ("model_type", "auto_map")
+    }
     with torch.device("meta"):
-        stock = getattr(transformers, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[base])(CONFIG_MAPPING[base](**fields))
+        stock = getattr(transformers, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[base])(
+            CONFIG_MAPPING[base](**fields)
+        )
     entries, biases = {}, []
     for name in names:
         module, plain = model.get_submodule(name), stock.get_submodule(name)
@@ -206,24 +285,33 @@ def module_entries(model: PreTrainedModel, names: Sequence[str]) -> tuple[dict[s
 
 
 def _arguments(linear: Any) -> dict[str, Any]:
-    return {"in_features": linear.in_features, "out_features": linear.out_features, "bias": linear.bias is not None}
+    return {
+        "in_features": linear.in_features,
+        "out_features": linear.out_features,
+        "bias": linear.bias is not None,
+    }
 
 
 def _bias_switches(model: PreTrainedModel, count: int, biases: Sequence[str]) -> dict[str, bool]:
-    """The config fields with which the stock architecture has these biases. Raises UserError when there are none."""
+    """The config fields with which the stock architecture has these biases. Raises UserError when
+    there are none.
+    """
     if not biases:
         return {}
     switches = ("attention_bias", "mlp_bias")
     if len(biases) == count and all(hasattr(model.config, x) for x in switches):
         return dict.fromkeys(switches, True)
     raise UserError(
-        f"{len(biases)} of {count} linears have an output bias, which a stock {type(model).__name__} cannot hold: use export=factors, or "
-        "train with method.training.deviation=false."
+        f"{len(biases)} of {count} linears have an output bias, which a stock"
+        f" {type(model).__name__} cannot hold: use export=factors, or train with"
+        " method.training.deviation=false."
     )
 
 
 def merged_state(model: nn.Module) -> dict[str, Tensor]:
-    """The state dict with what stands in the place of a linear multiplied out to `weight` (m n), and its bias under `bias`."""
+    """The state dict with what stands in the place of a linear multiplied out to `weight` (m n),
+    and its bias under `bias`.
+    """
     state = dict(model.state_dict())
     for name, module in substitutes(model).items():
         dtype = next(module.parameters()).dtype
@@ -237,24 +325,32 @@ def merged_state(model: nn.Module) -> dict[str, Tensor]:
 
 
 def modelling_source(base: str, kinds: Collection[type]) -> str:
-    """The Python file that goes with the weights of a compressed `base` model: the classes of its modules, copied, and two lines.
+    """The Python file that goes with the weights of a compressed `base` model: the classes of its
+    modules, copied, and two lines.
 
     Raises UserError for a class whose source cannot be had.
     """
     config, model = _class_names(base)
-    own = [x for kind in sorted(kinds, key=full_name) for x in reversed(kind.__mro__) if issubclass(x, Substitute)]
+    own = [
+        x
+        for kind in sorted(kinds, key=full_name)
+        for x in reversed(kind.__mro__)
+        if issubclass(x, Substitute)
+    ]
     copied_items: list[Any] = [*dict.fromkeys(own), compressed_config, compressed_model]
     try:
         copied = "\n\n".join(inspect.getsource(item) for item in copied_items)
     except (OSError, TypeError) as error:
         raise UserError(
-            f"The source of {', '.join(map(full_name, kinds))} cannot be copied into the folder: {first_line(error)}."
+            f"The source of {', '.join(map(full_name, kinds))} cannot be copied into the folder:"
+            f" {first_line(error)}."
         ) from error
     named = "".join(f'    "{full_name(x)}": {x.__name__},\n' for x in dict.fromkeys(own))
-    return f'''"""A {base} model in which other modules stand in the place of some linears: config.json, specomp_modules.
+    return f'''"""A {base} model in which other modules stand in for some linears, as config.json says.
 
-Written by specomp {__version__}. Loads with AutoModelForCausalLM.from_pretrained(FOLDER, trust_remote_code=True), or after
-`import specomp` without that option.
+Written by specomp {__version__}. Loads with
+AutoModelForCausalLM.from_pretrained(FOLDER, trust_remote_code=True), or after `import specomp`
+without that option.
 """
 
 from typing import Any
@@ -270,7 +366,9 @@ KINDS = {{
     "{full_name(nn.Linear)}": nn.Linear,
 {named}}}
 Specomp{config} = compressed_config({config}, "{COMPRESSED_PREFIX}{base}")
-Specomp{model} = compressed_model({model}, Specomp{config}, lambda config, _: config.specomp_modules or {{}}, KINDS)
+Specomp{model} = compressed_model(
+    {model}, Specomp{config}, lambda config, _: config.specomp_modules or {{}}, KINDS
+)
 '''
 
 
@@ -279,8 +377,16 @@ def _identity(base: str, entries: dict[str, list[Any]], form: str) -> dict[str, 
     config, model = _class_names(base)
     if form == "dense":
         return {"model_type": base, "architectures": [model]}
-    classes = {"AutoConfig": f"{_file_stem(base)}.Specomp{config}", "AutoModelForCausalLM": f"{_file_stem(base)}.Specomp{model}"}
-    return {"model_type": COMPRESSED_PREFIX + base, "architectures": [f"Specomp{model}"], "auto_map": classes, "specomp_modules": entries}
+    classes = {
+        "AutoConfig": f"{_file_stem(base)}.Specomp{config}",
+        "AutoModelForCausalLM": f"{_file_stem(base)}.Specomp{model}",
+    }
+    return {
+        "model_type": COMPRESSED_PREFIX + base,
+        "architectures": [f"Specomp{model}"],
+        "auto_map": classes,
+        "specomp_modules": entries,
+    }
 
 
 def _class_names(base: str) -> tuple[str, str]:
@@ -299,8 +405,14 @@ def _write_json(path: Path, content: dict[str, Any]) -> None:
 def _replacing(folder: Path) -> Iterator[Path]:
     """A temporary sibling that becomes `folder` if the block succeeds."""
     folder = folder.expanduser().absolute()
-    if folder.exists() and not (folder / INFO_FILE).is_file() and (not folder.is_dir() or any(folder.iterdir())):
-        raise UserError(f"{folder} exists and was not written by specomp: name another folder, or remove it.")
+    if (
+        folder.exists()
+        and not (folder / INFO_FILE).is_file()
+        and (not folder.is_dir() or any(folder.iterdir()))
+    ):
+        raise UserError(
+            f"{folder} exists and was not written by specomp: name another folder, or remove it."
+        )
     temporary = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
     previous = folder.with_name(f".{folder.name}.{os.getpid()}.old")
     try:

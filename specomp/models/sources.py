@@ -1,4 +1,6 @@
-"""Where models come from: one class per source, named by the `_target_` of conf/model/*.yaml. The embedded default is in gguf.py."""
+"""Where models come from: one class per source, named by the `_target_` of conf/model/*.yaml. The
+embedded default is in gguf.py.
+"""
 
 import logging
 import os
@@ -12,7 +14,14 @@ import transformers
 from huggingface_hub.errors import StrictDataclassError
 from pydantic import Field
 from tokenizers import decoders, pre_tokenizers
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedTokenizerBase,
+    PreTrainedTokenizerFast,
+)
 
 from specomp.cache import Cache
 from specomp.errors import UserError, one_line
@@ -46,7 +55,8 @@ class Source:
     name: str  # short label in records and tables
     dtype: Literal["float32", "bfloat16", "float16"]
     device: Annotated[str, Field(pattern=r"^(auto|cpu|mps|cuda(:\d+)?)$")]
-    device_map: str | None  # transformers' device_map, to spread over several devices; then device must be auto
+    # transformers' device_map, to spread over several devices; then device must be auto
+    device_map: str | None
     stream: bool = False  # decoder layers stay on disk, and come in one at a time
 
     def fingerprint(self, cache: Cache) -> dict[str, Any]:
@@ -77,7 +87,10 @@ class Source:
     def unstreamable(self) -> str | None:
         """Why `stream` cannot be: what to do instead, or None."""
         if self.device_map is not None:
-            return f"model.device_map={self.device_map} spreads the whole model over devices: leave it unset"
+            return (
+                f"model.device_map={self.device_map} spreads the whole model over devices: leave it"
+                " unset"
+            )
         return None
 
 
@@ -87,14 +100,23 @@ class HubModel(Source):
 
     repo: str
     revision: str  # commit hash; a branch name works but does not pin
-    weights: Literal["safetensors", "bin"]  # bin: torch pickles, read by torch's weights-only unpickler, which runs no code
+    # bin: torch pickles, read by torch's weights-only unpickler, which runs no code
+    weights: Literal["safetensors", "bin"]
     trust_remote_code: bool  # run modelling code of the repository instead of transformers' own
-    shape: dict[str, Any] | None = None  # the published config, checked when the model is loaded; None: read from the hub
+    shape: dict[str, Any] | None = (
+        None  # the published config, checked when the model is loaded; None: read from the hub
+    )
 
     def fingerprint(self, cache: Cache) -> dict[str, Any]:
-        """What determines the weights. A revision that is not a commit is logged, since it may change under the same name."""
+        """What determines the weights. A revision that is not a commit is logged, since it may
+        change under the same name.
+        """
         if not COMMIT.fullmatch(self.revision):
-            log.warning("%s: revision '%s' is not a commit hash, so results are not tied to fixed weights.", self.repo, self.revision)
+            log.warning(
+                "%s: revision '%s' is not a commit hash, so results are not tied to fixed weights.",
+                self.repo,
+                self.revision,
+            )
         return {"source": "hub", "repo": self.repo, "revision": self.revision, "dtype": self.dtype}
 
     def config_for_plan(self, cache: Cache) -> PreTrainedConfig:
@@ -108,19 +130,31 @@ class HubModel(Source):
     def tokenizer(self, cache: Cache) -> PreTrainedTokenizerBase:
         """The tokenizer of the repository."""
         with hub_errors(self.repo, self.revision), quiet():
-            return AutoTokenizer.from_pretrained(self.repo, revision=self.revision, trust_remote_code=self.trust_remote_code)
+            return AutoTokenizer.from_pretrained(
+                self.repo, revision=self.revision, trust_remote_code=self.trust_remote_code
+            )
 
     def load(self, cache: Cache) -> LoadedModel:
-        """Download (once, into the hub's own cache) and open. Raises UserError offline, without access, or if unsupported."""
+        """Download (once, into the hub's own cache) and open. Raises UserError offline, without
+        access, or if unsupported.
+        """
         config = self._config()
         check_shape(self.shape, config, self.repo)
         family = dense_family(config, self.repo)
         tokenizer = self.tokenizer(cache)
-        # without it transformers may fetch the weights of another commit (a conversion bot's), or ask the hub for such a conversion
+        # without it transformers may fetch the weights of another commit (a conversion bot's), or
+        # ask the hub for such a conversion
         os.environ["DISABLE_SAFETENSORS_CONVERSION"] = "1"
         if self.stream:
             folder = checked_folder(str(downloaded(self.repo, self.revision)))
-            return streamed(folder, config, tokenizer, dtype=self.dtype, device=self.device, trust_remote_code=self.trust_remote_code)
+            return streamed(
+                folder,
+                config,
+                tokenizer,
+                dtype=self.dtype,
+                device=self.device,
+                trust_remote_code=self.trust_remote_code,
+            )
         with hub_errors(self.repo, self.revision):
             model = open_model(
                 self.repo,
@@ -142,12 +176,17 @@ class HubModel(Source):
     def unstreamable(self) -> str | None:
         """Pickles can only be read whole."""
         if self.weights == "bin":
-            return "model.weights=bin are pickles, which are read whole: save the model once with save_pretrained, and use model=local"
+            return (
+                "model.weights=bin are pickles, which are read whole: save the model once with"
+                " save_pretrained, and use model=local"
+            )
         return super().unstreamable()
 
     def _config(self) -> PreTrainedConfig:
         with hub_errors(self.repo, self.revision):
-            return read_config(self.repo, revision=self.revision, trust_remote_code=self.trust_remote_code)
+            return read_config(
+                self.repo, revision=self.revision, trust_remote_code=self.trust_remote_code
+            )
 
 
 @configurable
@@ -159,7 +198,11 @@ class LocalModel(Source):
 
     def fingerprint(self, cache: Cache) -> dict[str, Any]:
         """What determines the weights: the content of the files, wherever they are."""
-        return {"source": "local", "files": folder_hashes(checked_folder(self.path), cache), "dtype": self.dtype}
+        return {
+            "source": "local",
+            "files": folder_hashes(checked_folder(self.path), cache),
+            "dtype": self.dtype,
+        }
 
     def config_for_plan(self, cache: Cache) -> PreTrainedConfig:
         """The folder's config.json."""
@@ -174,12 +217,18 @@ class LocalModel(Source):
         return folder_tokenizer(checked_folder(self.path), trust_remote_code=self.trust_remote_code)
 
     def load(self, cache: Cache) -> LoadedModel:
-        """Open the folder. Raises UserError when it is damaged, unsupported or compressed already."""
+        """Open the folder. Raises UserError when it is damaged, unsupported or compressed
+        already.
+        """
         folder = checked_folder(self.path)
         config = self._config(folder)
         family = dense_family(config, folder)
         tokenizer = folder_tokenizer(folder, trust_remote_code=self.trust_remote_code)
-        options = {"dtype": self.dtype, "device": self.device, "trust_remote_code": self.trust_remote_code}
+        options = {
+            "dtype": self.dtype,
+            "device": self.device,
+            "trust_remote_code": self.trust_remote_code,
+        }
         if self.stream:
             return streamed(folder, config, tokenizer, **options)
         model = open_model(folder, config, device_map=self.device_map, **options)  # type: ignore[arg-type]
@@ -191,16 +240,28 @@ class LocalModel(Source):
 
 @configurable
 class RandomModel(Source):
-    """Random weights of a given architecture with a byte-level tokenizer: for tests and shape benchmarks, offline."""
+    """Random weights of a given architecture with a byte-level tokenizer: for tests and shape
+    benchmarks, offline.
+    """
 
     architecture: str  # transformers model_type
     seed: int
-    config: dict[str, Any]  # fields of the architecture's config; vocab_size and special tokens follow the tokenizer if absent
+    # fields of the architecture's config; vocab_size and special tokens follow the tokenizer if
+    # absent
+    config: dict[str, Any]
 
     def fingerprint(self, cache: Cache) -> dict[str, Any]:
         """What determines the weights; the libraries that draw them included."""
-        versions = {"torch": torch.__version__.split("+")[0], "transformers": transformers.__version__}
-        settings = {"architecture": self.architecture, "seed": self.seed, "config": self.config, "dtype": self.dtype}
+        versions = {
+            "torch": torch.__version__.split("+")[0],
+            "transformers": transformers.__version__,
+        }
+        settings = {
+            "architecture": self.architecture,
+            "seed": self.seed,
+            "config": self.config,
+            "dtype": self.dtype,
+        }
         return {"source": "random", **settings, **versions}
 
     def config_for_plan(self, cache: Cache) -> PreTrainedConfig:
@@ -228,36 +289,58 @@ class RandomModel(Source):
 
     def unstreamable(self) -> str | None:
         """There is nothing on disk."""
-        return f"{self.name} draws its weights in memory: use a model that is a folder of safetensors"
+        return (
+            f"{self.name} draws its weights in memory: use a model that is a folder of safetensors"
+        )
 
     def _config(self) -> PreTrainedConfig:
         tokenizer = byte_tokenizer()
-        specials = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+        specials = {
+            name: getattr(tokenizer, name)
+            for name in ("bos_token_id", "eos_token_id", "pad_token_id")
+        }
         fields = {"vocab_size": len(tokenizer), **specials, **self.config}
         if fields["vocab_size"] < len(tokenizer):
-            raise UserError(f"model.config.vocab_size={fields['vocab_size']} is below the byte-level tokenizer's {len(tokenizer)} tokens.")
+            raise UserError(
+                f"model.config.vocab_size={fields['vocab_size']} is below the byte-level"
+                f" tokenizer's {len(tokenizer)} tokens."
+            )
         try:
             return AutoConfig.for_model(self.architecture, **fields)
         except (TypeError, ValueError, StrictDataclassError) as error:
-            raise UserError(f"model.architecture={self.architecture} with this model.config is refused: {one_line(error)}") from error
+            raise UserError(
+                f"model.architecture={self.architecture} with this model.config is refused:"
+                f" {one_line(error)}"
+            ) from error
 
 
 def streamed(folder: Path, config: PreTrainedConfig, tokenizer: Any, **options: Any) -> LoadedModel:
-    """The model of a checked folder whose decoder layers come in one at a time; see `open_streamed`."""
+    """The model of a checked folder whose decoder layers come in one at a time; see
+    `open_streamed`.
+    """
     family = family_of(config)
     model, store = open_streamed(folder, config, family, **options)
     return LoadedModel(model, tokenizer, family, store)
 
 
 def byte_tokenizer() -> PreTrainedTokenizerFast:
-    """A tokenizer without training: 256 bytes and three special tokens, an exact round trip on any text, pads on the left."""
+    """A tokenizer without training: 256 bytes and three special tokens, an exact round trip on any
+    text, pads on the left.
+    """
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    backend = tokenizers.Tokenizer(tokenizers.models.BPE(vocab={character: index for index, character in enumerate(alphabet)}, merges=[]))
+    backend = tokenizers.Tokenizer(
+        tokenizers.models.BPE(
+            vocab={character: index for index, character in enumerate(alphabet)}, merges=[]
+        )
+    )
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     backend.decoder = decoders.ByteLevel()
     specials = {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>"}
     return PreTrainedTokenizerFast(  # type: ignore[no-untyped-call]
-        tokenizer_object=backend, padding_side="left", clean_up_tokenization_spaces=False, **specials
+        tokenizer_object=backend,
+        padding_side="left",
+        clean_up_tokenization_spaces=False,
+        **specials,
     )
 
 
@@ -276,5 +359,6 @@ def folder_tokenizer(folder: Path, *, trust_remote_code: bool) -> PreTrainedToke
             return AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(
-            f"{folder} has no usable tokenizer ({one_line(error)}): copy the tokenizer files of the original model into it."
+            f"{folder} has no usable tokenizer ({one_line(error)}): copy the tokenizer files of the"
+            " original model into it."
         ) from error

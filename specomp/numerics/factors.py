@@ -1,8 +1,9 @@
 """The one decomposition behind every closed-form method, and what it yields.
 
-Every method minimizes ||D (W' - T) S||_F over rank-r matrices W'. With D = I the optimum is U_r U_r^T T, U_r the top
-eigenvectors of T G T^T and G = S S^T (Eckart-Young in the weighted norm). Neither S nor an inverse is needed, and a
-singular G is no problem. For m > n, T = Q R reduces it to R G R^T, so every eigenproblem has the size k = min(m, n).
+Every method minimizes ||D (W' - T) S||_F over rank-r matrices W'. With D = I the optimum is U_r
+U_r^T T, U_r the top eigenvectors of T G T^T and G = S S^T (Eckart-Young in the weighted norm).
+Neither S nor an inverse is needed, and a singular G is no problem. For m > n, T = Q R reduces it to
+R G R^T, so every eigenproblem has the size k = min(m, n).
 
 Shapes: m out_features, n in_features, k = min(m, n), r rank.
 """
@@ -16,17 +17,28 @@ import torch
 from torch import Tensor
 
 from specomp.errors import UserError
-from specomp.numerics.linalg import SOLVE_DTYPE, SolveDtype, cholesky_damped, congruence, eigh_descending, half_weigh, trace_of_square
+from specomp.numerics.linalg import (
+    SOLVE_DTYPE,
+    SolveDtype,
+    cholesky_damped,
+    congruence,
+    eigh_descending,
+    half_weigh,
+    trace_of_square,
+)
 from specomp.numerics.ratio import break_even_rank
 
-# `auto` solves in float32, at half the time, where its rounding errors are this much smaller than the squared loss they could change.
+# `auto` solves in float32, at half the time, where its rounding errors are this much smaller than
+# the squared loss they could change.
 RESOLUTION = 1e-3
 NEGLIGIBLE = 1e-15
 
 
 @dataclass(frozen=True)
 class LowRankFactors:
-    """W ~= U @ Vt, U (m, r) and Vt (r, n), each component's length shared equally between its column of U and its row of Vt."""
+    """W ~= U @ Vt, U (m, r) and Vt (r, n), each component's length shared equally between its
+    column of U and its row of Vt.
+    """
 
     U: Tensor
     Vt: Tensor
@@ -43,9 +55,11 @@ class LowRankFactors:
 
 @dataclass(frozen=True)
 class Spectrum:
-    """All components of T in a norm: T = U @ rows, U (m, k), rows (k, n); s (k,) descending, s_i^2 = loss of dropping component i.
+    """All components of T in a norm: T = U @ rows, U (m, k), rows (k, n); s (k,) descending, s_i^2
+    = loss of dropping component i.
 
-    `rows` is Sigma V^T S^{-1} of the papers, so no component is ever divided by a small singular value. Knows no ratio.
+    `rows` is Sigma V^T S^{-1} of the papers, so no component is ever divided by a small singular
+    value. Knows no ratio.
     """
 
     U: Tensor
@@ -59,14 +73,18 @@ class Spectrum:
 
 
 def truncate(spectrum: Spectrum, rank: int) -> LowRankFactors:
-    """Best rank-r approximation in the norm of the spectrum; equals SVD truncation of W when S = I."""
+    """Best rank-r approximation in the norm of the spectrum; equals SVD truncation of W
+    when S = I.
+    """
     return balanced(spectrum.U[:, :rank], spectrum.rows[:rank])
 
 
 def balanced(U: Tensor, Vt: Tensor) -> LowRankFactors:
-    """Share each component's length equally between both factors (the papers' Sigma^{1/2} on each side when S = I).
+    """Share each component's length equally between both factors (the papers' Sigma^{1/2} on each
+    side when S = I).
 
-    Product unchanged, and independent of the scale of the activations, so that low-precision storage is safe.
+    Product unchanged, and independent of the scale of the activations, so that low-precision
+    storage is safe.
     """
     left, right = U.norm(dim=0), Vt.norm(dim=1)
     # A component that is zero on one side (a refit on inputs that never excite it) stays as it is.
@@ -75,10 +93,14 @@ def balanced(U: Tensor, Vt: Tensor) -> LowRankFactors:
 
 
 class Norm(Protocol):
-    """The error that matters: ||D (W' - T) S||_F. The papers' S is the whitening matrix, D the identity."""
+    """The error that matters: ||D (W' - T) S||_F. The papers' S is the whitening matrix, D the
+    identity.
+    """
 
     def decompose(self, target: Tensor, keep: int | None = None) -> Spectrum:
-        """The components of target (m, n) in this norm: all singular values, vectors of the first `keep` (default: all)."""
+        """The components of target (m, n) in this norm: all singular values, vectors of the first
+        `keep` (default: all).
+        """
 
     def loss(self, error: Tensor) -> float:
         """||D error S||_F for an error (m, n)."""
@@ -86,9 +108,11 @@ class Norm(Protocol):
 
 @dataclass(frozen=True, eq=False)
 class GramNorm:
-    """||diag(left) E S||_F with S S^T = gram: an (n, n) Gram matrix, an (n,) diagonal, or None for the identity.
+    """||diag(left) E S||_F with S S^T = gram: an (n, n) Gram matrix, an (n,) diagonal, or None for
+    the identity.
 
-    left: (m,) weights of the outputs, or None. solve: the precision; `auto` is float32 where that is provably enough, else float64.
+    left: (m,) weights of the outputs, or None. solve: the precision; `auto` is float32 where that
+    is provably enough, else float64.
     """
 
     gram: Tensor | None
@@ -96,17 +120,22 @@ class GramNorm:
     solve: SolveDtype = "auto"
 
     def decompose(self, target: Tensor, keep: int | None = None) -> Spectrum:
-        """Inverse-free and Cholesky-free: eigenvectors of R G R^T (k, k). Exact to the tolerance above in either precision."""
+        """Inverse-free and Cholesky-free: eigenvectors of R G R^T (k, k). Exact to the tolerance
+        above in either precision.
+        """
         if self.solve != "float64":
             spectrum, rounding = self._decompose(target, torch.float32, keep)
             m, n = target.shape
-            # Factors beyond the break-even rank are never stored, so that tail is the smallest loss that has to be resolved.
+            # Factors beyond the break-even rank are never stored, so that tail is the smallest loss
+            # that has to be resolved.
             resolved = rounding <= RESOLUTION * spectrum.tail(math.ceil(break_even_rank(m, n))) ** 2
             if self.solve == "float32" or resolved:
                 return spectrum
         return self._decompose(target, SOLVE_DTYPE, keep)[0]
 
-    def _decompose(self, target: Tensor, dtype: torch.dtype, keep: int | None) -> tuple[Spectrum, float]:
+    def _decompose(
+        self, target: Tensor, dtype: torch.dtype, keep: int | None
+    ) -> tuple[Spectrum, float]:
         """The spectrum, and the size of the rounding errors in its squared singular values."""
         weighted = target.to(dtype)
         if self.left is not None:
@@ -123,7 +152,8 @@ class GramNorm:
             U = torch.ormqr(*reflectors, torch.nn.functional.pad(vectors, (0, 0, 0, m - n)))
         if self.left is not None:
             U = U / self.left.to(dtype)[:, None]
-        # Every entry of R G R^T sums terms as large as those of the Gram's diagonal allow, even where they cancel.
+        # Every entry of R G R^T sums terms as large as those of the Gram's diagonal allow, even
+        # where they cancel.
         energy = reduced.square().sum(0)
         if self.gram is not None:
             energy = energy * (self.gram.diagonal() if self.gram.ndim == 2 else self.gram)
@@ -140,14 +170,18 @@ class GramNorm:
 
 @dataclass(frozen=True, eq=False)
 class CholeskyNorm:
-    """The same norm by the published route: S = chol(G), SVD of W S, then S^{-1} (SVD-LLM). Kept for the ablation; damping is recorded."""
+    """The same norm by the published route: S = chol(G), SVD of W S, then S^{-1} (SVD-LLM). Kept
+    for the ablation; damping is recorded.
+    """
 
     gram: Tensor
     start_damping: float
     max_damping: float
 
     def decompose(self, target: Tensor, keep: int | None = None) -> Spectrum:
-        """SVD-LLM, Algorithm 1. Raises ValueError when the Gram cannot be made positive definite."""
+        """SVD-LLM, Algorithm 1. Raises ValueError when the Gram cannot be made positive
+        definite.
+        """
         S, damping = cholesky_damped(self.gram, self.start_damping, self.max_damping)
         U, s, Vt = torch.linalg.svd(target.to(SOLVE_DTYPE) @ S, full_matrices=False)
         rows = torch.linalg.solve_triangular(S, s[:keep, None] * Vt[:keep], upper=False, left=False)
@@ -160,10 +194,12 @@ class CholeskyNorm:
 
 @dataclass(frozen=True, eq=False)
 class TwoSidedNorm:
-    """||D E S||_F with S S^T = gram (n, n) and D^T D = output_gram (m, m) + damping * mean(diag output_gram) I.
+    """||D E S||_F with S S^T = gram (n, n) and D^T D = output_gram (m, m) + damping * mean(diag
+    output_gram) I.
 
-    D = L^T for the Cholesky factor L, which damping makes exist: the components of L^T T in the Gram norm, with L^T U = P solved back.
-    Equals GramNorm when output_gram is a multiple of the identity, and GramNorm's `left` when it is diagonal.
+    D = L^T for the Cholesky factor L, which damping makes exist: the components of L^T T in the
+    Gram norm, with L^T U = P solved back. Equals GramNorm when output_gram is a multiple of the
+    identity, and GramNorm's `left` when it is diagonal.
     """
 
     gram: Tensor | None
@@ -173,18 +209,26 @@ class TwoSidedNorm:
 
     @cached_property
     def root(self) -> tuple[Tensor, float]:
-        """D (m, m), upper triangular, in float64, and the damping it took: more than asked for only where rounding demands it."""
+        """D (m, m), upper triangular, in float64, and the damping it took: more than asked for only
+        where rounding demands it.
+        """
         gram = self.output_gram.to(SOLVE_DTYPE)
         unit = gram.diagonal().mean()
-        if float(unit) == 0:  # no loss depends on these outputs: all alike, and next to nothing beside another linear's
-            return NEGLIGIBLE * torch.eye(len(gram), dtype=SOLVE_DTYPE, device=gram.device), self.damping
+        # no loss depends on these outputs: all alike, and next to nothing beside another linear's
+        if float(unit) == 0:
+            return (
+                NEGLIGIBLE * torch.eye(len(gram), dtype=SOLVE_DTYPE, device=gram.device),
+                self.damping,
+            )
         damped = gram / unit
         damped.diagonal().add_(self.damping)
         factor, more = cholesky_damped(damped, self.damping, 1.0)
         return (factor * unit.sqrt()).T, self.damping + more * (1 + self.damping)
 
     def decompose(self, target: Tensor, keep: int | None = None) -> Spectrum:
-        """Exact as GramNorm is. Raises ValueError when the damped output Gram is not positive definite, as for non-finite gradients."""
+        """Exact as GramNorm is. Raises ValueError when the damped output Gram is not positive
+        definite, as for non-finite gradients.
+        """
         D, damping = self.root
         inner = GramNorm(self.gram, solve=self.solve).decompose(D @ target.to(SOLVE_DTYPE), keep)
         U = torch.linalg.solve_triangular(D, inner.U.to(SOLVE_DTYPE), upper=True)
@@ -196,17 +240,19 @@ class TwoSidedNorm:
         output_gram.diagonal().add_(self.damping * self.output_gram.diagonal().double().mean())
         # Half of the larger side is enough (linalg.half_weigh).
         if error.shape[0] > error.shape[1]:
-            half, whole = half_weigh(error.T, output_gram).T, error if self.gram is None else error @ self.gram.to(error.dtype)
+            half = half_weigh(error.T, output_gram).T
+            whole = error if self.gram is None else error @ self.gram.to(error.dtype)
         else:
             half, whole = half_weigh(error, self.gram), output_gram @ error
         return math.sqrt(max(0.0, 2 * float((half * whole).sum(1).double().sum())))
 
 
 def refit_left(target: Tensor, Vt: Tensor, gram: Tensor) -> Tensor:
-    """U (m, r) minimizing ||(U Vt - T) S||_F, S S^T = gram (n, n): AdaSVD Eq. 8-12, SVD-LLM's closed-form update.
+    """U (m, r) minimizing ||(U Vt - T) S||_F, S S^T = gram (n, n): AdaSVD Eq. 8-12, SVD-LLM's
+    closed-form update.
 
-    U = T G V (V^T G V)^+, with the pseudo-inverse taken through eigenvectors in float64. Equals torch.linalg.lstsq on raw activations:
-    only G is needed, whatever the number of samples.
+    U = T G V (V^T G V)^+, with the pseudo-inverse taken through eigenvectors in float64. Equals
+    torch.linalg.lstsq on raw activations: only G is needed, whatever the number of samples.
     """
     V = Vt.to(SOLVE_DTYPE).T
     GV = gram.to(SOLVE_DTYPE) @ V
@@ -214,15 +260,22 @@ def refit_left(target: Tensor, Vt: Tensor, gram: Tensor) -> Tensor:
 
 
 def refit_left_naive(target: Tensor, Vt: Tensor, gram: Tensor) -> Tensor:
-    """The same by the normal equations with an explicit inverse in float32 (AdaSVD Eq. 6; the unstable curve of its Figure 3a)."""
+    """The same by the normal equations with an explicit inverse in float32 (AdaSVD Eq. 6; the
+    unstable curve of its Figure 3a).
+    """
     V = Vt.float().T
     GV = gram.float() @ V
     inverse, info = torch.linalg.inv_ex(V.T @ GV)
     if int(info):
-        raise UserError("The naive update met a singular matrix, as it may: set method.compensation.update=pseudo_inverse.")
+        raise UserError(
+            "The naive update met a singular matrix, as it may: set"
+            " method.compensation.update=pseudo_inverse."
+        )
     return target.float() @ GV @ inverse
 
 
 def refit_right(target: Tensor, U: Tensor) -> Tensor:
-    """Vt (r, n) = U^+ T minimizing ||U Vt - T|| in any norm on the input side (AdaSVD Eq. 13, whose printed transpose does not fit)."""
+    """Vt (r, n) = U^+ T minimizing ||U Vt - T|| in any norm on the input side (AdaSVD Eq. 13, whose
+    printed transpose does not fit).
+    """
     return torch.linalg.pinv(U.to(SOLVE_DTYPE)) @ target.to(SOLVE_DTYPE)

@@ -1,7 +1,8 @@
 """The numbers a rounded weight can take, and the integers that stand for them.
 
-W (m, n) ~= scale * (q - zero), q a signed integer of `bits` bits, one scale and zero for each row and group of
-consecutive columns: the arithmetic of compressed-tensors, so that what is evaluated is what a stored folder gives back.
+W (m, n) ~= scale * (q - zero), q a signed integer of `bits` bits, one scale and zero for each row
+and group of consecutive columns: the arithmetic of compressed-tensors, so that what is evaluated is
+what a stored folder gives back.
 """
 
 from dataclasses import dataclass
@@ -14,15 +15,19 @@ SCALE_BYTES, ZERO_BYTES, SHAPE_BYTES = 2, 1, 2 * 8
 
 @dataclass(frozen=True, kw_only=True)
 class GridSpec:
-    """A kind of grid. group_size: columns that share a scale, None for a whole row; symmetric: every zero is 0."""
+    """A kind of grid. group_size: columns that share a scale, None for a whole row; symmetric:
+    every zero is 0.
+    """
 
     bits: int
     group_size: int | None
     symmetric: bool
 
     def num_bytes(self, m: int, n: int) -> int:
-        """Bytes of a packed weight (m, n) as compressed-tensors stores it: integers in whole 32-bit words, scales, zeros,
-        the shape. Arithmetic alone, so that m and n may be tensors of sizes too."""
+        """Bytes of a packed weight (m, n) as compressed-tensors stores it: integers in whole 32-bit
+        words, scales, zeros, the shape. Arithmetic alone, so that m and n may be tensors of sizes
+        too.
+        """
         groups = 1 if self.group_size is None else -(-n // self.group_size)
         scales = m * groups * (SCALE_BYTES + (0 if self.symmetric else ZERO_BYTES))
         return m * 4 * -(-n * self.bits // 32) + scales + SHAPE_BYTES
@@ -30,7 +35,9 @@ class GridSpec:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Grid:
-    """The grid of one weight (m, n). group_size: columns that share a scale; the last group has what is left."""
+    """The grid of one weight (m, n). group_size: columns that share a scale; the last group has
+    what is left.
+    """
 
     scales: Tensor  # (m, groups), float16 or bfloat16: as they are stored
     zeros: Tensor | None  # (m, groups) int8; None: symmetric, every zero is 0
@@ -49,7 +56,9 @@ class Grid:
         return (weight.float() / scales + zeros).round().clamp(low, high).to(torch.int8)
 
     def values(self, integers: Tensor) -> Tensor:
-        """The weight (m, n) in float32 that integers (m, n) stand for: exact, a product of a few bits with a 16-bit scale."""
+        """The weight (m, n) in float32 that integers (m, n) stand for: exact, a product of a few
+        bits with a 16-bit scale.
+        """
         scales, zeros = self._by_column(integers)
         return (integers.float() - zeros) * scales
 
@@ -57,7 +66,9 @@ class Grid:
         """Scales and zeros as float32 (m, n) on the device of a matrix (m, n)."""
 
         def spread(x: Tensor) -> Tensor:
-            return x.to(like.device, torch.float32).repeat_interleave(self.group_size, dim=1)[:, : like.shape[1]]
+            return x.to(like.device, torch.float32).repeat_interleave(self.group_size, dim=1)[
+                :, : like.shape[1]
+            ]
 
         return spread(self.scales), 0 if self.zeros is None else spread(self.zeros)
 

@@ -1,4 +1,6 @@
-"""Small dense linear algebra with its accuracy checked. Shapes: m out_features, n in_features, k = min(m, n), r rank."""
+"""Small dense linear algebra with its accuracy checked. Shapes: m out_features, n in_features, k =
+min(m, n), r rank.
+"""
 
 import math
 from typing import Literal
@@ -8,25 +10,29 @@ from torch import Tensor
 
 SOLVE_DTYPE = torch.float64
 SolveDtype = Literal["auto", "float32", "float64"]
-# A Gram is symmetric, so one triangle of it is multiplied, in blocks of columns: at least this many, at most eight blocks.
+# A Gram is symmetric, so one triangle of it is multiplied, in blocks of columns: at least this
+# many, at most eight blocks.
 BLOCK_COLUMNS = 192
 
 
 def eigh_descending(matrix: Tensor) -> tuple[Tensor, Tensor]:
-    """Eigenvalues (k,) descending and eigenvectors (k, k) of a symmetric positive semi-definite matrix (k, k), in its dtype.
+    """Eigenvalues (k,) descending and eigenvectors (k, k) of a symmetric positive semi-definite
+    matrix (k, k), in its dtype.
 
-    Only its lower triangle is read. Negative eigenvalues, which only rounding produces, are returned as zero.
-    Equals torch.linalg.eigh up to order and sign.
+    Only its lower triangle is read. Negative eigenvalues, which only rounding produces, are
+    returned as zero. Equals torch.linalg.eigh up to order and sign.
     """
     values, vectors = torch.linalg.eigh(matrix, UPLO="L")
     return values.flip(0).clamp_min(0), vectors.flip(1)
 
 
 def half_weigh(matrix: Tensor, gram: Tensor | None) -> Tensor:
-    """matrix H (m, n) for an H with H + H^T = gram, where gram is (n, n), its diagonal (n,), or None for the identity.
+    """matrix H (m, n) for an H with H + H^T = gram, where gram is (n, n), its diagonal (n,), or
+    None for the identity.
 
-    H is the blocks of the Gram below its diagonal and half of those on it: little over half the work of matrix @ gram, and enough for
-    all that is symmetric in the matrix, since M gram M^T = M H M^T + (M H M^T)^T.
+    H is the blocks of the Gram below its diagonal and half of those on it: little over half the
+    work of matrix @ gram, and enough for all that is symmetric in the matrix, since M gram M^T = M
+    H M^T + (M H M^T)^T.
     """
     if gram is None:
         return matrix / 2
@@ -48,12 +54,15 @@ def congruence(matrix: Tensor, gram: Tensor | None) -> Tensor:
 
 
 def trace_of_square(matrix: Tensor, gram: Tensor | None) -> float:
-    """trace(matrix gram matrix^T), summed in float64: the squared loss of an error matrix (m, n)."""
+    """trace(matrix gram matrix^T), summed in float64: the squared loss of an error matrix
+    (m, n).
+    """
     return 2 * float((half_weigh(matrix, gram) * matrix).sum(1).double().sum())
 
 
 def cholesky_damped(gram: Tensor, start: float, limit: float) -> tuple[Tensor, float]:
-    """Lower Cholesky factor (n, n) of gram + damping mean(diag gram) I in float64, and the damping that was needed.
+    """Lower Cholesky factor (n, n) of gram + damping mean(diag gram) I in float64, and the damping
+    that was needed.
 
     Tries 0, then `start`, times 10 each time, up to `limit`. Raises ValueError beyond that.
     """
@@ -69,7 +78,8 @@ def cholesky_damped(gram: Tensor, start: float, limit: float) -> tuple[Tensor, f
         damping = max(start, damping * 10)
         if damping > limit:
             raise ValueError(
-                f"Gram matrix ({len(gram)} x {len(gram)}) is not positive definite after damping {limit:g} of its mean diagonal"
+                f"Gram matrix ({len(gram)} x {len(gram)}) is not positive definite after damping"
+                f" {limit:g} of its mean diagonal"
             )
 
 

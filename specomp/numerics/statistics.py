@@ -1,10 +1,12 @@
-"""What calibration keeps of the activations: streaming reductions that know no module, no hook, no model.
+"""What calibration keeps of the activations: streaming reductions that know no module, no hook, no
+model.
 
-A statistic is a small frozen description (hashable, so slots can ask for the same one twice and pay once); `start` gives the
-accumulator that sees the data. Shapes: x (batch, length, n) inputs of a site, W (m, n) weight of a linear.
-Scopes: "site" sees x; "pair" sees x of the dense model and of the compressed one, for the same tokens; "linear" sees the gradient of
-W (m, n); "output" sees the gradient of a linear's outputs (batch, length, m) and its inputs; "decoder_layer" sees its input and output
-hidden states.
+A statistic is a small frozen description (hashable, so slots can ask for the same one twice and pay
+once); `start` gives the accumulator that sees the data. Shapes: x (batch, length, n) inputs of a
+site, W (m, n) weight of a linear. Scopes: "site" sees x; "pair" sees x of the dense model and of
+the compressed one, for the same tokens; "linear" sees the gradient of W (m, n); "output" sees the
+gradient of a linear's outputs (batch, length, m) and its inputs; "decoder_layer" sees its input and
+output hidden states.
 """
 
 import math
@@ -22,7 +24,8 @@ Scope = Literal["site", "pair", "linear", "output", "decoder_layer"]
 GRADIENT_SCOPES: frozenset[Scope] = frozenset({"linear", "output"})
 # One triangle of the Gram is computed, in blocks of this many columns.
 GRAM_BLOCK = 192
-# Tokens per half-precision product: on a CPU each is rounded once, and the rounding errors of many average out.
+# Tokens per half-precision product: on a CPU each is rounded once, and the rounding errors of many
+# average out.
 PRODUCT_TOKENS = 2048
 
 
@@ -48,7 +51,9 @@ class Accumulator(Protocol):
 
 
 class Statistic(Protocol):
-    """A description of what to accumulate. `sequential`: which samples follow which matters, so several processes cannot share the work."""
+    """A description of what to accumulate. `sequential`: which samples follow which matters, so
+    several processes cannot share the work.
+    """
 
     scope: ClassVar[Scope]
     sequential: ClassVar[bool]
@@ -76,7 +81,8 @@ class Gram:
 
 @dataclass(frozen=True)
 class CrossGram:
-    """(n, n): sum_t x_t x'_t^T, x_t a site's input in the dense model and x'_t in the compressed one (methods.md F6's C = X X'^T).
+    """(n, n): sum_t x_t x'_t^T, x_t a site's input in the dense model and x'_t in the compressed
+    one (methods.md F6's C = X X'^T).
 
     Equals Gram where nothing before the site was compressed.
     """
@@ -94,8 +100,9 @@ class CrossGram:
 class StackedGram:
     """(n, n): the Gram of bucket means (AdaSVD Sec. 3.1, Eq. 14-15).
 
-    The samples fall into `num_buckets` consecutive buckets of ceil(N / num_buckets) (they are already in random order), whose
-    inputs are averaged position by position before the product. Tilts the Gram toward the mean: see methods/adasvd.py.
+    The samples fall into `num_buckets` consecutive buckets of ceil(N / num_buckets) (they are
+    already in random order), whose inputs are averaged position by position before the product.
+    Tilts the Gram toward the mean: see methods/adasvd.py.
     """
 
     num_buckets: int
@@ -127,7 +134,9 @@ class AbsMean:
 
 @dataclass(frozen=True)
 class IOCosine:
-    """(): mean_t cos(x_t, y_t) between a decoder layer's input and output (AdaSVD Eq. 17-18; 1 - it is ShortGPT's block influence)."""
+    """(): mean_t cos(x_t, y_t) between a decoder layer's input and output (AdaSVD Eq. 17-18; 1 - it
+    is ShortGPT's block influence).
+    """
 
     scope: ClassVar[Scope] = "decoder_layer"
     sequential: ClassVar[bool] = False
@@ -135,12 +144,18 @@ class IOCosine:
 
     def start(self, precision: Precision, num_samples: int) -> Accumulator:
         """Fresh accumulator."""
-        return _Mean(lambda x, y: torch.cosine_similarity(x.to(precision.sums), y.to(precision.sums), dim=-1).flatten())
+        return _Mean(
+            lambda x, y: torch.cosine_similarity(
+                x.to(precision.sums), y.to(precision.sums), dim=-1
+            ).flatten()
+        )
 
 
 @dataclass(frozen=True)
 class Fisher:
-    """(n,) or (m,): mean over sequences of the squared gradient of the language-model loss, summed over the other side (FWSVD)."""
+    """(n,) or (m,): mean over sequences of the squared gradient of the language-model loss, summed
+    over the other side (FWSVD).
+    """
 
     side: Literal["in", "out"]
     scope: ClassVar[Scope] = "linear"
@@ -154,12 +169,18 @@ class Fisher:
     def start(self, precision: Precision, num_samples: int) -> Accumulator:
         """Fresh accumulator."""
         # Squares of half-precision gradients underflow: always at least float32.
-        return _Mean(lambda grad: grad.float().square().sum(0 if self.side == "in" else 1)[None].to(precision.sums))
+        return _Mean(
+            lambda grad: (
+                grad.float().square().sum(0 if self.side == "in" else 1)[None].to(precision.sums)
+            )
+        )
 
 
 @dataclass(frozen=True)
 class OutputGradGram:
-    """(m, m): sum_t g_t g_t^T, g_t the gradient of a sequence's mean language-model loss by the linear's output at token t (K-FAC)."""
+    """(m, m): sum_t g_t g_t^T, g_t the gradient of a sequence's mean language-model loss by the
+    linear's output at token t (K-FAC).
+    """
 
     scope: ClassVar[Scope] = "output"
     sequential: ClassVar[bool] = False
@@ -168,15 +189,19 @@ class OutputGradGram:
     def start(self, precision: Precision, num_samples: int) -> Accumulator:
         """Fresh accumulator."""
         # Gradients spread over many orders of magnitude: never multiplied in less than float32.
-        return _GramSum(Precision(precision.sums, torch.promote_types(precision.products, torch.float32)))
+        return _GramSum(
+            Precision(precision.sums, torch.promote_types(precision.products, torch.float32))
+        )
 
 
 @dataclass(frozen=True)
 class TokenWeightedGram:
-    """(n, n) sum_t |g_t|^2 x_t x_t^T for side in, (m, m) sum_t |x_t|^2 g_t g_t^T for side out, of one linear.
+    """(n, n) sum_t |g_t|^2 x_t x_t^T for side in, (m, m) sum_t |x_t|^2 g_t g_t^T for side out, of
+    one linear.
 
-    The Kronecker factors nearest to sum_t (x_t x_t^T) kron (g_t g_t^T) after one step from the identity (Van Loan, GFWSVD). Both have the
-    trace sum_t |x_t|^2 |g_t|^2, which is also that of the sum.
+    The Kronecker factors nearest to sum_t (x_t x_t^T) kron (g_t g_t^T) after one step from the
+    identity (Van Loan, GFWSVD). Both have the trace sum_t |x_t|^2 |g_t|^2, which is also that of
+    the sum.
     """
 
     side: Literal["in", "out"]
@@ -190,7 +215,9 @@ class TokenWeightedGram:
 
     def start(self, precision: Precision, num_samples: int) -> Accumulator:
         """Fresh accumulator."""
-        sums = _GramSum(Precision(precision.sums, torch.promote_types(precision.products, torch.float32)))
+        sums = _GramSum(
+            Precision(precision.sums, torch.promote_types(precision.products, torch.float32))
+        )
         return _Weighted(sums, self.side)
 
 
@@ -201,7 +228,9 @@ class _Weighted:
         self.inner, self.side = inner, side
 
     def update(self, *observation: Tensor) -> None:
-        gradient, x = (tensor.flatten(0, -2).to(self.inner.precision.products) for tensor in observation)
+        gradient, x = (
+            tensor.flatten(0, -2).to(self.inner.precision.products) for tensor in observation
+        )
         own, other = (x, gradient) if self.side == "in" else (gradient, x)
         self.inner.update(own * other.norm(dim=1, keepdim=True))
 
@@ -252,7 +281,9 @@ class _CrossSum(_Sum):
     def update(self, *observation: Tensor) -> None:
         dense, own = (x.flatten(0, -2).to(self.precision.products) for x in observation)
         if self.total is None:
-            self.total = torch.zeros(dense.shape[1], own.shape[1], dtype=self.precision.sums, device=own.device)
+            self.total = torch.zeros(
+                dense.shape[1], own.shape[1], dtype=self.precision.sums, device=own.device
+            )
         size = _tokens_per_product(own)
         for left, right in zip(dense.split(size), own.split(size), strict=True):
             self.total += _product(left.T, right)
@@ -268,7 +299,11 @@ def _tokens_per_product(x: Tensor) -> int:
 
 def _product(left: Tensor, right: Tensor) -> Tensor:
     # Only CUDA multiplies in half precision into a float32 result.
-    return torch.mm(left, right, out_dtype=torch.float32) if _half(left) and left.is_cuda else left @ right
+    return (
+        torch.mm(left, right, out_dtype=torch.float32)
+        if _half(left) and left.is_cuda
+        else left @ right
+    )
 
 
 class _BucketMeans:
@@ -296,7 +331,9 @@ class _BucketMeans:
         return self.inner.value()
 
     def merge(self, total: Callable[[Tensor], Tensor]) -> None:
-        raise TypeError("Means of consecutive samples are no sum over the samples that several processes saw.")
+        raise TypeError(
+            "Means of consecutive samples are no sum over the samples that several processes saw."
+        )
 
 
 class _Mean:
@@ -320,7 +357,11 @@ class _Mean:
     def merge(self, total: Callable[[Tensor], Tensor]) -> None:
         assert self.sum is not None, "no data"
         self.sum = total(self.sum)
-        self.count = round(float(total(torch.tensor(float(self.count), dtype=torch.float64, device=self.sum.device))))
+        self.count = round(
+            float(
+                total(torch.tensor(float(self.count), dtype=torch.float64, device=self.sum.device))
+            )
+        )
 
 
 class Stats(Mapping[Statistic, Tensor]):

@@ -1,4 +1,6 @@
-"""Counted work and this machine's speed: operations as torch counts them, bytes through memory and on disk, and seconds of both."""
+"""Counted work and this machine's speed: operations as torch counts them, bytes through memory and
+on disk, and seconds of both.
+"""
 
 import functools
 from collections.abc import Callable, Mapping
@@ -14,21 +16,26 @@ from torch.utils.flop_counter import flop_registry
 
 Kind = Literal["product", "factorization", "memory", "disk"]
 aten = torch.ops.aten
-# Seconds each kind of speed is measured for; bytes copied; width of the product and of the eigenproblem on a CPU and elsewhere.
+# Seconds each kind of speed is measured for; bytes copied; width of the product and of the
+# eigenproblem on a CPU and elsewhere.
 PROBE_SECONDS, PROBE_BYTES = 0.12, 2**26
 WIDTHS = {"cpu": (768, 320)}
 WIDE = (4096, 1024)
-# What a run reaches of the measured speed, its matrices being narrower (experiments/benchmarks/README.md says where from).
+# What a run reaches of the measured speed, its matrices being narrower
+# (experiments/benchmarks/README.md says where from).
 EFFICIENCY: dict[Kind, float] = {"product": 0.75, "factorization": 0.9, "memory": 0.8, "disk": 1.0}
 # Of 16-bit products, which are over sooner than what surrounds them.
 EFFICIENCY_HALF = 0.4
-# Bytes a second of cache entries (checksummed and written) or of a model folder: fitted, not measured here.
+# Bytes a second of cache entries (checksummed and written) or of a model folder: fitted, not
+# measured here.
 DISK_SPEED = 5e8
 
 
 @dataclass(frozen=True)
 class Work:
-    """Amounts by (kind, dtype): operations, or bytes for memory and disk, whose dtype is ''. A multiply-add is two operations."""
+    """Amounts by (kind, dtype): operations, or bytes for memory and disk, whose dtype is ''. A
+    multiply-add is two operations.
+    """
 
     amounts: Mapping[tuple[Kind, str], float] = field(default_factory=dict)
 
@@ -57,8 +64,9 @@ def work(kind: Kind, amount: float, dtype: torch.dtype | None = None) -> Work:
     return Work({(kind, "" if dtype is None else str(dtype).removeprefix("torch.")): amount})
 
 
-# What torch's own registry does not count, by the usual leading terms (Golub and Van Loan, Matrix Computations, 5.2, 5.4.5, 8.3):
-# units of time, not what a library does. Each takes the operation's arguments.
+# What torch's own registry does not count, by the usual leading terms (Golub and Van Loan, Matrix
+# Computations, 5.2, 5.4.5, 8.3): units of time, not what a library does. Each takes the operation's
+# arguments.
 def _svd(A: Tensor, *_: Any, **__: Any) -> float:
     k, longer = min(A.shape), max(A.shape)
     return 6 * longer * k**2 + 20 * k**3
@@ -74,9 +82,13 @@ FACTORIZATIONS: dict[Any, Callable[..., float]] = {
     aten._linalg_svd: _svd,
     aten.geqrf: _qr,
     aten.linalg_qr: lambda A, *_, **__: 2 * _qr(A),
-    aten.ormqr: lambda A, tau, C, *_, **__: 4 * len(C) * len(tau) * C.shape[1] - 2 * len(tau) ** 2 * C.shape[1],
+    aten.ormqr: lambda A, tau, C, *_, **__: (
+        4 * len(C) * len(tau) * C.shape[1] - 2 * len(tau) ** 2 * C.shape[1]
+    ),
     aten.linalg_cholesky_ex: lambda A, *_, **__: len(A) ** 3 / 3,
-    aten.linalg_lu_factor_ex: lambda A, *_, **__: max(A.shape) * min(A.shape) ** 2 - min(A.shape) ** 3 / 3,
+    aten.linalg_lu_factor_ex: lambda A, *_, **__: (
+        max(A.shape) * min(A.shape) ** 2 - min(A.shape) ** 3 / 3
+    ),
     aten.linalg_inv_ex: lambda A, *_, **__: 2 * len(A) ** 3,
     aten.linalg_solve_triangular: lambda A, B, *_, **__: len(A) ** 2 * B.numel() / len(A),
     aten.cholesky_solve: lambda B, A, *_, **__: 2 * len(A) * B.numel(),
@@ -84,7 +96,9 @@ FACTORIZATIONS: dict[Any, Callable[..., float]] = {
 
 
 class Counter(TorchDispatchMode):
-    """Counts what runs inside, on any device, meta included: products, factorizations, and the bytes that all else moves."""
+    """Counts what runs inside, on any device, meta included: products, factorizations, and the
+    bytes that all else moves.
+    """
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -94,7 +108,8 @@ class Counter(TorchDispatchMode):
         """One operation."""
         kwargs = kwargs or {}
         out = func(*args, **kwargs)
-        packet, seen = func._overloadpacket, [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
+        packet = func._overloadpacket
+        seen = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
         dtype = seen[0].dtype if seen else None
         if packet in flop_registry:
             self.work += work("product", flop_registry[packet](*args, **kwargs, out_val=out), dtype)
@@ -108,7 +123,9 @@ class Counter(TorchDispatchMode):
 
 def seconds(work: Work, rates: Mapping[tuple[Kind, str], float]) -> float:
     """Estimated time of counted work. Kinds are added up: on a CPU they do not overlap."""
-    return sum(amount / (rates[key] * efficiency(*key)) for key, amount in work.amounts.items() if amount)
+    return sum(
+        amount / (rates[key] * efficiency(*key)) for key, amount in work.amounts.items() if amount
+    )
 
 
 def efficiency(kind: Kind, dtype: str) -> float:
@@ -117,7 +134,9 @@ def efficiency(kind: Kind, dtype: str) -> float:
 
 
 def measured_rates(works: list[Work], device: torch.device) -> dict[tuple[Kind, str], float]:
-    """Operations or bytes a second of what these need, each measured for a moment with torch's threads as they are set."""
+    """Operations or bytes a second of what these need, each measured for a moment with torch's
+    threads as they are set.
+    """
     needed = sorted({key for x in works for key, amount in x.amounts.items() if amount})
     return {key: _rate(key[0], key[1], device.type, torch.get_num_threads()) for key in needed}
 
@@ -128,12 +147,19 @@ def _rate(kind: Kind, dtype: str, device: str, threads: int) -> float:
         return DISK_SPEED
     n, k = WIDTHS.get(device, WIDE)
     if kind == "memory":
-        values: dict[str, Any] = {"a": torch.ones(PROBE_BYTES // 4, device=device), "b": torch.ones(PROBE_BYTES // 4, device=device)}
+        values: dict[str, Any] = {
+            "a": torch.ones(PROBE_BYTES // 4, device=device),
+            "b": torch.ones(PROBE_BYTES // 4, device=device),
+        }
         statement, amount = "b.copy_(a)", 2.0 * PROBE_BYTES
     elif kind == "factorization":
         half = torch.randn(k, k, dtype=getattr(torch, dtype), device=device)
-        values, statement, amount = {"a": half @ half.T, "eigh": torch.linalg.eigh}, "eigh(a)", 9.0 * k**3
+        values = {"a": half @ half.T, "eigh": torch.linalg.eigh}
+        statement = "eigh(a)"
+        amount = 9.0 * k**3
     else:
-        values, statement, amount = {"a": torch.randn(n, n, device=device).to(getattr(torch, dtype))}, "a @ a", 2.0 * n**3
+        values = {"a": torch.randn(n, n, device=device).to(getattr(torch, dtype))}
+        statement = "a @ a"
+        amount = 2.0 * n**3
     timer = Timer(statement, globals=values, num_threads=threads)
     return amount / timer.blocked_autorange(min_run_time=PROBE_SECONDS).median

@@ -1,11 +1,14 @@
-"""INT4 on what is stored: matrices applied one after the other, each rounded as the weight of a linear of its own (AdaSVD Table 4).
+"""INT4 on what is stored: matrices applied one after the other, each rounded as the weight of a
+linear of its own (AdaSVD Table 4).
 
-The published setting is SVD-LLM's script (svdllm_gptq.sh, quant_llama.py; AdaSVD follows it): GPTQ of Vt with the Gram G of the linear's
-inputs, of U with V^T G V, the Gram of the unrounded Vt's outputs. Notation: W ~= U Vt, U (m, r), Vt (r, n), G (n, n).
-Factors truncated in the norm of the same G have V^T G V diagonal (components are orthogonal in it), so GPTQ of their U is rounding to the
-nearest: only repaired, trained or rebalanced factors, other norms and order=sequential leave it something to do.
-Differs from the script, which rounds a finished model: inputs are those the compress stage has (of the dense model; or of the compressed
-and rounded decoder layers before, where the method streams them), not those of rounded linears in the same decoder layer.
+The published setting is SVD-LLM's script (svdllm_gptq.sh, quant_llama.py; AdaSVD follows it): GPTQ
+of Vt with the Gram G of the linear's inputs, of U with V^T G V, the Gram of the unrounded Vt's
+outputs. Notation: W ~= U Vt, U (m, r), Vt (r, n), G (n, n). Factors truncated in the norm of the
+same G have V^T G V diagonal (components are orthogonal in it), so GPTQ of their U is rounding to
+the nearest: only repaired, trained or rebalanced factors, other norms and order=sequential leave it
+something to do. Differs from the script, which rounds a finished model: inputs are those the
+compress stage has (of the dense model; or of the compressed and rounded decoder layers before,
+where the method streams them), not those of rounded linears in the same decoder layer.
 """
 
 from collections.abc import Sequence
@@ -27,7 +30,9 @@ from specomp.slots import Rounded
 
 @configurable
 class FactorQuantizer:
-    """Rounds U and Vt to `bits` bits. Every setting is explained in conf/quantizer/gptq_int4.yaml."""
+    """Rounds U and Vt to `bits` bits. Every setting is explained in
+    conf/quantizer/gptq_int4.yaml.
+    """
 
     algorithm: Literal["gptq", "rtn"]
     bits: Annotated[int, Field(ge=2, le=8)]
@@ -48,24 +53,34 @@ class FactorQuantizer:
         """Rounding to nearest looks at no inputs."""
         return frozenset({Gram()}) if self.algorithm == "gptq" else frozenset()
 
-    def __call__(self, matrices: Sequence[Tensor], stats: Stats, dtype: torch.dtype, *, free_basis: bool) -> tuple[Rounded, ...]:
-        """The rounded matrices, in float32, and their grids, whose scales are stored in the model's dtype (float16 for float32 models).
+    def __call__(
+        self, matrices: Sequence[Tensor], stats: Stats, dtype: torch.dtype, *, free_basis: bool
+    ) -> tuple[Rounded, ...]:
+        """The rounded matrices, in float32, and their grids, whose scales are stored in the model's
+        dtype (float16 for float32 models).
 
-        matrices: the first sees the linear's inputs, each other one the outputs of the one before; with a free_basis they are
-        Vt and U. Raises ValueError when the Gram is not finite.
+        matrices: the first sees the linear's inputs, each other one the outputs of the one before;
+        with a free_basis they are Vt and U. Raises ValueError when the Gram is not finite.
         """
         if self.rebalance and free_basis:
             Vt, U = matrices
             factors = rebalanced(LowRankFactors(U, Vt))
             matrices = (factors.Vt, factors.U)
         scale_dtype = dtype if dtype in (torch.float16, torch.bfloat16) else torch.float16
-        spacing = Spacing(bits=self.bits, group_size=self.group_size, symmetric=self.symmetric, scale_dtype=scale_dtype)
+        spacing = Spacing(
+            bits=self.bits,
+            group_size=self.group_size,
+            symmetric=self.symmetric,
+            scale_dtype=scale_dtype,
+        )
         if self.algorithm == "rtn":
             found = [round_to_nearest(matrix, spacing) for matrix in matrices]
         else:
             G, found = stats[Gram()], []
             for index, matrix in enumerate(matrices):
-                found.append(gptq(matrix, G, spacing, act_order=self.act_order, damping=self.damping))
+                found.append(
+                    gptq(matrix, G, spacing, act_order=self.act_order, damping=self.damping)
+                )
                 if index + 1 < len(matrices):
                     seen = matrix if self.order == "faithful" else found[-1].values()
                     G = congruence(seen.to(SOLVE_DTYPE), G)
@@ -76,11 +91,16 @@ class FactorQuantizer:
         more = [x for x in damping if x > self.damping]
         if not more:
             return []
-        return [f"GPTQ of {len(more)} linears needed more damping than {self.damping:g}, at most {max(more):.1e} of their mean diagonal"]
+        return [
+            f"GPTQ of {len(more)} linears needed more damping than {self.damping:g}, at most"
+            f" {max(more):.1e} of their mean diagonal"
+        ]
 
 
 def rebalanced(factors: LowRankFactors) -> LowRankFactors:
-    """The same product with orthogonal components, Sigma^{1/2} on each side: an SVD of U Vt through QR of both factors, in float64."""
+    """The same product with orthogonal components, Sigma^{1/2} on each side: an SVD of U Vt through
+    QR of both factors, in float64.
+    """
     Q, R = torch.linalg.qr(factors.U.to(SOLVE_DTYPE))
     P, L = torch.linalg.qr(factors.Vt.to(SOLVE_DTYPE).T)
     A, s, Bt = torch.linalg.svd(R @ L.T)

@@ -18,7 +18,9 @@ class NoQuantizer:
     grid: ClassVar[None] = None
     needs: ClassVar[frozenset[Statistic]] = frozenset()
 
-    def __call__(self, matrices: Sequence[Tensor], stats: Stats, dtype: torch.dtype, *, free_basis: bool) -> tuple[Rounded, ...]:
+    def __call__(
+        self, matrices: Sequence[Tensor], stats: Stats, dtype: torch.dtype, *, free_basis: bool
+    ) -> tuple[Rounded, ...]:
         """The matrices as they are."""
         return tuple(map(Rounded, matrices))
 

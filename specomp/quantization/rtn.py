@@ -1,4 +1,6 @@
-"""Round to nearest: the grid that spans a weight, and the integers nearest to it. Shapes: W (m, n)."""
+"""Round to nearest: the grid that spans a weight, and the integers nearest to it. Shapes: W
+(m, n).
+"""
 
 from dataclasses import dataclass
 
@@ -11,7 +13,9 @@ from specomp.numerics.grid import Grid, GridSpec, limits
 
 @dataclass(frozen=True, eq=False)
 class OnGrid:
-    """A weight (m, n) as integers (m, n) int8 on a grid; the damping that GPTQ needed, of the mean diagonal."""
+    """A weight (m, n) as integers (m, n) int8 on a grid; the damping that GPTQ needed, of the mean
+    diagonal.
+    """
 
     integers: Tensor
     grid: Grid
@@ -29,10 +33,11 @@ class Spacing(GridSpec):
     scale_dtype: torch.dtype
 
     def fit(self, weight: Tensor) -> Grid:
-        """The grid that spans each group's smallest to largest number and contains 0 (as GPTQ's published code, without its search).
+        """The grid that spans each group's smallest to largest number and contains 0 (as GPTQ's
+        published code, without its search).
 
-        A step is (largest - smallest) / (2^bits - 1), symmetric: 2 max|w| / (2^bits - 1), and is rounded to the dtype it is stored in
-        before any weight is rounded to it.
+        A step is (largest - smallest) / (2^bits - 1), symmetric: 2 max|w| / (2^bits - 1), and is
+        rounded to the dtype it is stored in before any weight is rounded to it.
         """
         m, n = weight.shape
         size = min(self.group_size or n, n)
@@ -43,17 +48,28 @@ class Spacing(GridSpec):
             high = torch.maximum(high, -low)
             low = -high
         step = (high - low) / (2**self.bits - 1)
-        scales = step.where(step > 0, 1).clamp_min(torch.finfo(self.scale_dtype).tiny).to(self.scale_dtype)
+        scales = (
+            step.where(step > 0, 1)
+            .clamp_min(torch.finfo(self.scale_dtype).tiny)
+            .to(self.scale_dtype)
+        )
         if not torch.isfinite(scales).all():
-            raise UserError(f"A factor to be quantized is not finite, or too large for a scale in {self.scale_dtype}.")
+            raise UserError(
+                "A factor to be quantized is not finite, or too large for a scale in"
+                f" {self.scale_dtype}."
+            )
         zeros = None
         if not self.symmetric:
             smallest, largest = limits(self.bits)
-            zeros = (smallest - low / scales.float()).round().clamp(smallest, largest).to(torch.int8)
+            zeros = (
+                (smallest - low / scales.float()).round().clamp(smallest, largest).to(torch.int8)
+            )
         return Grid(scales=scales, zeros=zeros, bits=self.bits, group_size=size)
 
 
 def round_to_nearest(weight: Tensor, spacing: Spacing) -> OnGrid:
-    """Every number of a weight (m, n) to the nearest point of the grid that spans it: least squares in the weights, blind to inputs."""
+    """Every number of a weight (m, n) to the nearest point of the grid that spans it: least squares
+    in the weights, blind to inputs.
+    """
     grid = spacing.fit(weight)
     return OnGrid(grid.integers(weight), grid)

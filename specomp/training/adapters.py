@@ -1,4 +1,6 @@
-"""LoRA recovery of a compressed model: adapters on everything that is stored, one Lightning run, merged (methods/lora.py)."""
+"""LoRA recovery of a compressed model: adapters on everything that is stored, one Lightning run,
+merged (methods/lora.py).
+"""
 
 import logging
 from pathlib import Path
@@ -33,7 +35,11 @@ class AdapterModule(DistillationModule):
         """AdamW without decay, as for gates; `base_lr` is what the schedule multiplies."""
         settings = self.settings
         parameters = [p for p in self.student.parameters() if p.requires_grad]
-        group = {"params": parameters, "lr": settings.learning_rate, "base_lr": settings.learning_rate}
+        group = {
+            "params": parameters,
+            "lr": settings.learning_rate,
+            "base_lr": settings.learning_rate,
+        }
         return torch.optim.AdamW([group], betas=settings.betas, weight_decay=0.0)
 
     def training_step(self, batch: int, batch_idx: int) -> torch.Tensor:
@@ -47,12 +53,20 @@ class AdapterModule(DistillationModule):
 
     def end_phase(self, name: str, phase: Phase) -> None:
         """And where it has come to."""
-        self.boundaries.append({"phase": name, "step": self.trainer.global_step, "kl": self.held_out()})
-        log.info("%s: held-out KL %.3f before, %.3f after.", name, self.boundaries[0]["kl"], self.boundaries[-1]["kl"])
+        self.boundaries.append(
+            {"phase": name, "step": self.trainer.global_step, "kl": self.held_out()}
+        )
+        log.info(
+            "%s: held-out KL %.3f before, %.3f after.",
+            name,
+            self.boundaries[0]["kl"],
+            self.boundaries[-1]["kl"],
+        )
 
 
 def recover(run: Run, settings: LoRASettings, teacher: TeacherStates) -> dict[str, Any]:
-    """Train adapters, or take them from the cache, and merge them into the model in place. Returns how it went; `curve` included.
+    """Train adapters, or take them from the cache, and merge them into the model in place. Returns
+    how it went; `curve` included.
 
     teacher: made while the model was dense.
     """
@@ -82,7 +96,9 @@ def recover(run: Run, settings: LoRASettings, teacher: TeacherStates) -> dict[st
 
     def fitted(folder: Path) -> Result:
         module = AdapterModule(run, settings, teacher)
-        return fit(run, module, folder, f"adapters of rank {settings.rank} on {len(matrices)} matrices")
+        return fit(
+            run, module, folder, f"adapters of rank {settings.rank} on {len(matrices)} matrices"
+        )
 
     adapters, report = trained_once(run.cache, key, "adapters", run.progress.curve_file, fitted)
     unexpected = run.model.load_state_dict(adapters, strict=False).unexpected_keys

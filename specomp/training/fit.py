@@ -1,7 +1,7 @@
 """One training: from the cache, or one Lightning run, from its last checkpoint on if there is one.
 
-A finished training is cached by what determines it. An unfinished one leaves its last checkpoint in the cache, and the same command
-continues there.
+A finished training is cached by what determines it. An unfinished one leaves its last checkpoint in
+the cache, and the same command continues there.
 """
 
 import json
@@ -32,17 +32,22 @@ Result = tuple[dict[str, Tensor], dict[str, Any]]
 """What trained, by its name in the model; and how it went, JSON-able."""
 
 
-def trained_once(cache: Cache, key: str, part: str, curve_file: Path | None, run: Callable[[Path], Result]) -> Result:
+def trained_once(
+    cache: Cache, key: str, part: str, curve_file: Path | None, run: Callable[[Path], Result]
+) -> Result:
     """What `run` returns, given a folder for its checkpoints, or returned before under this key.
 
-    The report gains `seconds`; its curve is written to curve_file, one line per optimizer step. part: file of the tensors in the entry.
+    The report gains `seconds`; its curve is written to curve_file, one line per optimizer step.
+    part: file of the tensors in the entry.
     """
     with waiting(cache.lock("trained", key), "does this training"):
-        stored, report = cache.load("trained", key, part), cache.path("trained", key, "report").with_suffix(".json")
+        stored = cache.load("trained", key, part)
+        report = cache.path("trained", key, "report").with_suffix(".json")
         hit = stored is not None and report.exists()
         cache.count("trained", hit=hit)
         if not hit:
-            start, folder = time.perf_counter(), cache.path("trained", key, "checkpoints").with_suffix("")
+            start = time.perf_counter()
+            folder = cache.path("trained", key, "checkpoints").with_suffix("")
             stored, content = run(folder)
             cache.save("trained", key, part, stored)
             with atomic_path(report) as temporary:
@@ -58,8 +63,9 @@ def trained_once(cache: Cache, key: str, part: str, curve_file: Path | None, run
 def fit(run: Run, module: DistillationModule, folder: Path, what: str) -> Result:
     """The run itself. Raises UserError when the training diverges.
 
-    folder: of the checkpoints; whoever stores the result removes it. what: trains, for the log.
-    The model in `run` may be the trained one afterwards or not: where several processes trained, this one only watched.
+    folder: of the checkpoints; whoever stores the result removes it. what: trains, for the log. The
+    model in `run` may be the trained one afterwards or not: where several processes trained, this
+    one only watched.
     """
     settings, samples, device = module.settings, run.training_samples, run.model.device
     make_folder(folder)
@@ -70,17 +76,21 @@ def fit(run: Run, module: DistillationModule, folder: Path, what: str) -> Result
         f", from checkpoint {checkpoint.stem} on" if checkpoint else "",
     )
     with lightning_loop() as terminable:
-        warnings.simplefilter("ignore")  # Lightning's advice on workers, logging intervals and resuming
+        # Lightning's advice on workers, logging intervals and resuming
+        warnings.simplefilter("ignore")
         if settings.activation_checkpointing:
             for layer in run.layers:
                 layer.forward = partial(recompute, layer.forward, use_reentrant=False)  # type: ignore[method-assign]
         trainer = _trainer(run, settings, module, [terminable], folder)
         batches = Batches(module.schedule.total * trainer.accumulate_grad_batches, module)
-        trainer.fit(module, batches, ckpt_path=str(checkpoint) if checkpoint else None, weights_only=True)
+        trainer.fit(
+            module, batches, ckpt_path=str(checkpoint) if checkpoint else None, weights_only=True
+        )
     module.to(device)
     for layer in run.layers:
         vars(layer).pop("forward", None)
-    # A run that was killed between its last step and its end resumes at a checkpoint that is the end.
+    # A run that was killed between its last step and its end resumes at a checkpoint that is the
+    # end.
     ended = folder / FINAL if (folder / FINAL).exists() else checkpoint
     assert ended is not None
     final = torch.load(ended, map_location="cpu", weights_only=True)
@@ -95,7 +105,9 @@ def fit(run: Run, module: DistillationModule, folder: Path, what: str) -> Result
 
 
 class _Checkpoints(ModelCheckpoint):
-    """Knows after a resume which step it has: it would save it again, in the middle of an accumulated gradient."""
+    """Knows after a resume which step it has: it would save it again, in the middle of an
+    accumulated gradient.
+    """
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         super().on_train_start(trainer, pl_module)
@@ -112,10 +124,22 @@ class _Final(L.Callback):
         trainer.save_checkpoint(self.path, weights_only=False)
 
 
-def _trainer(run: Run, settings: Distillation, module: DistillationModule, callbacks: list[L.Callback], folder: Path) -> L.Trainer:
+def _trainer(
+    run: Run,
+    settings: Distillation,
+    module: DistillationModule,
+    callbacks: list[L.Callback],
+    folder: Path,
+) -> L.Trainer:
     """The configured trainer with what a training needs."""
     samples = run.training_samples
-    checkpoints = _Checkpoints(folder, filename="{step:06d}", every_n_train_steps=settings.checkpoint_every, save_top_k=1, monitor=None)
+    checkpoints = _Checkpoints(
+        folder,
+        filename="{step:06d}",
+        every_n_train_steps=settings.checkpoint_every,
+        save_top_k=1,
+        monitor=None,
+    )
     assert run.trainer is not None, "who trains says with what"
     trainer = run.trainer(
         max_steps=module.schedule.total,
@@ -128,19 +152,27 @@ def _trainer(run: Run, settings: Distillation, module: DistillationModule, callb
         precision="bf16-mixed" if settings.precision == "bfloat16" else "32-true",
     )
     settings.check(run.method, run.budget, samples.num_samples, trainer.world_size, dtype="")
-    trainer.accumulate_grad_batches = settings.batch_size // (trainer.world_size * settings.micro_batch_size)
+    trainer.accumulate_grad_batches = settings.batch_size // (
+        trainer.world_size * settings.micro_batch_size
+    )
     return trainer
 
 
 def _accelerator(run: Run) -> str:
     """What the trainer group says; `auto` is where the model is."""
     chosen = str(getattr(run.trainer, "keywords", {}).get("accelerator", "auto"))
-    return {"cuda": "gpu"}.get(run.model.device.type, run.model.device.type) if chosen == "auto" else chosen
+    return (
+        {"cuda": "gpu"}.get(run.model.device.type, run.model.device.type)
+        if chosen == "auto"
+        else chosen
+    )
 
 
 def _latest(folder: Path) -> Path | None:
     """The newest checkpoint that can be read; a damaged one is removed, which is logged."""
-    for path in sorted(folder.glob("*.ckpt"), key=lambda path: path.stat().st_mtime_ns, reverse=True):
+    for path in sorted(
+        folder.glob("*.ckpt"), key=lambda path: path.stat().st_mtime_ns, reverse=True
+    ):
         try:
             torch.load(path, map_location="cpu", weights_only=True)
             return path

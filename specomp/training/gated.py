@@ -1,6 +1,8 @@
-"""Training the spectrum: every linear as gated components, one Lightning run through the phases, the dense model as the teacher.
+"""Training the spectrum: every linear as gated components, one Lightning run through the phases,
+the dense model as the teacher.
 
-The module computes the loss terms once per step; the current phase weighs them. Trainable are the gates' scores and the output biases d.
+The module computes the loss terms once per step; the current phase weighs them. Trainable are the
+gates' scores and the output biases d.
 """
 
 import logging
@@ -27,14 +29,23 @@ HISTOGRAM = (40, 2.0)
 
 
 class GatedLinear(nn.Module):
-    """y = U (g * (R x)) + b + d: a linear as its singular components, each with a trainable gate g = to_gate(score) (SoCo).
+    """y = U (g * (R x)) + b + d: a linear as its singular components, each with a trainable gate g
+    = to_gate(score) (SoCo).
 
-    U (m, a) and R (a, n) are frozen, a the components that still exist of the k there were; scores (k,) and the deviation d (m) train.
-    `mask` (a,), where set, multiplies the gates: how a schedule fades components out. Scores of components that no longer exist rest.
+    U (m, a) and R (a, n) are frozen, a the components that still exist of the k there were; scores
+    (k,) and the deviation d (m) train. `mask` (a,), where set, multiplies the gates: how a schedule
+    fades components out. Scores of components that no longer exist rest.
     """
 
     def __init__(
-        self, U: Tensor, rows: Tensor, bias: Tensor | None, *, to_gate: Callable[[Tensor], Tensor], start: float, deviation: bool
+        self,
+        U: Tensor,
+        rows: Tensor,
+        bias: Tensor | None,
+        *,
+        to_gate: Callable[[Tensor], Tensor],
+        start: float,
+        deviation: bool,
     ) -> None:
         super().__init__()
         self.to_gate = to_gate
@@ -43,10 +54,17 @@ class GatedLinear(nn.Module):
         self.U = nn.Parameter(U, requires_grad=False)
         self.rows = nn.Parameter(rows, requires_grad=False)
         self.bias = None if bias is None else nn.Parameter(bias.detach(), requires_grad=False)
-        self.scores = nn.Parameter(torch.full((len(rows),), start, dtype=torch.float32, device=U.device))
-        self.deviation = nn.Parameter(torch.zeros(len(U), dtype=torch.float32, device=U.device)) if deviation else None
+        self.scores = nn.Parameter(
+            torch.full((len(rows),), start, dtype=torch.float32, device=U.device)
+        )
+        self.deviation = (
+            nn.Parameter(torch.zeros(len(U), dtype=torch.float32, device=U.device))
+            if deviation
+            else None
+        )
         self.register_buffer("alive", torch.ones(len(rows), dtype=torch.bool, device=U.device))
-        # Where `alive` is true. Reading by a mask would make a GPU wait for the host, four times per linear and step.
+        # Where `alive` is true. Reading by a mask would make a GPU wait for the host, four times
+        # per linear and step.
         self.register_buffer("existing", torch.arange(len(rows), device=U.device), persistent=False)
         self.mask: Tensor | None = None
 
@@ -57,7 +75,8 @@ class GatedLinear(nn.Module):
     @torch.no_grad()
     def prune(self, keep: Tensor) -> None:
         """Drop components physically; keep (a,) is over those that exist."""
-        self.U.data, self.rows.data = self.U.data[:, keep].contiguous(), self.rows.data[keep].contiguous()
+        self.U.data = self.U.data[:, keep].contiguous()
+        self.rows.data = self.rows.data[keep].contiguous()
         self.existing = self.existing[keep]
         self.alive.zero_()[self.existing] = True
         self.mask = None
@@ -73,7 +92,9 @@ class GatedLinear(nn.Module):
 
 
 def price_of(form: Form) -> Price:
-    """What a form stores of m x n matrices at ranks, all of which may be tensors; it can be sent to another process."""
+    """What a form stores of m x n matrices at ranks, all of which may be tensors; it can be sent to
+    another process.
+    """
     return partial(_price, form)
 
 
@@ -89,7 +110,12 @@ class SpectrumModule(DistillationModule):
     settings: SpectrumSettings
 
     def __init__(
-        self, run: Run, settings: SpectrumSettings, teacher: TeacherStates, gated: Mapping[str, GatedLinear], target: float
+        self,
+        run: Run,
+        settings: SpectrumSettings,
+        teacher: TeacherStates,
+        gated: Mapping[str, GatedLinear],
+        target: float,
     ) -> None:
         """gated: by the name of its linear; target: the retention wanted."""
         super().__init__(run, settings, teacher)
@@ -98,7 +124,11 @@ class SpectrumModule(DistillationModule):
         self.linears = [x for x in run.linears if x.name in self.gated]
         self.budget = self._budget()
         with torch.no_grad():
-            self.initial = float(self.budget.soft_retention(self.flat_gates(), settings.threshold, settings.temperature_start))
+            self.initial = float(
+                self.budget.soft_retention(
+                    self.flat_gates(), settings.threshold, settings.temperature_start
+                )
+            )
 
     def _budget(self) -> GateBudget:
         counts = [len(self.gated[x.name].rows) for x in self.linears]
@@ -116,7 +146,13 @@ class SpectrumModule(DistillationModule):
     def configure_optimizers(self) -> torch.optim.Optimizer:
         """AdamW without decay; `base_lr` is what the schedule multiplies."""
         settings = self.settings
-        groups = [{"params": [x.scores for x in self.gated.values()], "lr": settings.learning_rate, "base_lr": settings.learning_rate}]
+        groups = [
+            {
+                "params": [x.scores for x in self.gated.values()],
+                "lr": settings.learning_rate,
+                "base_lr": settings.learning_rate,
+            }
+        ]
         deviations = [x.deviation for x in self.gated.values() if x.deviation is not None]
         if deviations:
             rate = settings.learning_rate_deviation
@@ -129,7 +165,9 @@ class SpectrumModule(DistillationModule):
         self._fade(gates, self.phase.cut(self.progress))
         terms = LossTerms(
             performance=self.step_performance(batch_idx),
-            soft_retention=self.budget.soft_retention(gates, settings.threshold, self._temperature()),
+            soft_retention=self.budget.soft_retention(
+                gates, settings.threshold, self._temperature()
+            ),
             hard_retention=self.budget.hard_retention(gates, settings.threshold),
             gates=gates,
             threshold=settings.threshold,
@@ -141,7 +179,10 @@ class SpectrumModule(DistillationModule):
 
     def _temperature(self) -> float:
         settings = self.settings
-        return float(settings.temperature_start * (settings.temperature_end / settings.temperature_start) ** self.position)
+        return float(
+            settings.temperature_start
+            * (settings.temperature_end / settings.temperature_start) ** self.position
+        )
 
     def _fade(self, gates: Tensor, cut: float) -> None:
         """Set the masks: losers at the cut threshold count 1 - cut."""
@@ -155,14 +196,22 @@ class SpectrumModule(DistillationModule):
     def cut_threshold(self, gates: Tensor) -> float:
         """Where the hard cut is made."""
         settings = self.settings
-        return self.budget.threshold_for(gates, self.target) if settings.pruning.exact_budget else float(settings.threshold)
+        return (
+            self.budget.threshold_for(gates, self.target)
+            if settings.pruning.exact_budget
+            else float(settings.threshold)
+        )
 
     # --- what the schedule and the logs ask
 
     def counts(self) -> dict[str, Any]:
         """Components at or above the threshold, per type of linear."""
         counts: dict[str, int] = {}
-        for linear, rank in zip(self.linears, self.budget.ranks(self.flat_gates(), self.settings.threshold).tolist(), strict=True):
+        for linear, rank in zip(
+            self.linears,
+            self.budget.ranks(self.flat_gates(), self.settings.threshold).tolist(),
+            strict=True,
+        ):
             counts[f"kept/{linear.kind}"] = counts.get(f"kept/{linear.kind}", 0) + int(rank)
         return counts
 
@@ -176,24 +225,39 @@ class SpectrumModule(DistillationModule):
             return ""
         now = self.curve[-1]
         return (
-            f"{now['phase']}: KL {now['kl']:.3f}, retention {now['soft']:.3f} soft {now['hard']:.3f} hard, "
-            f"{now['tokens_per_second']:.0f} tokens/s"
+            f"{now['phase']}: KL {now['kl']:.3f}, retention {now['soft']:.3f} soft"
+            f" {now['hard']:.3f} hard, {now['tokens_per_second']:.0f} tokens/s"
         )
 
     def end_phase(self, name: str, phase: Phase) -> None:
         """Measure with and without the hard cut, then drop the losers if the phase says so."""
         gates = self.flat_gates()
-        state: dict[str, Any] = {"phase": name, "step": self.trainer.global_step, **self.measure(), "histograms": self.histograms()}
+        state: dict[str, Any] = {
+            "phase": name,
+            "step": self.trainer.global_step,
+            **self.measure(),
+            "histograms": self.histograms(),
+        }
         if phase.prune_margin is not None:
             threshold = self.budget.threshold_for(gates, phase.prune_margin * self.target)
             state["existing_before"] = len(gates)
             keeps = self.budget.kept(gates, threshold).split(self.budget.counts)
-            self._prune({self.gated[x.name]: keep for x, keep in zip(self.linears, keeps, strict=True)})
+            self._prune(
+                {self.gated[x.name]: keep for x, keep in zip(self.linears, keeps, strict=True)}
+            )
             state["existing"] = len(self.flat_gates())
         self.boundaries.append(state)
         log.info(
-            "phase %s ended at step %d: held-out KL %.3f uncut, %.3f cut at %.3f (retention %.4f; %.4f at %.2f)",
-            *(name, state["step"], state["kl"], state["kl_cut"], state["threshold"], state["retention"]),
+            "phase %s ended at step %d: held-out KL %.3f uncut, %.3f cut at %.3f (retention %.4f;"
+            " %.4f at %.2f)",
+            *(
+                name,
+                state["step"],
+                state["kl"],
+                state["kl_cut"],
+                state["threshold"],
+                state["retention"],
+            ),
             *(state["retention_at_fixed"], self.settings.threshold),
         )
 
@@ -207,7 +271,9 @@ class SpectrumModule(DistillationModule):
 
     @torch.no_grad()
     def histograms(self) -> dict[str, list[int]]:
-        """Gates per type of linear, counted in equal bins of HISTOGRAM; larger ones fall into the last."""
+        """Gates per type of linear, counted in equal bins of HISTOGRAM; larger ones fall into the
+        last.
+        """
         bins, top = HISTOGRAM
         found: dict[str, Tensor] = {}
         for linear in self.linears:

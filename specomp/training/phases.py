@@ -1,4 +1,6 @@
-"""Training as an ordered list of phases: what a step knows, how a phase weighs it, what all trainings share."""
+"""Training as an ordered list of phases: what a step knows, how a phase weighs it, what all
+trainings share.
+"""
 
 import math
 from abc import ABC, abstractmethod
@@ -38,16 +40,22 @@ class LossTerms:
 
 @configurable
 class Convergence:
-    """When a phase may end before its steps are used up: the budget is met and the performance loss no longer falls."""
+    """When a phase may end before its steps are used up: the budget is met and the performance loss
+    no longer falls.
+    """
 
     window: Annotated[int, Field(ge=2)]  # steps averaged; compared with as many before them
-    tolerance: Annotated[float, Field(ge=0)]  # relative fall of the mean performance loss that still counts as progress
+    # relative fall of the mean performance loss that still counts as progress
+    tolerance: Annotated[float, Field(ge=0)]
 
     def reached(self, history: Sequence[float], hard_retention: float, target: float) -> bool:
         """history: performance loss of every step of the phase so far."""
         if len(history) < 2 * self.window or hard_retention > target:
             return False
-        now, before = (sum(part) / self.window for part in (history[-self.window :], history[-2 * self.window : -self.window]))
+        now, before = (
+            sum(part) / self.window
+            for part in (history[-self.window :], history[-2 * self.window : -self.window])
+        )
         return now >= before * (1 - self.tolerance)
 
 
@@ -57,7 +65,8 @@ class Phase:
 
     steps: Count  # optimizer steps, at most
     until: Convergence | None  # null: exactly `steps`
-    # Physical pruning at the end of the phase: keep the best components worth this multiple of the wanted retention; null: keep all.
+    # Physical pruning at the end of the phase: keep the best components worth this multiple of the
+    # wanted retention; null: keep all.
     prune_margin: Annotated[float, Field(ge=1)] | None
 
     def loss(self, terms: LossTerms, progress: float) -> Tensor:
@@ -71,7 +80,9 @@ class Phase:
 
 @configurable
 class Distillation(ABC):
-    """The settings that trainings share; see conf/method/training/soco.yaml, where each is explained."""
+    """The settings that trainings share; see conf/method/training/soco.yaml, where each is
+    explained.
+    """
 
     active: ClassVar[bool] = True
 
@@ -97,13 +108,18 @@ class Distillation(ABC):
         """The phases to run, in order, by name."""
 
     def samples_of(self, calibration: int) -> int:
-        """How many samples of the calibration's text it trains on: what was asked for, or those of the calibration set."""
+        """How many samples of the calibration's text it trains on: what was asked for, or those of
+        the calibration set.
+        """
         return self.num_samples or calibration
 
     @model_validator(mode="after")
     def _batches_divide(self) -> "Distillation":
         if self.batch_size % self.micro_batch_size:
-            raise ValueError(f"batch_size {self.batch_size} is not a multiple of micro_batch_size {self.micro_batch_size}")
+            raise ValueError(
+                f"batch_size {self.batch_size} is not a multiple of micro_batch_size"
+                f" {self.micro_batch_size}"
+            )
         return self
 
     @property
@@ -116,38 +132,53 @@ class Distillation(ABC):
         with run.progress.stage("train"):
             return TeacherStates(run)
 
-    def check(self, method: Method, budget: Any, num_samples: int, processes: int, dtype: str) -> None:
-        """Whether the samples to train on, a trainer and the model's dtype fit. Raises UserError."""
-        if self.precision == "bfloat16" and dtype == "float16":  # autocast mixes bfloat16 with float32 only
+    def check(
+        self, method: Method, budget: Any, num_samples: int, processes: int, dtype: str
+    ) -> None:
+        """Whether the samples to train on, a trainer and the model's dtype fit. Raises
+        UserError.
+        """
+        # autocast mixes bfloat16 with float32 only
+        if self.precision == "bfloat16" and dtype == "float16":
             raise UserError(
                 f"{type(self).__name__} in bfloat16 cannot train a float16 model: "
                 "set model.dtype=bfloat16, or method.training.precision=float32."
             )
         if num_samples <= self.held_out:
             raise UserError(
-                f"method.training.held_out={self.held_out} samples are kept aside, but there are {num_samples} to train on: "
-                "raise method.training.num_samples, or calibration.num_samples."
+                f"method.training.held_out={self.held_out} samples are kept aside, but there are"
+                f" {num_samples} to train on: raise method.training.num_samples, or"
+                " calibration.num_samples."
             )
         if self.batch_size % (processes * self.micro_batch_size):
             raise UserError(
-                f"method.training.batch_size={self.batch_size} is not a multiple of trainer.devices={processes} processes times "
-                f"micro_batch_size={self.micro_batch_size}."
+                f"method.training.batch_size={self.batch_size} is not a multiple of"
+                f" trainer.devices={processes} processes times"
+                f" micro_batch_size={self.micro_batch_size}."
             )
 
 
 @configurable
 class Pruning:
-    """What is kept of the trained spectrum: SoCo is (score, trained, trained); everything else is an ablation."""
+    """What is kept of the trained spectrum: SoCo is (score, trained, trained); everything else is
+    an ablation.
+    """
 
-    exact_budget: bool  # one global threshold found by bisection meets the ratio; false: the fixed threshold, whatever it keeps
-    ranks: Literal["trained", "allocation"]  # components per linear: as training left them, or uniform at the wanted retention
-    order: Literal["score", "singular_value"]  # which ones: the highest gates, or the largest singular values
+    # one global threshold found by bisection meets the ratio; false: the fixed threshold, whatever
+    # it keeps
+    exact_budget: bool
+    # components per linear: as training left them, or uniform at the wanted retention
+    ranks: Literal["trained", "allocation"]
+    # which ones: the highest gates, or the largest singular values
+    order: Literal["score", "singular_value"]
     values: Literal["trained", "plain"]  # S as trained, or 1
 
 
 @configurable
 class SpectrumSettings(Distillation):
-    """Which phases, how a score becomes a gate, how it is optimized, what is kept; see conf/method/training/soco.yaml."""
+    """Which phases, how a score becomes a gate, how it is optimized, what is kept; see
+    conf/method/training/soco.yaml.
+    """
 
     stages: dict[str, Phase]
     phases: Annotated[list[str], Field(min_length=1)]
@@ -170,10 +201,16 @@ class SpectrumSettings(Distillation):
     @property
     def schedule(self) -> dict[str, Phase]:
         """The phases to run, in order, by name; one used twice gets a number."""
-        names = [f"{name}{'' if name not in self.phases[:i] else i + 1}" for i, name in enumerate(self.phases)]
+        names = [
+            f"{name}{'' if name not in self.phases[:i] else i + 1}"
+            for i, name in enumerate(self.phases)
+        ]
         phases = [self.stages[name] for name in self.phases]
         steps = [max(1, round(phase.steps * self.steps_factor)) for phase in phases]
-        return {name: replace(phase, steps=count) for name, phase, count in zip(names, phases, steps, strict=True)}
+        return {
+            name: replace(phase, steps=count)
+            for name, phase, count in zip(names, phases, steps, strict=True)
+        }
 
     @property
     def gate(self) -> GateMapping:
@@ -197,7 +234,9 @@ class LoRASettings(Distillation):
 
 @dataclass(frozen=True)
 class Cosine:
-    """Multiple of the base learning rate: linear from 0 over the share `warmup` of the run, then half a cosine down to `final`."""
+    """Multiple of the base learning rate: linear from 0 over the share `warmup` of the run, then
+    half a cosine down to `final`.
+    """
 
     warmup: float
     final: float

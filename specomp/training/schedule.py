@@ -26,11 +26,17 @@ class Phased(Protocol):
 
 
 class PhaseSchedule(L.Callback):
-    """Runs phases in order: tells the module where it is, sets the learning rate, ends the run. Its state goes into the checkpoint."""
+    """Runs phases in order: tells the module where it is, sets the learning rate, ends the run. Its
+    state goes into the checkpoint.
+    """
 
     def __init__(self, phases: dict[str, Phase], learning_rate: Callable[[float], float]) -> None:
-        """learning_rate: multiple of each group's base rate at a share of the planned run in [0, 1)."""
-        self.names, self.phases, self.learning_rate = list(phases), list(phases.values()), learning_rate
+        """learning_rate: multiple of each group's base rate at a share of the planned run in [0,
+        1).
+        """
+        self.names = list(phases)
+        self.phases = list(phases.values())
+        self.learning_rate = learning_rate
         self.index, self.start = 0, 0
         self.history: list[float] = []
 
@@ -49,25 +55,36 @@ class PhaseSchedule(L.Callback):
         """Of the current phase, or of the last one when all are over."""
         return self.names[min(self.index, len(self.names) - 1)]
 
-    def on_train_batch_start(self, trainer: L.Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
+    def on_train_batch_start(
+        self, trainer: L.Trainer, pl_module: Any, batch: Any, batch_idx: int
+    ) -> None:
         """Where the run is, as a function of the step and of when the phase began."""
         if self.finished:
             return
         done = trainer.global_step - self.start
-        pl_module.phase, pl_module.progress = self.phases[self.index], done / self.phases[self.index].steps
-        pl_module.position = (sum(phase.steps for phase in self.phases[: self.index]) + done) / self.total
+        pl_module.phase = self.phases[self.index]
+        pl_module.progress = done / self.phases[self.index].steps
+        pl_module.position = (
+            sum(phase.steps for phase in self.phases[: self.index]) + done
+        ) / self.total
         for group in trainer.optimizers[0].param_groups:
             group["lr"] = group["base_lr"] * self.learning_rate(pl_module.position)
 
-    def on_train_batch_end(self, trainer: L.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
-        """Move on when the phase is over. Batches that only accumulate a gradient change nothing."""
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Move on when the phase is over. Batches that only accumulate a gradient change
+        nothing.
+        """
         if self.finished:
             return
         done, phase = trainer.global_step - self.start, self.phases[self.index]
         if done <= len(self.history):
             return
         self.history.append(pl_module.performance())
-        if done < phase.steps and not (phase.until and phase.until.reached(self.history, *pl_module.budget_met())):
+        if done < phase.steps and not (
+            phase.until and phase.until.reached(self.history, *pl_module.budget_met())
+        ):
             return
         pl_module.end_phase(self.name, phase)
         self.index, self.start, self.history = self.index + 1, trainer.global_step, []
@@ -79,4 +96,6 @@ class PhaseSchedule(L.Callback):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """From the checkpoint."""
-        self.index, self.start, self.history = state_dict["index"], state_dict["start"], list(state_dict["history"])
+        self.index = state_dict["index"]
+        self.start = state_dict["start"]
+        self.history = list(state_dict["history"])

@@ -1,6 +1,7 @@
 """From spectra to trained gates, and to the components they keep: what surrounds gated.py.
 
-What is kept of a trained spectrum (method.training.pruning) does not determine the training, so every ablation of it reads one run.
+What is kept of a trained spectrum (method.training.pruning) does not determine the training, so
+every ablation of it reads one run.
 """
 
 from collections.abc import Mapping, Sequence
@@ -34,7 +35,9 @@ BINS = 24
 
 @dataclass(frozen=True, kw_only=True)
 class Gates:
-    """What training decided, per linear: gates (k,), which components still exist (k,), and d (m) or None; and how it went."""
+    """What training decided, per linear: gates (k,), which components still exist (k,), and d (m)
+    or None; and how it went.
+    """
 
     gates: dict[str, Tensor]
     alive: dict[str, Tensor]
@@ -44,7 +47,9 @@ class Gates:
 
 @dataclass(frozen=True, kw_only=True)
 class GatedChoice:
-    """The components that are kept, with their gates: what the forms of a trained model are made of."""
+    """The components that are kept, with their gates: what the forms of a trained model are made
+    of.
+    """
 
     choices: dict[Unit, Choice]
     by: str
@@ -70,7 +75,11 @@ class GatedChoice:
         """b + d; None where there is neither."""
         parts = [x for x in (old, self.trained.deviations[linear.name]) if x is not None]
         device = self.components(linear).U.device
-        return torch.stack([x.detach().to(device, torch.float32) for x in parts]).sum(0) if parts else None
+        return (
+            torch.stack([x.detach().to(device, torch.float32) for x in parts]).sum(0)
+            if parts
+            else None
+        )
 
 
 def train(
@@ -84,10 +93,12 @@ def train(
     gains: Mapping[str, float | None],
     by: str,
 ) -> GatedChoice:
-    """Train gates and choose: from the cache, from a checkpoint on, or from the start. Raises UserError when the training diverges.
+    """Train gates and choose: from the cache, from a checkpoint on, or from the start. Raises
+    UserError when the training diverges.
 
-    choices: of an allocation: components each linear starts with, the largest first; dense ones start with all of them.
-    components: what is trained, of the dense model or of what is stored; target: the retention wanted.
+    choices: of an allocation: components each linear starts with, the largest first; dense ones
+    start with all of them. components: what is trained, of the dense model or of what is stored;
+    target: the retention wanted.
     """
     with run.progress.stage("train"):
         trained = _trained(run, settings, choices, components, teacher, target)
@@ -101,7 +112,9 @@ def train(
         "pruning": pruning,
         "profiles": profiles,
     }
-    run.progress.trained(account | {"curve": trained.report["curve"]}, (run.linears, trained.gates, kept))
+    run.progress.trained(
+        account | {"curve": trained.report["curve"]}, (run.linears, trained.gates, kept)
+    )
     return GatedChoice(
         choices={unit: stored_as(run, unit, len(kept[unit.linears[0].name])) for unit in run.units},
         by=by,
@@ -123,7 +136,12 @@ def stored_as(run: Run, unit: Unit, rank: int) -> Choice:
 
 
 def _trained(
-    run: Run, settings: SpectrumSettings, choices: Mapping[Unit, Choice], components: Spectra, teacher: TeacherStates, target: float
+    run: Run,
+    settings: SpectrumSettings,
+    choices: Mapping[Unit, Choice],
+    components: Spectra,
+    teacher: TeacherStates,
+    target: float,
 ) -> Gates:
     described = describe(settings)
     pruning = described.pop("pruning")
@@ -136,7 +154,8 @@ def _trained(
             "spectra": components.key,
             "samples": run.training_samples.hash,
             "half": run.half_forward,
-            "settings": described | {"stages": {name: describe(phase) for name, phase in settings.schedule.items()}},
+            "settings": described
+            | {"stages": {name: describe(phase) for name, phase in settings.schedule.items()}},
             "exact_budget": pruning["exact_budget"],
             "retention": target,
             "ranks": starts,
@@ -149,9 +168,14 @@ def _trained(
         gated = gate(run, settings, choices, components)
         module = SpectrumModule(run, settings, teacher, gated, target)
         scores = sum(len(x.scores) for x in gated.values())
-        what = f"{scores} scores{' and biases' if settings.deviation else ''} of {len(gated)} linears"
+        what = (
+            f"{scores} scores{' and biases' if settings.deviation else ''} of {len(gated)} linears"
+        )
         stored, content = fit(run, module, folder, what)
-        return stored, content | {"initial_soft_retention": module.initial, "histogram_top": HISTOGRAM[1]}
+        return stored, content | {
+            "initial_soft_retention": module.initial,
+            "histogram_top": HISTOGRAM[1],
+        }
 
     stored, content = trained_once(run.cache, key, "scores", run.progress.curve_file, fitted)
     names = [x.name for x in run.linears]
@@ -163,7 +187,9 @@ def _trained(
     )
 
 
-def gate(run: Run, settings: SpectrumSettings, choices: Mapping[Unit, Choice], components: Spectra) -> dict[str, GatedLinear]:
+def gate(
+    run: Run, settings: SpectrumSettings, choices: Mapping[Unit, Choice], components: Spectra
+) -> dict[str, GatedLinear]:
     """Replace every linear of the model by its gated components, in place."""
     run.model.requires_grad_(False)
     dtype = torch.bfloat16 if settings.precision == "bfloat16" else torch.float32
@@ -186,7 +212,9 @@ def gate(run: Run, settings: SpectrumSettings, choices: Mapping[Unit, Choice], c
     return gated
 
 
-def choose(run: Run, settings: SpectrumSettings, trained: Gates, target: float) -> tuple[dict[str, Tensor], dict[str, float]]:
+def choose(
+    run: Run, settings: SpectrumSettings, trained: Gates, target: float
+) -> tuple[dict[str, Tensor], dict[str, float]]:
     """Indices of the components to keep, per linear, and what was counted on the way."""
     pruning, linears = settings.pruning, run.linears
     counts = [len(trained.gates[x.name]) for x in linears]
@@ -198,9 +226,19 @@ def choose(run: Run, settings: SpectrumSettings, trained: Gates, target: float) 
     masks = (budget.kept(gates, threshold) & alive).split(budget.counts)
     ranks = {x.name: int(mask.sum()) for x, mask in zip(linears, masks, strict=True)}
     if pruning.ranks == "allocation":
-        menu = options(run.units, [run.method.packing], Numbers(compression=retained(target)), run.model.dtype, None, None)  # type: ignore[arg-type]
+        menu = options(
+            run.units,
+            [run.method.packing],
+            Numbers(compression=retained(target)),
+            run.model.dtype,
+            None,  # type: ignore[arg-type]
+            None,
+        )
         uniform = fill(menu, dict.fromkeys(menu, target), target)
-        ranks = {unit.name: min(menu[unit].choice(i).size, len(trained.gates[unit.name])) for unit, i in uniform.items()}
+        ranks = {
+            unit.name: min(menu[unit].choice(i).size, len(trained.gates[unit.name]))
+            for unit, i in uniform.items()
+        }
     chosen = {}
     for linear, mask in zip(linears, masks, strict=True):
         count, exists = ranks[linear.name], trained.alive[linear.name]
@@ -222,9 +260,13 @@ def choose(run: Run, settings: SpectrumSettings, trained: Gates, target: float) 
 
 
 def gate_profiles(
-    linears: Sequence[LinearSpec], gates: Mapping[str, Tensor], alive: Mapping[str, Tensor], chosen: Mapping[str, Tensor]
+    linears: Sequence[LinearSpec],
+    gates: Mapping[str, Tensor],
+    alive: Mapping[str, Tensor],
+    chosen: Mapping[str, Tensor],
 ) -> dict[str, dict[str, list[float]]]:
-    """By kind of linear: gates (pruned: 0) and share kept in BINS equal ranges of the component index, means over decoder layers.
+    """By kind of linear: gates (pruned: 0) and share kept in BINS equal ranges of the component
+    index, means over decoder layers.
 
     gates, alive: (k,) per linear; chosen: indices kept. Component 0 has the largest singular value.
     """
@@ -238,7 +280,9 @@ def gate_profiles(
     found = {}
     for kind in dict.fromkeys(x.kind for x in linears):
         names = [x.name for x in linears if x.kind == kind]
-        kept = [torch.zeros(len(gates[name])).index_fill(0, chosen[name].cpu(), 1.0) for name in names]
+        kept = [
+            torch.zeros(len(gates[name])).index_fill(0, chosen[name].cpu(), 1.0) for name in names
+        ]
         found[kind] = {
             "gate": mean([profile(torch.where(alive[name], gates[name], 0.0)) for name in names]),
             "kept": mean([profile(x) for x in kept]),

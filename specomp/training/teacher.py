@@ -1,11 +1,14 @@
-"""The dense model as a teacher: its last hidden states, computed once per calibration set and cached.
+"""The dense model as a teacher: its last hidden states, computed once per calibration set and
+cached.
 
-The student keeps the dense model's embeddings, final norm and LM head untouched, so these states times the shared head are the teacher's
-logits: no second model is in memory, and every ratio, start and ablation reads the same states.
+The student keeps the dense model's embeddings, final norm and LM head untouched, so these states
+times the shared head are the teacher's logits: no second model is in memory, and every ratio, start
+and ablation reads the same states.
 """
 
 import logging
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -46,11 +49,17 @@ class TeacherStates:
     def _compute(self, run: Run) -> None:
         decoder, index = run.family.decoder(run.model), 0
         loader = run.training_samples.batches()
-        for batch in track(loader, f"teacher: {run.training_samples.num_samples} samples", len(loader)):
+        for batch in track(
+            loader, f"teacher: {run.training_samples.num_samples} samples", len(loader)
+        ):
             with run.forward_precision():
-                hidden = decoder(input_ids=batch.to(run.model.device), use_cache=False).last_hidden_state
+                hidden = decoder(
+                    input_ids=batch.to(run.model.device), use_cache=False
+                ).last_hidden_state
             for sample in hidden:
-                self.cache.save("teacher", self.key, part_name(index), {"hidden": sample.contiguous().cpu()})
+                self.cache.save(
+                    "teacher", self.key, part_name(index), {"hidden": sample.contiguous().cpu()}
+                )
                 index += 1
 
     def __call__(self, indices: Sequence[int]) -> Tensor:
@@ -58,7 +67,10 @@ class TeacherStates:
         parts = [self.cache.load("teacher", self.key, part_name(i)) for i in indices]
         missing = [i for i, part in zip(indices, parts, strict=True) if part is None]
         if missing:
-            raise RuntimeError(f"The cache lost the teacher's states of samples {missing}: run the same command again.")
+            raise RuntimeError(
+                f"The cache lost the teacher's states of samples {missing}: run the same command"
+                " again."
+            )
         return torch.stack([part["hidden"] for part in parts if part is not None])
 
 
@@ -68,13 +80,20 @@ def part_name(sample: int) -> str:
 
 
 def head_of(model: torch.nn.Module) -> Head:
-    """Hidden states (..., hidden) -> float32 logits (..., vocabulary), with the soft cap of the families that have one.
+    """Hidden states (..., hidden) -> float32 logits (..., vocabulary), with the soft cap of the
+    families that have one.
 
-    Under autocast the weight is cast once, here: autocast itself casts a frozen one anew at every product.
+    Under autocast the weight is cast once, here: autocast itself casts a frozen one anew at every
+    product.
     """
-    output, cap = model.get_output_embeddings(), getattr(model.config, "final_logit_softcapping", None)  # type: ignore[operator, union-attr]
+    output: Any = model.get_output_embeddings()  # type: ignore[operator]
+    cap = getattr(model.config, "final_logit_softcapping", None)
     kind = output.weight.device.type
-    weight = output.weight.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else output.weight
+    weight = (
+        output.weight.to(torch.get_autocast_dtype(kind))
+        if torch.is_autocast_enabled(kind)
+        else output.weight
+    )
 
     def head(hidden: Tensor) -> Tensor:
         logits = torch.nn.functional.linear(hidden.to(weight.dtype), weight, output.bias).float()
@@ -83,11 +102,20 @@ def head_of(model: torch.nn.Module) -> Head:
     return head
 
 
-def distillation(student: Tensor, teacher: Tensor, head: Head, chunk: int, labels: Tensor | None = None, weight: float = 0.0) -> Tensor:
-    """Mean over tokens of KL(softmax(head(teacher)) || softmax(head(student))), for hidden states (batch, length, hidden); in nats.
+def distillation(
+    student: Tensor,
+    teacher: Tensor,
+    head: Head,
+    chunk: int,
+    labels: Tensor | None = None,
+    weight: float = 0.0,
+) -> Tensor:
+    """Mean over tokens of KL(softmax(head(teacher)) || softmax(head(student))), for hidden states
+    (batch, length, hidden); in nats.
 
-    labels (batch, length), with a weight: adds weight times the next-token cross-entropy. The gradient reaches `student` only.
-    Logits of `chunk` tokens at a time: neither model's logits of a whole batch are ever in memory, and none wait for the backward pass.
+    labels (batch, length), with a weight: adds weight times the next-token cross-entropy. The
+    gradient reaches `student` only. Logits of `chunk` tokens at a time: neither model's logits of a
+    whole batch are ever in memory, and none wait for the backward pass.
     """
     flat, target = student.flatten(0, -2), teacher.detach().flatten(0, -2)
     following = None
@@ -98,7 +126,9 @@ def distillation(student: Tensor, teacher: Tensor, head: Head, chunk: int, label
 
 
 class _Distillation(torch.autograd.Function):
-    """The gradient with respect to the student's hidden states is taken chunk by chunk in the forward pass and kept: (tokens, hidden)."""
+    """The gradient with respect to the student's hidden states is taken chunk by chunk in the
+    forward pass and kept: (tokens, hidden).
+    """
 
     @staticmethod
     def forward(ctx, student, teacher, head, chunk, labels, weight):  # type: ignore[no-untyped-def]
@@ -114,7 +144,8 @@ class _Distillation(torch.autograd.Function):
             own = torch.log_softmax(logits.detach(), dim=-1)
             wanted, slope = reference.exp(), own.exp()
             total += (wanted * (reference - own)).sum(dtype=torch.float64) / len(student)
-            # d KL / d logits = softmax(own) - softmax(reference), d cross-entropy / d logits = softmax(own) - one-hot
+            # d KL / d logits = softmax(own) - softmax(reference), d cross-entropy / d logits =
+            # softmax(own) - one-hot
             gradient = (slope - wanted) / len(student)
             if followed:
                 rows = (labels[part] != -100).nonzero().flatten()

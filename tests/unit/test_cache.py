@@ -1,4 +1,6 @@
-"""The store on disk: what is written is what is read, damage is noticed, an entry is made once, a full disk is one line."""
+"""The store on disk: what is written is what is read, damage is noticed, an entry is made once, a
+full disk is one line.
+"""
 
 import errno
 import logging
@@ -20,7 +22,15 @@ from specomp.errors import UserError
 from specomp.models.load import torch_device
 
 KEY = "ab" * 32
-DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16, torch.int64, torch.uint8, torch.bool]
+DTYPES = [
+    torch.float64,
+    torch.float32,
+    torch.bfloat16,
+    torch.float16,
+    torch.int64,
+    torch.uint8,
+    torch.bool,
+]
 
 
 def payload() -> dict[str, torch.Tensor]:
@@ -29,7 +39,11 @@ def payload() -> dict[str, torch.Tensor]:
 
 def files(root: Path) -> list[str]:
     """Everything on disk but the locks, hidden files included."""
-    return sorted(str(path.relative_to(root)) for path in root.rglob("*") if path.is_file() and "locks" not in path.parts)
+    return sorted(
+        str(path.relative_to(root))
+        for path in root.rglob("*")
+        if path.is_file() and "locks" not in path.parts
+    )
 
 
 @pytest.fixture
@@ -41,7 +55,11 @@ def entry(cache) -> Path:
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_what_is_saved_is_loaded(cache, dtype):
-    saved = {"a": torch.arange(6).view(2, 3).to(dtype), "view": torch.arange(8).to(dtype)[::2], "empty": torch.empty(0, 3, dtype=dtype)}
+    saved = {
+        "a": torch.arange(6).view(2, 3).to(dtype),
+        "view": torch.arange(8).to(dtype)[::2],
+        "empty": torch.empty(0, 3, dtype=dtype),
+    }
     cache.save("kind", KEY, "x", saved)
     loaded = cache.load("kind", KEY, "x")
     assert loaded is not None and loaded.keys() == saved.keys()
@@ -141,9 +159,19 @@ def one_line(caught) -> str:
     return text
 
 
-FULL = [OSError(errno.ENOSPC, "No space left on device"), OSError(errno.EDQUOT, "Disk quota exceeded")]
-FULL += [safetensors.SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")]
-BLOCKED = [PermissionError(errno.EACCES, "Permission denied"), OSError(errno.EROFS, "Read-only file system")]
+FULL = [
+    OSError(errno.ENOSPC, "No space left on device"),
+    OSError(errno.EDQUOT, "Disk quota exceeded"),
+]
+FULL += [
+    safetensors.SafetensorError(
+        "Error while serializing: I/O error: No space left on device (os error 28)"
+    )
+]
+BLOCKED = [
+    PermissionError(errno.EACCES, "Permission denied"),
+    OSError(errno.EROFS, "Read-only file system"),
+]
 
 
 def raising(error: Exception):
@@ -156,13 +184,19 @@ def raising(error: Exception):
 @pytest.mark.parametrize("error", FULL, ids=str)
 def test_a_full_disk_while_writing_is_one_line(cache, monkeypatch, error):
     monkeypatch.setattr(specomp.cache, "save_file", raising(error))
-    with pytest.raises(UserError, match=r"No space left while writing .*part\.safetensors \(\d+ MiB free\).*paths\.cache") as caught:
+    with pytest.raises(
+        UserError,
+        match=r"No space left while writing .*part\.safetensors \(\d+ MiB free\).*paths\.cache",
+    ) as caught:
         cache.save("spectra", KEY, "part", payload())
     one_line(caught)
     assert files(cache.root) == []
 
 
-@pytest.mark.parametrize(("error", "message"), [(FULL[0], "No space left while writing"), (BLOCKED[0], "permission denied")])
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [(FULL[0], "No space left while writing"), (BLOCKED[0], "permission denied")],
+)
 def test_errors_of_the_last_rename_are_one_line_too(cache, monkeypatch, error, message):
     monkeypatch.setattr(os, "replace", raising(error))
     with pytest.raises(UserError, match=message) as caught:
@@ -179,8 +213,14 @@ def test_errors_of_the_last_rename_are_one_line_too(cache, monkeypatch, error, m
 @pytest.mark.parametrize("error", BLOCKED, ids=str)
 def test_a_folder_that_cannot_be_written_is_one_line(cache, monkeypatch, error):
     monkeypatch.setattr(Path, "mkdir", raising(error))
-    for write in (lambda: cache.save("spectra", KEY, "part", payload()), lambda: cache.folder("tokens", KEY, lambda folder: None)):
-        with pytest.raises(UserError, match=r"Cannot write .*: (permission denied|read-only file system); point paths\.cache") as caught:
+    for write in (
+        lambda: cache.save("spectra", KEY, "part", payload()),
+        lambda: cache.folder("tokens", KEY, lambda folder: None),
+    ):
+        with pytest.raises(
+            UserError,
+            match=r"Cannot write .*: (permission denied|read-only file system); point paths\.cache",
+        ) as caught:
             write()
         one_line(caught)
     monkeypatch.undo()
@@ -202,7 +242,9 @@ def test_a_full_disk_is_reported_where_no_folder_exists_yet(tmp_path):
         raise FULL[0]
 
 
-@pytest.mark.parametrize("error", [OSError(errno.EIO, "I/O error"), ValueError("other"), KeyboardInterrupt()], ids=repr)
+@pytest.mark.parametrize(
+    "error", [OSError(errno.EIO, "I/O error"), ValueError("other"), KeyboardInterrupt()], ids=repr
+)
 def test_other_errors_pass_unchanged(tmp_path, error):
     with pytest.raises(type(error)) as caught, disk_errors(tmp_path / "x"):
         raise error
@@ -234,7 +276,9 @@ def test_a_failed_build_leaves_nothing_and_can_be_repeated(cache):
     with pytest.raises(RuntimeError, match="crash"):
         cache.folder("tokens", KEY, fail)
     assert list((cache.root / "tokens").iterdir()) == []
-    assert (cache.folder("tokens", KEY, lambda folder: (folder / "whole").touch()) / "whole").exists()
+    assert (
+        cache.folder("tokens", KEY, lambda folder: (folder / "whole").touch()) / "whole"
+    ).exists()
 
 
 def test_a_full_disk_while_building_is_one_line(cache):
@@ -266,9 +310,15 @@ def test_two_threads_build_a_folder_once(cache):
 
 
 def test_a_lock_keeps_other_processes_out(cache):
-    code = "import sys, filelock\ntry:\n    filelock.FileLock(sys.argv[1]).acquire(timeout=0)\nexcept filelock.Timeout:\n    sys.exit(3)\n"
+    code = (
+        "import sys, filelock\ntry:\n    filelock.FileLock(sys.argv[1]).acquire(timeout=0)\nexcept"
+        " filelock.Timeout:\n    sys.exit(3)\n"
+    )
     with cache.lock("spectra", KEY) as lock, cache.lock("spectra", KEY):  # reentrant
-        assert subprocess.run([sys.executable, "-c", code, lock.lock_file], check=False).returncode == 3
+        assert (
+            subprocess.run([sys.executable, "-c", code, lock.lock_file], check=False).returncode
+            == 3
+        )
     assert subprocess.run([sys.executable, "-c", code, lock.lock_file], check=False).returncode == 0
 
 
@@ -278,14 +328,22 @@ def test_a_lock_keeps_other_processes_out(cache):
 def test_digest_ignores_the_order_of_keys_and_nothing_else():
     one = {"model": {"name": "a", "seed": 0}, "ranks": [1, 2]}
     assert digest(one) == digest({"ranks": [1, 2], "model": {"seed": 0, "name": "a"}})
-    changed = [{"model": {"name": "a", "seed": 1}, "ranks": [1, 2]}, {"model": {"name": "a", "seed": 0}, "ranks": [2, 1]}, {}, None]
+    changed = [
+        {"model": {"name": "a", "seed": 1}, "ranks": [1, 2]},
+        {"model": {"name": "a", "seed": 0}, "ranks": [2, 1]},
+        {},
+        None,
+    ]
     assert len({digest(x) for x in [one, *changed]}) == 5
     assert len(digest(one)) == 64
 
 
 def test_digest_is_the_same_in_every_version():
     # sha256 of the text {"a":[true,null,0.5],"b":1}; a change here drops every cache there is.
-    assert digest({"b": 1, "a": [True, None, 0.5]}) == "f93af7f23190b68f99e01d8388a571618e37d267046225998e3ab19a35905cf9"
+    assert (
+        digest({"b": 1, "a": [True, None, 0.5]})
+        == "f93af7f23190b68f99e01d8388a571618e37d267046225998e3ab19a35905cf9"
+    )
 
 
 CLAIM = """
@@ -297,11 +355,18 @@ time.sleep(float(sys.argv[1]))
 
 
 def test_every_process_claims_one_of_its_own(tmp_path):
-    """Two of two go to two processes, each for as long as it lives; a third waits for the first that ends."""
+    """Two of two go to two processes, each for as long as it lives; a third waits for the first
+    that ends.
+    """
     environment = os.environ | {"TMPDIR": str(tmp_path)}
 
     def start(seconds: float) -> subprocess.Popen[str]:
-        return subprocess.Popen([sys.executable, "-c", CLAIM, str(seconds)], env=environment, stdout=subprocess.PIPE, text=True)
+        return subprocess.Popen(
+            [sys.executable, "-c", CLAIM, str(seconds)],
+            env=environment,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
 
     def claimed(process: subprocess.Popen[str]) -> str:
         return process.stdout.readline().split()
@@ -323,7 +388,9 @@ def test_every_process_claims_one_of_its_own(tmp_path):
 
 def test_of_several_gpus_auto_is_one_that_is_free(monkeypatch):
     monkeypatch.setattr("torch.cuda.device_count", lambda: 4)
-    monkeypatch.setattr("specomp.models.load.claim", lambda what, count: {("gpu", 4): 2}[what, count])
+    monkeypatch.setattr(
+        "specomp.models.load.claim", lambda what, count: {("gpu", 4): 2}[what, count]
+    )
     assert torch_device("auto", None) == torch.device("cuda", 2)
     assert torch_device("auto", "auto") == torch.device("cuda"), "spread over all of them"
     monkeypatch.setattr("torch.cuda.device_count", lambda: 1)

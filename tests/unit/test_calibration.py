@@ -1,4 +1,6 @@
-"""Calibration sets: what their hash depends on, mixtures, token files, and the yamls as a user composes them."""
+"""Calibration sets: what their hash depends on, mixtures, token files, and the yamls as a user
+composes them.
+"""
 
 import json
 import os
@@ -15,7 +17,16 @@ from pydantic import ValidationError
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
-from specomp.data.calibration import CalibrationSet, CalibrationSpec, MixedCalibration, Part, TextCalibration, TokenFile, allot, interleave
+from specomp.data.calibration import (
+    CalibrationSet,
+    CalibrationSpec,
+    MixedCalibration,
+    Part,
+    TextCalibration,
+    TokenFile,
+    allot,
+    interleave,
+)
 from specomp.data.corpora import Corpus
 from specomp.data.samplers import ContiguousWindows, SvdLlmSampler, TokenWindows
 from specomp.data.text import describe_text
@@ -38,12 +49,20 @@ COMMON: dict[str, Any] = {
 def byte_tokenizer(shift: int = 0) -> PreTrainedTokenizerFast:
     """One token a byte and a BOS in front: 256 + 2 ids."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    vocabulary = {character: index for index, character in enumerate([*alphabet[shift:], *alphabet[:shift], "<unk>", "<s>"])}
+    vocabulary = {
+        character: index
+        for index, character in enumerate([*alphabet[shift:], *alphabet[:shift], "<unk>", "<s>"])
+    }
     backend = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     backend.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False), pre_tokenizers.Split("", behavior="isolated")]
+        [
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+            pre_tokenizers.Split("", behavior="isolated"),
+        ]
     )
-    backend.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 257)])
+    backend.post_processor = processors.TemplateProcessing(
+        single="<s> $A", special_tokens=[("<s>", 257)]
+    )
     return PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="<unk>", bos_token="<s>")
 
 
@@ -52,7 +71,9 @@ class Words:
 
     split, max_documents = "train", None
 
-    def __init__(self, seed: int = 0, origin: str = "here", letters: str = "abcdef ", characters: int = 4000) -> None:
+    def __init__(
+        self, seed: int = 0, origin: str = "here", letters: str = "abcdef ", characters: int = 4000
+    ) -> None:
         self.name, self.origin = f"words{seed}", origin
         draw = random.Random(seed)
         self.words = "".join(draw.choice(letters) for _ in range(characters))
@@ -61,7 +82,9 @@ class Words:
         return self.words
 
     def describe(self) -> dict[str, Any]:
-        return describe_text(self.name, split="train", origin=self.origin, documents=[self.words], text=self.words)
+        return describe_text(
+            self.name, split="train", origin=self.origin, documents=[self.words], text=self.words
+        )
 
 
 @pytest.fixture(scope="module")
@@ -70,12 +93,20 @@ def tokenizer() -> PreTrainedTokenizerFast:
 
 
 def spec(**changes: Any) -> TextCalibration:
-    settings = {"num_samples": 6, "length": 16, "batch_size": 4, "corpus": Words(), "sampler": SvdLlmSampler(seed=3)}
+    settings = {
+        "num_samples": 6,
+        "length": 16,
+        "batch_size": 4,
+        "corpus": Words(),
+        "sampler": SvdLlmSampler(seed=3),
+    }
     return TextCalibration(**(COMMON | settings | changes))
 
 
 def file_spec(path: Path, **changes: Any) -> TokenFile:
-    return TokenFile(**(COMMON | {"num_samples": None, "length": None, "batch_size": 4, "path": path} | changes))
+    return TokenFile(
+        **(COMMON | {"num_samples": None, "length": None, "batch_size": 4, "path": path} | changes)
+    )
 
 
 def build(settings: CalibrationSpec, tokenizer: Any) -> CalibrationSet:
@@ -102,7 +133,12 @@ def test_description_accounts_for_everything(tokenizer: Any) -> None:
     assert description["tokenizer"] == describe_tokenizer(tokenizer)
     assert description["source"]["sha256"] == Words().describe()["sha256"]
     assert description["sampler"] == {"name": "svd_llm", "seed": 3}
-    assert [description[key] for key in ("samples", "samples_requested", "length", "tokens")] == [6, 6, 16, 96]
+    assert [description[key] for key in ("samples", "samples_requested", "length", "tokens")] == [
+        6,
+        6,
+        16,
+        96,
+    ]
 
 
 @pytest.mark.parametrize(
@@ -122,7 +158,11 @@ def test_hash_depends_on(changes: dict[str, Any], tokenizer: Any) -> None:
 
 def test_hash_depends_on_the_tokenizer_even_at_equal_ids(tokenizer: Any) -> None:
     calibration = build(spec(), tokenizer)
-    other = CalibrationSet(calibration.tokens, description={"tokenizer": describe_tokenizer(byte_tokenizer(1))}, batch_size=4)
+    other = CalibrationSet(
+        calibration.tokens,
+        description={"tokenizer": describe_tokenizer(byte_tokenizer(1))},
+        batch_size=4,
+    )
     assert other.hash != calibration.hash
 
 
@@ -153,9 +193,16 @@ def test_subset_is_what_fewer_samples_would_have_been(tokenizer: Any) -> None:
     calibration = build(spec(), tokenizer)
     subset = calibration.subset(4)
     assert subset.hash == build(spec(num_samples=4), tokenizer).hash
-    assert (subset.num_samples, subset.length, subset.description["samples"], subset.description["subset_of"]) == (4, 16, 4, 6)
+    assert (
+        subset.num_samples,
+        subset.length,
+        subset.description["samples"],
+        subset.description["subset_of"],
+    ) == (4, 16, 4, 6)
     for number in (0, 7):
-        with pytest.raises(UserError, match=f"subset of {number} samples was asked for, the calibration set has 6"):
+        with pytest.raises(
+            UserError, match=f"subset of {number} samples was asked for, the calibration set has 6"
+        ):
             calibration.subset(number)
 
 
@@ -174,7 +221,9 @@ def test_fewer_samples_than_asked_for_show_in_the_description(tokenizer: Any) ->
 
 
 def test_samples_longer_than_the_context(tokenizer: Any) -> None:
-    with pytest.raises(UserError, match="Samples of 65 tokens do not fit the model's context of 64"):
+    with pytest.raises(
+        UserError, match="Samples of 65 tokens do not fit the model's context of 64"
+    ):
         build(spec(length=65), tokenizer)
 
 
@@ -200,7 +249,13 @@ def test_settings_are_checked(changes: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize(
     ("weights", "total", "shares"),
-    [([1, 1], 4, [2, 2]), ([0.4, 0.4, 0.2], 256, [103, 102, 51]), ([1, 1, 1], 4, [2, 1, 1]), ([0.9, 0.1], 2, [2, 0]), ([3], 5, [5])],
+    [
+        ([1, 1], 4, [2, 2]),
+        ([0.4, 0.4, 0.2], 256, [103, 102, 51]),
+        ([1, 1, 1], 4, [2, 1, 1]),
+        ([0.9, 0.1], 2, [2, 0]),
+        ([3], 5, [5]),
+    ],
 )
 def test_allot(weights: list[float], total: int, shares: list[int]) -> None:
     assert allot(weights, total) == shares
@@ -208,19 +263,36 @@ def test_allot(weights: list[float], total: int, shares: list[int]) -> None:
 
 def test_interleave_keeps_proportions_in_every_beginning() -> None:
     order = interleave([6, 3, 3])
-    assert sorted(order) == [(part, index) for part, count in enumerate([6, 3, 3]) for index in range(count)]
+    assert sorted(order) == [
+        (part, index) for part, count in enumerate([6, 3, 3]) for index in range(count)
+    ]
     for length in range(1, 13):
         counts = [sum(part == which for part, _ in order[:length]) for which in range(3)]
-        assert all(abs(count - length * share) <= 1 for count, share in zip(counts, (0.5, 0.25, 0.25), strict=True))
+        assert all(
+            abs(count - length * share) <= 1
+            for count, share in zip(counts, (0.5, 0.25, 0.25), strict=True)
+        )
     for part in range(3):
-        assert [index for which, index in order if which == part] == sorted(index for which, index in order if which == part)
+        assert [index for which, index in order if which == part] == sorted(
+            index for which, index in order if which == part
+        )
 
 
 def test_mixture_has_the_proportions(tokenizer: Any) -> None:
-    parts = {"low": Part(corpus=Words(0, letters="abc"), weight=3), "high": Part(corpus=Words(1, letters="xyz"), weight=1)}
-    settings = COMMON | {"num_samples": 8, "length": 16, "batch_size": 4, "sampler": SvdLlmSampler(seed=3)}
+    parts = {
+        "low": Part(corpus=Words(0, letters="abc"), weight=3),
+        "high": Part(corpus=Words(1, letters="xyz"), weight=1),
+    }
+    settings = COMMON | {
+        "num_samples": 8,
+        "length": 16,
+        "batch_size": 4,
+        "sampler": SvdLlmSampler(seed=3),
+    }
     calibration = build(MixedCalibration(**settings, parts=parts), tokenizer)
-    kinds = [tokenizer.decode(sample[1:]).replace(" ", "")[0] in "abc" for sample in calibration.tokens]
+    kinds = [
+        tokenizer.decode(sample[1:]).replace(" ", "")[0] in "abc" for sample in calibration.tokens
+    ]
     assert sum(kinds) == 6
     assert sum(kinds[:4]) == 3
     accounts = calibration.description["source"]["parts"]
@@ -229,9 +301,16 @@ def test_mixture_has_the_proportions(tokenizer: Any) -> None:
     assert again.hash == calibration.hash
 
 
-def test_mixture_says_when_a_part_gets_nothing(tokenizer: Any, caplog: pytest.LogCaptureFixture) -> None:
+def test_mixture_says_when_a_part_gets_nothing(
+    tokenizer: Any, caplog: pytest.LogCaptureFixture
+) -> None:
     parts = {"big": Part(corpus=Words(0), weight=0.9), "small": Part(corpus=Words(1), weight=0.1)}
-    settings = COMMON | {"num_samples": 2, "length": 16, "batch_size": 4, "sampler": SvdLlmSampler(seed=3)}
+    settings = COMMON | {
+        "num_samples": 2,
+        "length": 16,
+        "batch_size": 4,
+        "sampler": SvdLlmSampler(seed=3),
+    }
     calibration = build(MixedCalibration(**settings, parts=parts), tokenizer)
     assert calibration.num_samples == 2
     assert "Part small of the mixture gets none of 2 samples" in caplog.text
@@ -252,13 +331,17 @@ def write(path: Path, ids: torch.Tensor = IDS) -> Path:
 def test_token_file_is_taken_whole_or_cut(tmp_path: Path, tokenizer: Any) -> None:
     path = write(tmp_path / "ids.npy")
     assert torch.equal(build(file_spec(path), tokenizer).tokens, IDS)
-    assert torch.equal(build(file_spec(path, num_samples=2, length=3), tokenizer).tokens, IDS[:2, :3])
+    assert torch.equal(
+        build(file_spec(path, num_samples=2, length=3), tokenizer).tokens, IDS[:2, :3]
+    )
 
 
 def test_token_file_of_a_text_calibration_has_its_hash(tmp_path: Path, tokenizer: Any) -> None:
     calibration = build(spec(), tokenizer)
     first = build(file_spec(write(tmp_path / "a.npy", calibration.tokens)), tokenizer)
-    second = build(file_spec(write(tmp_path / "b.npy", calibration.tokens), batch_size=1), tokenizer)
+    second = build(
+        file_spec(write(tmp_path / "b.npy", calibration.tokens), batch_size=1), tokenizer
+    )
     assert first.hash == second.hash == calibration.hash
     assert str(tmp_path) not in json.dumps(first.description)
 
@@ -275,7 +358,9 @@ def test_token_file_errors(tmp_path: Path, tokenizer: Any) -> None:
 
 
 def test_ids_must_be_in_the_vocabulary(tmp_path: Path, tokenizer: Any) -> None:
-    settings = file_spec(write(tmp_path / "ids.npy", IDS + 240))  # largest id 263; the tokenizer has 258
+    settings = file_spec(
+        write(tmp_path / "ids.npy", IDS + 240)
+    )  # largest id 263; the tokenizer has 258
     with pytest.raises(UserError, match="id 263 is outside the vocabulary of 258"):
         build(settings, tokenizer)
     with pytest.raises(UserError, match="id 263 is outside the vocabulary of 263"):
@@ -285,7 +370,11 @@ def test_ids_must_be_in_the_vocabulary(tmp_path: Path, tokenizer: Any) -> None:
 
 @pytest.mark.parametrize("name", CALIBRATIONS)
 def test_yaml(name: str) -> None:
-    settings = composed(f"+calibration={name}", "+paths.data=null", *(["calibration.path=ids.npy"] if name == "token_ids" else []))
+    settings = composed(
+        f"+calibration={name}",
+        "+paths.data=null",
+        *(["calibration.path=ids.npy"] if name == "token_ids" else []),
+    )
     assert isinstance(settings, CalibrationSpec)
     assert (settings.upstream, settings.layers_at_once) == ("dense", None)
     assert (settings.accumulate, settings.precision) == ("float32", "float32")
@@ -293,7 +382,12 @@ def test_yaml(name: str) -> None:
 
 def test_yaml_of_the_papers() -> None:
     settings = composed("+calibration=wikitext2", "+paths.data=null")
-    assert (settings.num_samples, settings.length, settings.corpus.split, settings.sampler) == (256, 2048, "train", SvdLlmSampler(seed=3))
+    assert (settings.num_samples, settings.length, settings.corpus.split, settings.sampler) == (
+        256,
+        2048,
+        "train",
+        SvdLlmSampler(seed=3),
+    )
 
 
 def test_what_a_user_types(tmp_path: Path) -> None:
@@ -305,13 +399,19 @@ def test_what_a_user_types(tmp_path: Path) -> None:
         "calibration.length=512",
         "calibration/sampler=token_windows",
     )
-    assert (settings.num_samples, settings.length, settings.sampler) == (64, 512, TokenWindows(seed=0))
+    assert (settings.num_samples, settings.length, settings.sampler) == (
+        64,
+        512,
+        TokenWindows(seed=0),
+    )
     assert (settings.corpus.split, settings.corpus.data_root) == ("validation", tmp_path)
 
 
 @pytest.mark.parametrize("name", ["c4", "mix"])
 def test_the_corpus_can_be_exchanged_in_every_yaml(name: str) -> None:
-    """What a calibration yaml sets inside its corpus (split, max_documents) must exist in every corpus: the slot rule."""
+    """What a calibration yaml sets inside its corpus (split, max_documents) must exist in every
+    corpus: the slot rule.
+    """
     place = "calibration.corpus" if name == "c4" else "calibration.parts.c4.corpus"
     for other in sorted(path.stem for path in (CONF / "corpus").glob("*.yaml")):
         settings = composed(f"+calibration={name}", "+paths.data=null", f"corpus@{place}={other}")
@@ -327,7 +427,12 @@ def test_parts_of_the_mixture_come_and_go() -> None:
         "+calibration.parts.german.weight=0.2",
     )
     assert list(more.parts) == ["wikitext2", "c4", "code", "german"]
-    less = composed("+calibration=mix", "+paths.data=null", "~corpus@calibration.parts.c4.corpus", "~calibration.parts.c4")
+    less = composed(
+        "+calibration=mix",
+        "+paths.data=null",
+        "~corpus@calibration.parts.c4.corpus",
+        "~calibration.parts.c4",
+    )
     assert list(less.parts) == ["wikitext2", "code"]
 
 
@@ -335,7 +440,10 @@ def test_tiny_and_pydocs_need_no_network(tokenizer: Any) -> None:
     calibration = build(composed("+calibration=tiny"), tokenizer)
     assert tuple(calibration.tokens.shape) == (4, 32)
     assert calibration.description["source"]["name"] == "pydocs"
-    assert composed("+calibration=pydocs").build(tokenizer, max_length=512).tokens.shape == (32, 512)
+    assert composed("+calibration=pydocs").build(tokenizer, max_length=512).tokens.shape == (
+        32,
+        512,
+    )
 
 
 @needs_data
@@ -345,10 +453,16 @@ def test_real_texts(tokenizer: Any) -> None:
     assert tuple(laptop.tokens.shape) == (64, 512)
     assert laptop.description["source"]["origin"] == "local wikitext2/validation.jsonl"
     mixed = composed(
-        "+calibration=mix", root, "calibration.parts.code.corpus.split=test", "calibration.num_samples=10", "calibration.length=64"
+        "+calibration=mix",
+        root,
+        "calibration.parts.code.corpus.split=test",
+        "calibration.num_samples=10",
+        "calibration.length=64",
     )
     calibration = mixed.build(tokenizer, max_length=2048)
-    assert {name: part["samples"] for name, part in calibration.description["source"]["parts"].items()} == {
+    assert {
+        name: part["samples"] for name, part in calibration.description["source"]["parts"].items()
+    } == {
         "wikitext2": 4,
         "c4": 4,
         "code": 2,

@@ -26,14 +26,25 @@ CORPORA = sorted(path.stem for path in (ROOT / "conf" / "corpus").glob("*.yaml")
 def composed(name: str, data_root: Path | None = None, **overrides: object) -> Any:
     """The corpus of a yaml, as a run would make it."""
     with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
-        settings = [f"+corpus={name}", f"+paths.data={data_root or 'null'}", *(f"corpus.{key}={value}" for key, value in overrides.items())]
+        settings = [
+            f"+corpus={name}",
+            f"+paths.data={data_root or 'null'}",
+            *(f"corpus.{key}={value}" for key, value in overrides.items()),
+        ]
         return instantiate(compose(overrides=settings).corpus)
 
 
 def corpus(data_root: Path | None, **changes: Any) -> Corpus:
     settings: dict[str, Any] = {
         "name": "toy",
-        "hub": {"path": "some/toy", "config": None, "revision": "abc", "data_files": None, "template": None, "unique": False},
+        "hub": {
+            "path": "some/toy",
+            "config": None,
+            "revision": "abc",
+            "data_files": None,
+            "template": None,
+            "unique": False,
+        },
         "splits": {"train": "train", "test": "validation"},
         "field": "text",
         "joiner": "\n\n",
@@ -49,7 +60,9 @@ def corpus(data_root: Path | None, **changes: Any) -> Corpus:
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     (tmp_path / "toy").mkdir()
-    lines = [json.dumps({"text": text, "sentence": text.upper()}) for text in ("one", "two", "three")]
+    lines = [
+        json.dumps({"text": text, "sentence": text.upper()}) for text in ("one", "two", "three")
+    ]
     (tmp_path / "toy" / "test.jsonl").write_text("\n".join(lines) + "\n")
     with gzip.open(tmp_path / "toy" / "test.jsonl.gz", "wt") as file:
         file.write("\n".join(lines))
@@ -81,7 +94,9 @@ def test_description_names_the_file_below_the_root_and_never_the_root(folder: Pa
     assert description["sha256"][:16] in source.fingerprint
 
 
-def test_partial_and_too_few_documents_are_logged(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_partial_and_too_few_documents_are_logged(
+    folder: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     source = corpus(folder, partial={"test": "a tenth"}, max_documents=5)
     source.text()
     assert "only a part of it (a tenth)" in caplog.text
@@ -135,7 +150,11 @@ def test_hub_rows_become_documents(monkeypatch: pytest.MonkeyPatch) -> None:
     assert len(calls) == 1
     (args, settings) = calls[0]
     assert args == ("some/toy", "c")
-    assert settings["revision"] == "abc" and settings["split"] == "validation" and settings["data_files"] == {"validation": "v.json"}
+    assert (
+        settings["revision"] == "abc"
+        and settings["split"] == "validation"
+        and settings["data_files"] == {"validation": "v.json"}
+    )
     assert "trust_remote_code" not in settings
 
 
@@ -144,7 +163,10 @@ def test_unreachable_hub(monkeypatch: pytest.MonkeyPatch) -> None:
         raise ConnectionError("Couldn't reach\nthe hub")
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
-    with pytest.raises(UserError, match=r"some/toy@abc from the hub \(ConnectionError.*paths.data=FOLDER.*toy/test.jsonl") as error:
+    with pytest.raises(
+        UserError,
+        match=r"some/toy@abc from the hub \(ConnectionError.*paths.data=FOLDER.*toy/test.jsonl",
+    ) as error:
         corpus(None).text()
     assert "\n" not in str(error.value)
     with pytest.raises(UserError, match="no local file is known"):
@@ -168,7 +190,9 @@ def test_yaml(name: str) -> None:
     if isinstance(source, Corpus):
         assert source.split in source.splits
         assert set(source.local) | set(source.partial) <= set(source.splits)
-        assert source.hub.data_files is None or set(source.hub.data_files) == set(source.splits.values())
+        assert source.hub.data_files is None or set(source.hub.data_files) == set(
+            source.splits.values()
+        )
 
 
 @needs_data
@@ -200,12 +224,17 @@ def test_wikitext2_test_text_is_the_published_one() -> None:
     """The 4358 rows of the split joined by "\\n\\n", as GPTQ and SVD-LLM read it."""
     text = composed("wikitext2", DATA).text()
     assert text.startswith("\n\n = Robert Boulter = \n\n\n\n\n Robert Boulter is an English film")
-    rows = [json.loads(line)["text"] for line in (DATA / "wikitext2" / "test.jsonl").read_text().splitlines()]
+    rows = [
+        json.loads(line)["text"]
+        for line in (DATA / "wikitext2" / "test.jsonl").read_text().splitlines()
+    ]
     assert text == "\n\n".join(rows)
 
 
 def test_pydocs_is_long_stable_and_disjoint() -> None:
-    train, test = (PyDocs(name="pydocs", split=split, max_documents=None) for split in ("train", "test"))
+    train, test = (
+        PyDocs(name="pydocs", split=split, max_documents=None) for split in ("train", "test")
+    )
     assert len(train.text()) >= 300_000
     assert len(test.text()) >= 100_000
     paragraphs = set(train.text().split("\n\n"))
@@ -229,13 +258,17 @@ def test_pydocs_prose_keeps_sentences_only() -> None:
    x[1] = {2: (3, 4)}; y[5] = {6: (7, 8)}; z[9] = {1: 2}; w = [0] * 8
 
 too short"""
-    assert list(pydocs.prose(text)) == ["A sentence with more than eight words broken over two lines."]
+    assert list(pydocs.prose(text)) == [
+        "A sentence with more than eight words broken over two lines."
+    ]
 
 
 def test_pydocs_quoted_paragraphs_stay_in_one_part() -> None:
     paragraphs = {f"topic {number}": ["shared", f"own {number}"] for number in range(100)}
     parts = pydocs.divide(paragraphs)
-    assert sum("shared" in document.split("\n\n") for part in parts.values() for document in part) == 1
+    assert (
+        sum("shared" in document.split("\n\n") for part in parts.values() for document in part) == 1
+    )
     assert sum(map(len, parts.values())) == 100
     assert 10 <= len(parts["test"]) <= 40
 

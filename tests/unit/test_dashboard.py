@@ -1,4 +1,6 @@
-"""A whole sweep on W&B: what is uploaded, and the saved view, built and checked without a network."""
+"""A whole sweep on W&B: what is uploaded, and the saved view, built and checked without a
+network.
+"""
 
 import json
 import os
@@ -38,25 +40,43 @@ def record(key: str, retention: float, ppl: float) -> Record:
 
 
 def point(ratio: str, method: str, *records: Record | None) -> Point:
-    commands = tuple(f"python run.py ratio={ratio} method={method} seed={i}" for i in range(len(records)))
-    return Point(keys={"ratio": ratio, "method": method}, commands=commands, models="tiny_llama", records=records)
+    commands = tuple(
+        f"python run.py ratio={ratio} method={method} seed={i}" for i in range(len(records))
+    )
+    return Point(
+        keys={"ratio": ratio, "method": method},
+        commands=commands,
+        models="tiny_llama",
+        records=records,
+    )
 
 
 @pytest.fixture
 def sweep() -> Sweep:
-    """Two methods, two ratios, two seeds of one point; one point has not run, and one benchmark nowhere."""
+    """Two methods, two ratios, two seeds of one point; one point has not run, and one benchmark
+    nowhere.
+    """
     points = [
         point("cr40", "svd", record("a", 0.6, 20.0), record("b", 0.6, 30.0)),
         point("cr60", "svd", record("c", 0.4, 50.0), None),
         point("cr40", "adasvd", record("d", 0.59, 15.0), record("e", 0.59, 17.0)),
         point("cr60", "adasvd", None, None),
     ]
-    return Sweep(caption="Table 1: a test", command="", keys=["ratio", "method"], columns=[PPL, PIQA, LOSS], points=points, quotes=[])
+    return Sweep(
+        caption="Table 1: a test",
+        command="",
+        keys=["ratio", "method"],
+        columns=[PPL, PIQA, LOSS],
+        points=points,
+        quotes=[],
+    )
 
 
 def test_points_are_means_over_seeds(sweep):
     shown = sweep_report("table1", sweep, "<p>")
-    assert [(p["ratio"], p["series"], p["wikitext2 ppl"], p["measured_retention"]) for p in shown.points] == [
+    assert [
+        (p["ratio"], p["series"], p["wikitext2 ppl"], p["measured_retention"]) for p in shown.points
+    ] == [
         ("cr40", "svd", 25.0, 0.6),
         ("cr60", "svd", 50.0, 0.4),
         ("cr40", "adasvd", 16.0, 0.59),
@@ -79,10 +99,23 @@ def test_every_measured_column_is_a_curve_against_retention_and_bytes(sweep):
 
 def test_the_run_of_a_sweep_is_found_again(sweep):
     first = sweep_report("table1", sweep, "<p>")
-    later = Sweep(**vars(sweep) | {"points": [point(*p.keys.values(), *[record("f", 0.5, 1.0)] * len(p.commands)) for p in sweep.points]})
-    assert sweep_report("table1", later, "<p>").key == first.key, "what has run since does not matter"
+    later = Sweep(
+        **vars(sweep)
+        | {
+            "points": [
+                point(*p.keys.values(), *[record("f", 0.5, 1.0)] * len(p.commands))
+                for p in sweep.points
+            ]
+        }
+    )
+    assert sweep_report("table1", later, "<p>").key == first.key, (
+        "what has run since does not matter"
+    )
     assert sweep_report("table2", sweep, "<p>").key != first.key
-    assert sweep_report("table1", Sweep(**vars(sweep) | {"points": sweep.points[:2]}), "<p>").key != first.key
+    assert (
+        sweep_report("table1", Sweep(**vars(sweep) | {"points": sweep.points[:2]}), "<p>").key
+        != first.key
+    )
 
 
 def test_an_empty_sweep_has_nothing_to_draw(sweep):
@@ -100,11 +133,19 @@ def test_columns_are_called_as_runs_call_them(sweep):
 @pytest.fixture
 def made(sweep):
     pytest.importorskip("wandb_workspaces", reason="wandb-workspaces is the extra `dashboard`")
-    return view(sweep, sweep_report("table1", sweep, "<p>"), project="specomp", entity="someone", group="Table 1: a test")
+    return view(
+        sweep,
+        sweep_report("table1", sweep, "<p>"),
+        project="specomp",
+        entity="someone",
+        group="Table 1: a test",
+    )
 
 
 def panels(made, section: str) -> list[dict]:
-    found = made._to_model().model_dump(by_alias=True, exclude_none=True)["spec"]["section"]["panelBankConfig"]["sections"]
+    found = made._to_model().model_dump(by_alias=True, exclude_none=True)["spec"]["section"][
+        "panelBankConfig"
+    ]["sections"]
     return next(x["panels"] for x in found if x["name"] == section)
 
 
@@ -124,20 +165,30 @@ def test_the_view_has_a_section_for_every_question(made):
 def test_curves_read_the_tables_that_the_run_of_the_sweep_logs(made):
     first = panels(made, "Curves")[0]["config"]
     assert first["panelDefId"] == "wandb/line/v0"
-    assert first["fieldSettings"] == {"x": "measured_retention", "y": "wikitext2 ppl", "stroke": "series"}
+    assert first["fieldSettings"] == {
+        "x": "measured_retention",
+        "y": "wikitext2 ppl",
+        "stroke": "series",
+    }
     assert '"curves/wikitext2 ppl against retention_table"' in json.dumps(first)
 
 
 def test_scatter_plots_read_the_summaries_of_the_runs(made):
     scatter = panels(made, "Quality by run")
     assert [(x["config"]["xAxis"], x["config"]["yAxis"]) for x in scatter] == [
-        (f"summary:{axis}", f"summary:{key}") for key in (PPL_KEY, "norm_error") for axis in ("measured_retention", "model_bytes")
+        (f"summary:{axis}", f"summary:{key}")
+        for key in (PPL_KEY, "norm_error")
+        for axis in ("measured_retention", "model_bytes")
     ]
     assert all(x["config"]["yAxisLogScale"] for x in scatter), "smaller is better for both"
 
 
 def test_the_view_shows_the_group_and_records_shared_with_other_tables(made):
-    filters = json.dumps(made._to_model().model_dump(by_alias=True, exclude_none=True)["spec"]["section"]["runSets"][0]["filters"])
+    filters = json.dumps(
+        made._to_model().model_dump(by_alias=True, exclude_none=True)["spec"]["section"]["runSets"][
+            0
+        ]["filters"]
+    )
     assert '"group"' in filters
     assert '"Table 1: a test"' in filters
     for key in "abcde":
@@ -151,8 +202,20 @@ def test_without_the_package_the_extra_is_named(sweep, monkeypatch):
 
 
 def test_tracking_is_the_yaml_with_what_was_typed(tmp_path):
-    made = tracking_of(["ratio=cr40,cr60", "tracking.mode=offline", f"paths.outputs={tmp_path}", "tracking.group=mine"])
-    assert (made.project, made.mode, made.folder, made.group) == ("specomp", "offline", str(tmp_path), "mine")
+    made = tracking_of(
+        [
+            "ratio=cr40,cr60",
+            "tracking.mode=offline",
+            f"paths.outputs={tmp_path}",
+            "tracking.group=mine",
+        ]
+    )
+    assert (made.project, made.mode, made.folder, made.group) == (
+        "specomp",
+        "offline",
+        str(tmp_path),
+        "mine",
+    )
     with pytest.raises(UserError, match="nonsense"):
         tracking_of(["tracking.nonsense=1"])
     with pytest.raises(UserError, match="tracking=none"):
@@ -171,13 +234,30 @@ def test_the_command(sweep, tmp_path, monkeypatch, capsys, place):
     import wandb_workspaces.workspaces as spaces
 
     seen, saved = [], []
-    monkeypatch.setattr(dashboard, "load_sweep", lambda name, overrides, records: (seen.append(overrides), sweep)[1])
-    monkeypatch.setattr(dashboard.WandbTracking, "publish_sweep", lambda self, shown: (seen.append(shown), place)[1])
+    monkeypatch.setattr(
+        dashboard, "load_sweep", lambda name, overrides, records: (seen.append(overrides), sweep)[1]
+    )
+    monkeypatch.setattr(
+        dashboard.WandbTracking, "publish_sweep", lambda self, shown: (seen.append(shown), place)[1]
+    )
     monkeypatch.setattr(spaces.Workspace, "save", lambda self: saved.append(self))
     monkeypatch.setattr(spaces.Workspace, "url", "https://example.org/view")
-    assert main(["table1", "ratio=cr40,cr60", "tracking=wandb", "tracking.group=mine", f"paths.outputs={tmp_path}"]) == 0
+    assert (
+        main(
+            [
+                "table1",
+                "ratio=cr40,cr60",
+                "tracking=wandb",
+                "tracking.group=mine",
+                f"paths.outputs={tmp_path}",
+            ]
+        )
+        == 0
+    )
     overrides, shown = seen
-    assert overrides == ["ratio=cr40,cr60", f"paths.outputs={tmp_path}"], "no point depends on where it is shown"
+    assert overrides == ["ratio=cr40,cr60", f"paths.outputs={tmp_path}"], (
+        "no point depends on where it is shown"
+    )
     assert "<h1>Table 1: a test</h1>" in shown.html
     stored = json.loads((tmp_path / "wandb" / "table1-view.json").read_text())
     assert stored["displayName"] == "Table 1: a test"
@@ -193,22 +273,56 @@ def test_the_command(sweep, tmp_path, monkeypatch, capsys, place):
 
 
 def test_with_the_real_package_and_a_server(tmp_path):
-    """The command as it is typed, with nothing measured yet: a run, its report and a view arrive."""
+    """The command as it is typed, with nothing measured yet: a run, its report and a view
+    arrive.
+    """
     pytest.importorskip("wandb_workspaces", reason="wandb-workspaces is the extra `dashboard`")
-    kept = {k: v for k, v in os.environ.items() if not k.startswith("WANDB") and "proxy" not in k.lower()}
+    kept = {
+        k: v
+        for k, v in os.environ.items()
+        if not k.startswith("WANDB") and "proxy" not in k.lower()
+    }
     with Server() as server:
-        kept |= {"WANDB_BASE_URL": server.url, "WANDB_API_KEY": "x" * 40, "HOME": str(tmp_path), "WANDB_SILENT": "true"}
-        kept |= {"PYTHONPATH": os.pathsep.join([str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH", "")])}
+        kept |= {
+            "WANDB_BASE_URL": server.url,
+            "WANDB_API_KEY": "x" * 40,
+            "HOME": str(tmp_path),
+            "WANDB_SILENT": "true",
+        }
+        kept |= {
+            "PYTHONPATH": os.pathsep.join(
+                [str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH", "")]
+            )
+        }
         records = tmp_path / "records"
         records.mkdir()
         point = ["ratio=cr40", "method.compensation.iterations=1"]
-        command = [sys.executable, "-m", "specomp.tables.dashboard", "adasvd_table3c", "debug=tiny", *point, f"paths.outputs={tmp_path}"]
-        done = subprocess.run([*command, "--records", str(records)], env=kept, cwd=tmp_path, capture_output=True, text=True, timeout=120)
+        command = [
+            sys.executable,
+            "-m",
+            "specomp.tables.dashboard",
+            "adasvd_table3c",
+            "debug=tiny",
+            *point,
+            f"paths.outputs={tmp_path}",
+        ]
+        done = subprocess.run(
+            [*command, "--records", str(records)],
+            env=kept,
+            cwd=tmp_path,
+            capture_output=True,
+            text=True,
+            timeout=120,
+        )
         assert done.returncode == 0, done.stdout + done.stderr
         ((key, run),) = server.runs.items()
         assert key.startswith("sweep-")
         assert (run["groupName"], run["jobType"]) == ("AdaSVD Table 3c: iterations", "report")
         assert "adasvd_table3c-report" in json.dumps(server.artifacts)
         (saved,) = server.views
-        assert (saved["entityName"], saved["projectName"], saved["displayName"]) == ("someone", "specomp", "AdaSVD Table 3c: iterations")
+        assert (saved["entityName"], saved["projectName"], saved["displayName"]) == (
+            "someone",
+            "specomp",
+            "AdaSVD Table 3c: iterations",
+        )
         assert "Training" in saved["spec"]

@@ -1,4 +1,6 @@
-"""A compressed folder reloads bit for bit: with specomp, without it, in every architecture; and never as random weights."""
+"""A compressed folder reloads bit for bit: with specomp, without it, in every architecture; and
+never as random weights.
+"""
 
 import json
 import os
@@ -26,11 +28,14 @@ from specomp.numerics.factors import LowRankFactors
 
 INFO = {"method": "svd", "ratio": 0.5, "record": "abc"}
 IDS = torch.arange(3, 23)[None]
-BLOCK_SPECOMP = "import sys; sys.modules['specomp'] = None\n"  # import specomp -> ImportError, however it is installed
+# import specomp -> ImportError, however it is installed
+BLOCK_SPECOMP = "import sys; sys.modules['specomp'] = None\n"
 
 
 def compress(model, *, every: int = 1, dtype: torch.dtype = torch.float32, pivoted: bool = False):
-    """Truncate every `every`-th linear (a mix with dense ones for every > 1), with ranks that differ; pivoted: every second of those."""
+    """Truncate every `every`-th linear (a mix with dense ones for every > 1), with ranks that
+    differ; pivoted: every second of those.
+    """
     cast_weights(model, dtype)
     for index, spec in enumerate(family_of(model.config).linears(model)):
         if index % every == 0:
@@ -60,20 +65,25 @@ def export(tmp_path):
 
 @pytest.mark.parametrize(("every", "pivoted"), [(1, False), (3, False), (1, True), (2, True)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_factors_reload_bit_for_bit_with_plain_transformers(tiny_any, export, dtype, every, pivoted):
+def test_factors_reload_bit_for_bit_with_plain_transformers(
+    tiny_any, export, dtype, every, pivoted
+):
     model = compress(tiny_any, every=every, dtype=dtype, pivoted=pivoted)
     folder = export(model)
     reloaded, info = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
     assert not info["missing_keys"] and not info["unexpected_keys"] and not info["mismatched_keys"]
     assert reloaded.dtype == dtype
     assert (logits(reloaded) - logits(model)).abs().max() == 0.0
-    assert {name: (type(module), module.rank) for name, module in substitutes(reloaded).items()} == {
-        name: (type(module), module.rank) for name, module in substitutes(model).items()
-    }
+    assert {
+        name: (type(module), module.rank) for name, module in substitutes(reloaded).items()
+    } == {name: (type(module), module.rank) for name, module in substitutes(model).items()}
     kinds = {LowRankLinear, PivotedLinear} if pivoted else {LowRankLinear}
     assert {type(module) for module in substitutes(reloaded).values()} == kinds
     tied = model.config.tie_word_embeddings
-    assert (reloaded.get_output_embeddings().weight.data_ptr() == reloaded.get_input_embeddings().weight.data_ptr()) is tied
+    assert (
+        reloaded.get_output_embeddings().weight.data_ptr()
+        == reloaded.get_input_embeddings().weight.data_ptr()
+    ) is tied
 
 
 @pytest.mark.parametrize("pivoted", [False, True])
@@ -82,7 +92,11 @@ def test_dense_form_equals_factors_and_is_an_ordinary_model(tiny_any, export, pi
     model = compress(tiny_any, every=2, pivoted=pivoted)
     folder = export(model, "dense")
     config = json.loads((folder / "config.json").read_text())
-    assert config["model_type"] == base and "specomp_modules" not in config and "auto_map" not in config
+    assert (
+        config["model_type"] == base
+        and "specomp_modules" not in config
+        and "auto_map" not in config
+    )
     assert not list(folder.glob("*.py"))
     reloaded = AutoModelForCausalLM.from_pretrained(folder)
     assert not substitutes(reloaded)
@@ -107,7 +121,12 @@ def test_load_gives_model_tokenizer_and_family_in_the_asked_dtype(export):
     assert loaded.model.dtype == torch.bfloat16 and not loaded.model.training
     assert loaded.family is family_of(model.config)
     assert loaded.tokenizer("Grüße\n")["input_ids"] == tiny_tokenizer()("Grüße\n")["input_ids"]
-    assert AutoTokenizer.from_pretrained(loaded.model.name_or_path).decode(tiny_tokenizer()("Grüße\n")["input_ids"]) == "Grüße\n"
+    assert (
+        AutoTokenizer.from_pretrained(loaded.model.name_or_path).decode(
+            tiny_tokenizer()("Grüße\n")["input_ids"]
+        )
+        == "Grüße\n"
+    )
 
 
 @pytest.mark.parametrize("device_map", ["cpu", "auto"])
@@ -115,7 +134,10 @@ def test_device_map(export, device_map):
     model = compress(tiny_model("llama_gqa"))
     reloaded = specomp.load(export(model), device_map=device_map).model
     torch.testing.assert_close(
-        logits(reloaded, IDS.to(reloaded.device)).cpu(), logits(model), atol=0 if device_map == "cpu" else 1e-4, rtol=0
+        logits(reloaded, IDS.to(reloaded.device)).cpu(),
+        logits(model),
+        atol=0 if device_map == "cpu" else 1e-4,
+        rtol=0,
     )
 
 
@@ -130,7 +152,12 @@ def test_generation_with_cache_equals_without_and_padding_changes_nothing(tiny_a
     loaded = specomp.load(export(compress(tiny_any, dtype=getattr(torch, dtype), pivoted=True)))
     model, tokenizer = loaded.model, loaded.tokenizer
     batch = tokenizer(["a cat", "the quick brown fox"], return_tensors="pt", padding=True)
-    options = {"max_new_tokens": 8, "do_sample": False, "pad_token_id": tokenizer.pad_token_id, "eos_token_id": None}
+    options = {
+        "max_new_tokens": 8,
+        "do_sample": False,
+        "pad_token_id": tokenizer.pad_token_id,
+        "eos_token_id": None,
+    }
     cached = model.generate(**batch, **options, use_cache=True)
     assert cached.shape[1] == batch["input_ids"].shape[1] + 8
     if dtype == "float32":  # in bfloat16 rounding may break ties of a random model either way
@@ -141,12 +168,20 @@ def test_generation_with_cache_equals_without_and_padding_changes_nothing(tiny_a
 
 
 def run_python(code, folder, tmp_path, **environment):
-    """A fresh interpreter outside the repository, with its own place for transformers' copies of modelling files."""
+    """A fresh interpreter outside the repository, with its own place for transformers' copies of
+    modelling files.
+    """
     clean = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
     return subprocess.run(
         [sys.executable, "-c", textwrap.dedent(code), str(folder)],
         cwd=tmp_path,
-        env=clean | {"HF_MODULES_CACHE": str(tmp_path / "modules"), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"} | environment,
+        env=clean
+        | {
+            "HF_MODULES_CACHE": str(tmp_path / "modules"),
+            "HF_HUB_OFFLINE": "1",
+            "OMP_NUM_THREADS": "1",
+        }
+        | environment,
         capture_output=True,
         text=True,
         stdin=subprocess.DEVNULL,
@@ -155,7 +190,9 @@ def run_python(code, folder, tmp_path, **environment):
 
 
 @pytest.mark.parametrize(("name", "pivoted"), [("opt", False), ("phi3", False), ("opt", True)])
-def test_loads_bit_for_bit_without_specomp_when_the_code_in_the_folder_is_trusted(export, tmp_path, name, pivoted):
+def test_loads_bit_for_bit_without_specomp_when_the_code_in_the_folder_is_trusted(
+    export, tmp_path, name, pivoted
+):
     model = compress(tiny_model(name), every=2, pivoted=pivoted)
     folder = export(model)
     torch.save(logits(model), tmp_path / "expected.pt")
@@ -180,7 +217,10 @@ def test_loads_bit_for_bit_without_specomp_when_the_code_in_the_folder_is_truste
 
 def test_without_specomp_and_without_trust_transformers_refuses(export, tmp_path):
     folder = export(compress(tiny_model("llama")))
-    code = "from transformers import AutoModelForCausalLM; AutoModelForCausalLM.from_pretrained(sys.argv[1]); print('LOADED')"
+    code = (
+        "from transformers import AutoModelForCausalLM;"
+        " AutoModelForCausalLM.from_pretrained(sys.argv[1]); print('LOADED')"
+    )
     done = run_python(BLOCK_SPECOMP + code, folder, tmp_path)
     assert done.returncode != 0 and "LOADED" not in done.stdout
     assert "trust_remote_code" in done.stderr
@@ -191,20 +231,29 @@ def test_without_specomp_and_without_trust_transformers_refuses(export, tmp_path
     [
         "import specomp; from transformers import AutoModelForCausalLM",
         "from transformers import AutoModelForCausalLM; import specomp",
-        "import specomp; from transformers import LlamaForCausalLM, AutoModelForCausalLM",  # model code before the Auto classes
+        # model code before the Auto classes
+        "import specomp; from transformers import LlamaForCausalLM, AutoModelForCausalLM",
     ],
 )
 def test_import_specomp_is_enough_in_any_order(export, tmp_path, first):
     folder = export(compress(tiny_model("llama")))
     root = os.path.dirname(os.path.dirname(specomp.__file__))
-    code = f"import sys; {first}; print(type(AutoModelForCausalLM.from_pretrained(sys.argv[1])).__name__)"
+    code = (
+        f"import sys; {first};"
+        " print(type(AutoModelForCausalLM.from_pretrained(sys.argv[1])).__name__)"
+    )
     done = run_python(code, folder, tmp_path, PYTHONPATH=root)
     assert done.stdout.strip() == "SpecompLlamaForCausalLM", done.stderr
 
 
 def test_import_specomp_does_not_import_torch(tmp_path):
     root = os.path.dirname(os.path.dirname(specomp.__file__))
-    done = run_python("import sys, specomp; print('torch' in sys.modules or 'transformers' in sys.modules)", "", tmp_path, PYTHONPATH=root)
+    done = run_python(
+        "import sys, specomp; print('torch' in sys.modules or 'transformers' in sys.modules)",
+        "",
+        tmp_path,
+        PYTHONPATH=root,
+    )
     assert done.stdout.strip() == "False", done.stderr
 
 
@@ -220,16 +269,27 @@ def test_register_is_idempotent():
 def test_info_and_ranks_are_readable_json(export):
     model = compress(tiny_model("llama"), every=2)
     folder = export(model)
-    assert json.loads((folder / "specomp.json").read_text()) == {"specomp": specomp.__version__, "form": "factors", **INFO}
+    assert json.loads((folder / "specomp.json").read_text()) == {
+        "specomp": specomp.__version__,
+        "form": "factors",
+        **INFO,
+    }
     config = json.loads((folder / "config.json").read_text())
-    entries = {name: (kind, arguments["rank"]) for name, (kind, arguments) in config["specomp_modules"].items()}
-    assert entries == {name: (full_name(LowRankLinear), module.rank) for name, module in substitutes(model).items()}
+    entries = {
+        name: (kind, arguments["rank"])
+        for name, (kind, arguments) in config["specomp_modules"].items()
+    }
+    assert entries == {
+        name: (full_name(LowRankLinear), module.rank) for name, module in substitutes(model).items()
+    }
     assert config["model_type"] == "specomp_llama"
 
 
 @pytest.mark.parametrize("name", ["opt", "llama"])
 def test_a_folder_of_the_first_format_still_loads(export, name):
-    """Which said by three lists which linears have a rank, pivots, and a bias that the architecture has not."""
+    """Which said by three lists which linears have a rank, pivots, and a bias that the architecture
+    has not.
+    """
     model = compress(tiny_model(name), every=2, pivoted=True)
     linears, low = family_of(model.config).linears(model), substitutes(model)
     plain = next(x.name for x in linears if x.name not in low)
@@ -267,7 +327,10 @@ def test_sharded_folders_reload(export, monkeypatch):
 
 def test_factors_take_less_space_than_dense(export):
     model = compress(tiny_model("llama"))
-    sizes = {form: (export(model, form, folder=form) / "model.safetensors").stat().st_size for form in ("factors", "dense")}
+    sizes = {
+        form: (export(model, form, folder=form) / "model.safetensors").stat().st_size
+        for form in ("factors", "dense")
+    }
     assert sizes["factors"] < sizes["dense"]
 
 
@@ -321,7 +384,10 @@ def test_weights_on_disk_are_the_factors(export):
     folder = export(compress(tiny_model("llama")))
     with safe_open(folder / "model.safetensors", framework="pt") as file:
         names = set(file.keys())
-    assert "model.layers.0.self_attn.q_proj.v_proj.weight" in names and "model.layers.0.self_attn.q_proj.weight" not in names
+    assert (
+        "model.layers.0.self_attn.q_proj.v_proj.weight" in names
+        and "model.layers.0.self_attn.q_proj.weight" not in names
+    )
 
 
 @pytest.mark.slow
@@ -337,5 +403,7 @@ def test_static_cache_and_beams_run(export):
     options = {"max_new_tokens": 4, "pad_token_id": VOCAB - 1}
     assert model.generate(IDS, num_beams=2, do_sample=False, **options).shape[1] <= IDS.shape[1] + 4
     greedy = model.generate(IDS, do_sample=False, **options)
-    assert torch.equal(greedy, model.generate(IDS, do_sample=False, cache_implementation="static", **options))
+    assert torch.equal(
+        greedy, model.generate(IDS, do_sample=False, cache_implementation="static", **options)
+    )
     assert model.config.max_position_embeddings == CONTEXT

@@ -1,10 +1,19 @@
-"""Spectra, truncation, and how factors share their length. The optimality itself is in test_theorems.py."""
+"""Spectra, truncation, and how factors share their length. The optimality itself is in
+test_theorems.py.
+"""
 
 import pytest
 import torch
 from torch import Tensor
 
-from specomp.numerics.factors import CholeskyNorm, GramNorm, LowRankFactors, Spectrum, balanced, truncate
+from specomp.numerics.factors import (
+    CholeskyNorm,
+    GramNorm,
+    LowRankFactors,
+    Spectrum,
+    balanced,
+    truncate,
+)
 
 SHAPES = [(6, 10), (8, 8), (11, 5)]
 
@@ -36,10 +45,16 @@ def test_without_weights_truncation_is_the_svd_of_the_matrix(m, n):
     spectrum = GramNorm(None, solve="float64").decompose(W)
     torch.testing.assert_close(spectrum.s.double(), s, rtol=1e-6, atol=1e-7)
     factors = truncate(spectrum, 3)
-    torch.testing.assert_close(factors.product().double(), (U[:, :3] * s[:3]) @ Vt[:3], rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(
+        factors.product().double(), (U[:, :3] * s[:3]) @ Vt[:3], rtol=1e-5, atol=1e-6
+    )
     # Both factors carry the square root of the singular value, as the papers split it.
-    torch.testing.assert_close(factors.U.double().abs(), (U[:, :3] * s[:3].sqrt()).abs(), rtol=1e-5, atol=1e-6)
-    torch.testing.assert_close(factors.Vt.double().abs(), (s[:3].sqrt()[:, None] * Vt[:3]).abs(), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(
+        factors.U.double().abs(), (U[:, :3] * s[:3].sqrt()).abs(), rtol=1e-5, atol=1e-6
+    )
+    torch.testing.assert_close(
+        factors.Vt.double().abs(), (s[:3].sqrt()[:, None] * Vt[:3]).abs(), rtol=1e-5, atol=1e-6
+    )
 
 
 @pytest.mark.parametrize(("m", "n"), SHAPES)
@@ -73,7 +88,11 @@ def test_tall_matrices_of_any_condition_attain_the_bound(kind, solve):
     if kind == "rank_deficient":
         W = randn(m, 7) @ randn(7, n, seed=2)
     elif kind == "ill_conditioned":
-        W = torch.linalg.qr(W)[0] * torch.logspace(0, -6, n, dtype=torch.float64) @ torch.linalg.qr(randn(n, n, seed=2))[0]
+        W = (
+            torch.linalg.qr(W)[0]
+            * torch.logspace(0, -6, n, dtype=torch.float64)
+            @ torch.linalg.qr(randn(n, n, seed=2))[0]
+        )
     elif kind == "zero_columns":
         W[:, [0, 3, n - 1]] = 0
     else:
@@ -83,7 +102,9 @@ def test_tall_matrices_of_any_condition_attain_the_bound(kind, solve):
     U = spectrum.U.double()
     torch.testing.assert_close(U.T @ U, torch.eye(n, dtype=torch.float64), rtol=0, atol=1e-5)
     torch.testing.assert_close(U @ spectrum.rows.double(), W, rtol=0, atol=1e-5)
-    assert norm.loss(truncate(spectrum, rank).product().double() - W) == pytest.approx(float(s[rank:].norm()), rel=1e-4)
+    assert norm.loss(truncate(spectrum, rank).product().double() - W) == pytest.approx(
+        float(s[rank:].norm()), rel=1e-4
+    )
 
 
 @pytest.mark.parametrize(("m", "n"), SHAPES)
@@ -93,7 +114,9 @@ def test_keep_drops_vectors_and_no_singular_value(m, n, kind):
     whole, part = norm.decompose(W), norm.decompose(W, keep=2)
     assert torch.equal(part.s, whole.s)
     assert (part.U.shape, part.rows.shape) == ((m, 2), (2, n))
-    torch.testing.assert_close(truncate(part, 2).product(), truncate(whole, 2).product(), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(
+        truncate(part, 2).product(), truncate(whole, 2).product(), rtol=1e-5, atol=1e-6
+    )
     assert part.tail(2) == whole.tail(2)
 
 
@@ -105,7 +128,10 @@ def test_tail_is_the_norm_of_what_is_left():
 @pytest.mark.parametrize("kind", ["identity", "diagonal", "gram", "left"])
 def test_loss_is_the_weighted_frobenius_norm(kind):
     error, norm = randn(6, 9), norms(6, 9)[kind]
-    S = {"identity": torch.eye(9, dtype=torch.float64), "diagonal": random_gram(9).diagonal().sqrt().diag()}
+    S = {
+        "identity": torch.eye(9, dtype=torch.float64),
+        "diagonal": random_gram(9).diagonal().sqrt().diag(),
+    }
     D = norm.left.diag() if norm.left is not None else torch.eye(6, dtype=torch.float64)
     expected = float((D @ error @ S.get(kind, torch.linalg.cholesky(random_gram(9)))).norm())
     assert norm.loss(error) == pytest.approx(expected, rel=1e-10)

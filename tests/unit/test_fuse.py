@@ -1,4 +1,6 @@
-"""Stacked first factors compute what the linears compute one by one, and leave names, numbers and files as they were."""
+"""Stacked first factors compute what the linears compute one by one, and leave names, numbers and
+files as they were.
+"""
 
 import pytest
 import torch
@@ -14,16 +16,25 @@ from specomp.models.modules import TwoStage, replace_linear
 
 
 def compressed(kind: str, *, rank: int = 5) -> LlamaForCausalLM:
-    """A tiny LLaMA whose linears are factorized, except the last decoder layer's k and v: nothing is shared there but gate and up."""
+    """A tiny LLaMA whose linears are factorized, except the last decoder layer's k and v: nothing
+    is shared there but gate and up.
+    """
     torch.manual_seed(0)
     config = LlamaConfig(
-        vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, max_position_embeddings=64
+        vocab_size=64,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        max_position_embeddings=64,
     )
     model = LlamaForCausalLM(config).eval()
     for linear in family_of(config).linears(model):
         if linear.decoder_layer == 1 and linear.kind in ("self_attn.k_proj", "self_attn.v_proj"):
             continue
-        made: nn.Module = {"factors": LowRankLinear, "pivoted": PivotedLinear}[kind](linear.n, linear.m, rank, bias=False)
+        made: nn.Module = {"factors": LowRankLinear, "pivoted": PivotedLinear}[kind](
+            linear.n, linear.m, rank, bias=False
+        )
         replace_linear(model, linear.name, made)
     return model
 
@@ -32,7 +43,8 @@ def compressed(kind: str, *, rank: int = 5) -> LlamaForCausalLM:
 @torch.no_grad()
 def test_same_outputs(kind: str) -> None:
     model, ids = compressed(kind), torch.arange(24).reshape(2, 12)
-    before, state = model(ids).logits, {name: value.clone() for name, value in model.state_dict().items()}
+    before = model(ids).logits
+    state = {name: value.clone() for name, value in model.state_dict().items()}
     products = count_products(model)
     model(ids)
     alone = products.copy()
@@ -41,7 +53,9 @@ def test_same_outputs(kind: str) -> None:
         products.clear()
         assert torch.allclose(model(ids).logits, before, atol=1e-6)
         assert torch.allclose(model(ids).logits, before, atol=1e-6), "again"
-        assert len(alone) - len(products) / 2 == 3 + 2 + 2, "first factors that are no products of their own any more"
+        assert len(alone) - len(products) / 2 == 3 + 2 + 2, (
+            "first factors that are no products of their own any more"
+        )
         assert model.state_dict().keys() == state.keys()
         assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
         assert fuse(model) == 0, "it is already"
@@ -75,10 +89,22 @@ def test_a_linear_that_runs_alone_is_right() -> None:
     model = compressed("factors")
     attention = model.model.layers[0].self_attn
     x, y = torch.randn(2, 3, 32)
-    wanted = {name: (getattr(attention, name)(x), getattr(attention, name)(y)) for name in ("q_proj", "k_proj", "v_proj")}
+    wanted = {
+        name: (getattr(attention, name)(x), getattr(attention, name)(y))
+        for name in ("q_proj", "k_proj", "v_proj")
+    }
     fuse(model)
-    for name, which in (("k_proj", 0), ("k_proj", 0), ("q_proj", 1), ("v_proj", 0), ("q_proj", 0), ("k_proj", 1)):
-        assert torch.allclose(getattr(attention, name)((x, y)[which]), wanted[name][which], atol=1e-6)
+    for name, which in (
+        ("k_proj", 0),
+        ("k_proj", 0),
+        ("q_proj", 1),
+        ("v_proj", 0),
+        ("q_proj", 0),
+        ("k_proj", 1),
+    ):
+        assert torch.allclose(
+            getattr(attention, name)((x, y)[which]), wanted[name][which], atol=1e-6
+        )
 
 
 def test_a_fused_model_is_saved_as_any_other(tmp_path) -> None:

@@ -1,4 +1,6 @@
-"""Mappings from scores to gates, and what gates cost: the soft count, the hard count, one threshold for a budget, what stays."""
+"""Mappings from scores to gates, and what gates cost: the soft count, the hard count, one threshold
+for a budget, what stays.
+"""
 
 import pytest
 import torch
@@ -26,7 +28,9 @@ DOCUMENTED = {
 
 
 def spec(index: int, m: int, n: int) -> LinearSpec:
-    return LinearSpec(name=f"linear{index}", kind=f"linear{index}", site=index, decoder_layer=0, m=m, n=n)
+    return LinearSpec(
+        name=f"linear{index}", kind=f"linear{index}", site=index, decoder_layer=0, m=m, n=n
+    )
 
 
 def specs(shapes: list[tuple[int, int]]) -> list[LinearSpec]:
@@ -49,7 +53,9 @@ def pays(x: LinearSpec, rank: int) -> bool:
 
 def by_hand(linears: list[LinearSpec], ranks: list[int]) -> float:
     """Stored over dense parameters; a linear at or above break-even is stored dense."""
-    stored = sum(r * (x.m + x.n) if pays(x, r) else x.m * x.n for x, r in zip(linears, ranks, strict=True))
+    stored = sum(
+        r * (x.m + x.n) if pays(x, r) else x.m * x.n for x, r in zip(linears, ranks, strict=True)
+    )
     return stored / sum(x.m * x.n for x in linears)
 
 
@@ -72,7 +78,7 @@ def problems(draw: st.DrawFn, *, ties: bool = False) -> tuple[list[LinearSpec], 
     return linears, budget_of(linears, counts), gates
 
 
-# --- mappings ------------------------------------------------------------------------------------------------------------------------
+# --- mappings -------------------------------------------------------------------------------------
 
 
 def test_every_mapping_is_documented_here():
@@ -107,24 +113,32 @@ def test_a_mapping_has_a_gradient_at_its_start(name):
     assert float(score.grad) > 0
 
 
-# --- the counts ----------------------------------------------------------------------------------------------------------------------
+# --- the counts -----------------------------------------------------------------------------------
 
 
 @examples
 @given(problems())
 def test_the_soft_count_becomes_the_hard_one_without_the_dense_cap(problem):
-    """As the temperature falls, at a distance from the threshold; a linear without any kept component counts nothing."""
+    """As the temperature falls, at a distance from the threshold; a linear without any kept
+    component counts nothing.
+    """
     linears, budget, gates = problem
     assume(float((gates - THRESHOLD).abs().min()) > 1e-3)
     counts = [int((part >= THRESHOLD).sum()) for part in gates.split(budget.counts)]
-    uncapped = sum(c * (x.m + x.n) for c, x in zip(counts, linears, strict=True)) / sum(x.params for x in linears)
-    distances = [abs(float(budget.soft_retention(gates, THRESHOLD, t)) - uncapped) for t in (1.0, 1e-2, 1e-5)]
+    uncapped = sum(c * (x.m + x.n) for c, x in zip(counts, linears, strict=True)) / sum(
+        x.params for x in linears
+    )
+    distances = [
+        abs(float(budget.soft_retention(gates, THRESHOLD, t)) - uncapped) for t in (1.0, 1e-2, 1e-5)
+    ]
     assert distances[-1] <= 1e-5 * max(1.0, uncapped)
     assert distances[-1] <= distances[0] + 1e-6
 
 
 def test_another_packing_prices_its_components_one_by_one():
-    """Pivoted: r (m + n - r), the same soft as hard, and the gradient of the soft count is that price."""
+    """Pivoted: r (m + n - r), the same soft as hard, and the gradient of the soft count is that
+    price.
+    """
     linears = specs([(4, 6), (7, 5)])
     budget = budget_of(linears, counts_of(linears), PIVOTED)
     gates = torch.tensor([1.5, 1.2, 0.1, 0.2] + [1.4, 1.3, 1.1, 0.0, 0.2])
@@ -139,18 +153,27 @@ def test_another_packing_prices_its_components_one_by_one():
         shift = torch.zeros(len(gates))
         shift[index] = step
         with torch.no_grad():
-            up, down = (float(budget.soft_retention(gates + sign * shift, THRESHOLD, 0.3)) for sign in (1, -1))
-        assert float(gates.grad[index]) == pytest.approx((up - down) / (2 * step), rel=2e-2, abs=2e-4)
+            up, down = (
+                float(budget.soft_retention(gates + sign * shift, THRESHOLD, 0.3))
+                for sign in (1, -1)
+            )
+        assert float(gates.grad[index]) == pytest.approx(
+            (up - down) / (2 * step), rel=2e-2, abs=2e-4
+        )
 
 
 def test_the_soft_count_of_a_gate_at_the_threshold_is_a_half():
     linears = specs([(4, 6)])
     budget = budget_of(linears, [4])
-    assert float(budget.soft_retention(torch.full((4,), THRESHOLD), THRESHOLD, 0.1)) == pytest.approx(2 * 10 / 24)
+    assert float(
+        budget.soft_retention(torch.full((4,), THRESHOLD), THRESHOLD, 0.1)
+    ) == pytest.approx(2 * 10 / 24)
 
 
 def test_the_soft_count_may_exceed_one():
-    """methods.md 1.4: with every component kept, LLaMA-7B's seven linears cost 1.58 times the dense ones."""
+    """methods.md 1.4: with every component kept, LLaMA-7B's seven linears cost 1.58 times the dense
+    ones.
+    """
     linears = specs([(4096, 4096)] * 4 + [(11008, 4096)] * 2 + [(4096, 11008)])
     budget = budget_of(linears, counts_of(linears))
     gates = torch.ones(sum(counts_of(linears)))
@@ -170,8 +193,13 @@ def test_gradient_of_the_soft_count_against_finite_differences(temperature):
         shift = torch.zeros(len(gates))
         shift[index] = step
         with torch.no_grad():
-            up, down = (float(budget.soft_retention(gates + sign * shift, THRESHOLD, temperature)) for sign in (1, -1))
-        assert float(gates.grad[index]) == pytest.approx((up - down) / (2 * step), rel=2e-2, abs=2e-4)
+            up, down = (
+                float(budget.soft_retention(gates + sign * shift, THRESHOLD, temperature))
+                for sign in (1, -1)
+            )
+        assert float(gates.grad[index]) == pytest.approx(
+            (up - down) / (2 * step), rel=2e-2, abs=2e-4
+        )
     assert (gates.grad > 0).all(), "a higher gate always costs more"
 
 
@@ -189,7 +217,9 @@ def test_hard_retention_is_counted_with_the_dense_cap(problem, threshold):
     linears, budget, gates = problem
     ranks = [max(1, int((part >= threshold).sum())) for part in gates.split(budget.counts)]
     assert budget.ranks(gates, threshold).tolist() == ranks
-    assert budget.hard_retention(gates, threshold) == pytest.approx(by_hand(linears, ranks), rel=1e-12)
+    assert budget.hard_retention(gates, threshold) == pytest.approx(
+        by_hand(linears, ranks), rel=1e-12
+    )
     assert budget.hard_retention(gates, threshold) <= 1
 
 
@@ -197,7 +227,9 @@ def test_hard_retention_is_counted_with_the_dense_cap(problem, threshold):
 def test_from_break_even_on_a_linear_costs_m_n(rank, stored):
     """4 x 6 breaks even at 2.4."""
     budget = budget_of(specs([(4, 6)]), [4])
-    assert budget.retention_of(torch.tensor([rank], dtype=torch.float64)) == pytest.approx(stored / 24)
+    assert budget.retention_of(torch.tensor([rank], dtype=torch.float64)) == pytest.approx(
+        stored / 24
+    )
 
 
 def test_exactly_at_break_even_is_dense():
@@ -208,7 +240,7 @@ def test_exactly_at_break_even_is_dense():
     assert budget.kept(gates, THRESHOLD).all(), "stored dense: nothing is gained by dropping"
 
 
-# --- one threshold for a budget ------------------------------------------------------------------------------------------------------
+# --- one threshold for a budget -------------------------------------------------------------------
 
 
 @examples
@@ -249,7 +281,9 @@ def test_everything_fits_after_components_were_dropped():
     budget = budget_of(linears, [2, 3])
     gates = torch.tensor([1.0, 0.9, 0.001, 1.2, 0.3])
     assert budget.threshold_for(gates, 5 * 16 / 128) == 0.0
-    assert budget.threshold_for(gates, 5 * 16 / 128 - 1e-6) == pytest.approx((0.001 + 0.3) / 2, rel=1e-5), "between dropped and kept"
+    assert budget.threshold_for(gates, 5 * 16 / 128 - 1e-6) == pytest.approx(
+        (0.001 + 0.3) / 2, rel=1e-5
+    ), "between dropped and kept"
 
 
 @examples
@@ -268,7 +302,7 @@ def test_components_of_negative_gate_are_never_kept_by_a_budget():
     assert budget.ranks(gates, 0.0).tolist() == [2]
 
 
-# --- what stays ----------------------------------------------------------------------------------------------------------------------
+# --- what stays -----------------------------------------------------------------------------------
 
 
 @examples
@@ -277,10 +311,14 @@ def test_what_stays_is_what_is_counted(problem, threshold):
     linears, budget, gates = problem
     ranks = [int(x) for x in budget.ranks(gates, threshold)]
     keep = budget.kept(gates, threshold).split(budget.counts)
-    for linear, rank, mask, part in zip(linears, ranks, keep, gates.split(budget.counts), strict=True):
+    for linear, rank, mask, part in zip(
+        linears, ranks, keep, gates.split(budget.counts), strict=True
+    ):
         if pays(linear, rank):
             assert int(mask.sum()) == rank
-            assert set(part.topk(rank).indices.tolist()) == set(mask.nonzero().flatten().tolist()), "the best ones"
+            assert set(part.topk(rank).indices.tolist()) == set(
+                mask.nonzero().flatten().tolist()
+            ), "the best ones"
         else:
             assert mask.all()
 
@@ -305,7 +343,9 @@ def test_what_stays_has_no_gradient():
 
 
 def test_of_equal_gates_below_the_threshold_one_stays():
-    """Equal gates are real: all of them before the first step, and those whose score is below 0 under the clamped identity."""
+    """Equal gates are real: all of them before the first step, and those whose score is below 0
+    under the clamped identity.
+    """
     budget = budget_of(specs([(8, 8), (8, 8)]), [3, 3])
     gates = torch.tensor([0.0, 0.0, 0.0, 0.9, 0.1, 0.8])
     assert budget.ranks(gates, THRESHOLD).tolist() == [1, 2]
@@ -321,7 +361,9 @@ def test_equal_gates_stay_as_counted(problem, threshold):
 
 
 def test_of_equal_gates_the_larger_singular_values_stay():
-    """All scores tied, as after AdamW's first steps: the budget is met still, and every linear gives up the same share."""
+    """All scores tied, as after AdamW's first steps: the budget is met still, and every linear
+    gives up the same share.
+    """
     budget = budget_of(specs([(8, 8), (16, 16)]), [8, 16])
     gates = torch.full((24,), 0.75)
     threshold = budget.threshold_for(gates, 0.5)

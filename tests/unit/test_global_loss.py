@@ -83,7 +83,9 @@ def curves_of(units: Sequence[Unit], values: Values, form: Form) -> dict[Unit, C
 def steps_of(curves: Mapping[Unit, Curve]) -> list[tuple[float, float]]:
     """(loss saved, parameters) of every step on every hull."""
     return [
-        (float(c.losses[a] - c.losses[b]), float(c.costs[b] - c.costs[a])) for c in curves.values() for a, b in itertools.pairwise(c.hull())
+        (float(c.losses[a] - c.losses[b]), float(c.costs[b] - c.costs[a]))
+        for c in curves.values()
+        for a, b in itertools.pairwise(c.hull())
     ]
 
 
@@ -94,8 +96,8 @@ def cases(draw) -> tuple[list[Unit], dict[str, Tensor]]:
     generator = torch.Generator().manual_seed(draw(st.integers(0, 9999)))
     values = {}
     for x in units:
-        # From steep to nearly flat spectra: where they are flat, dense is the better buy long before
-        # break-even.
+        # From steep to nearly flat spectra: where they are flat, dense is the better buy long
+        # before break-even.
         decay, least = draw(st.sampled_from([0.3, 0.8, 0.99])), min(shape(x))
         noise = 0.5 + torch.rand(least, generator=generator)
         values[x.name] = (decay ** torch.arange(least) * noise).sort(descending=True).values
@@ -132,8 +134,9 @@ def test_exactly_optimal_wherever_the_budget_ends_with_a_step(case, packing, cou
 
 
 def test_a_flat_spectrum_is_kept_dense_before_it_breaks_even():
-    """Two factors of a flat 10 x 10 cost 20 a rank and save a tenth each: dense, at 100, saves twice
-    as much per parameter."""
+    """Two factors of a flat 10 x 10 cost 20 a rank and save a tenth each: dense, at 100, saves
+    twice as much per parameter.
+    """
     units = [unit("flat", 10, 10), unit("steep", 10, 10)]
     values = {"flat": torch.ones(10), "steep": 10.0 * 0.1 ** torch.arange(10)}
     assert curves_of(units, values, Factors())[units[0]].hull() == [0, 4]
@@ -203,7 +206,10 @@ def test_normalizing_compares_shares_of_energy():
 def test_rounded_ranks(round_to):
     units = [unit(f"x{i}", 300, 200) for i in range(12)] + [unit("small", 12, 10)]
     generator, form = torch.Generator().manual_seed(1), FORMS["pivoted"]
-    values = {x.name: torch.rand(min(shape(x)), generator=generator).sort(descending=True).values for x in units}
+    values = {
+        x.name: torch.rand(min(shape(x)), generator=generator).sort(descending=True).values
+        for x in units
+    }
     ranks = allocate(units, values, 0.3, form, round_to=round_to)
     low = {x.name for x in units if saves(x, ranks[x.name], form)}
     assert low - {"small"}

@@ -1,4 +1,6 @@
-"""Rounding one weight: the grid, round to nearest, and GPTQ against both its definition and brute force."""
+"""Rounding one weight: the grid, round to nearest, and GPTQ against both its definition and brute
+force.
+"""
 
 import math
 
@@ -21,7 +23,10 @@ GROUPS = [None, 16, 8]
 
 
 def spacing(**changes) -> Spacing:
-    return Spacing(**{"bits": 4, "group_size": None, "symmetric": False, "scale_dtype": torch.float16} | changes)
+    return Spacing(
+        **{"bits": 4, "group_size": None, "symmetric": False, "scale_dtype": torch.float16}
+        | changes
+    )
 
 
 def problem(m: int = 24, n: int = 40, seed: int = 0) -> tuple[Tensor, Tensor]:
@@ -47,19 +52,26 @@ def test_nearest_is_within_half_a_step_of_every_number(m, n, group_size, symmetr
     assert (grid.zeros is None) is symmetric
     assert rounded.integers.min() >= -8 and rounded.integers.max() <= 7
     step = grid.scales.float().repeat_interleave(group_size or n, 1)[:, :n]
-    # Half a step of the grid; half a step more at the positive end of a symmetric one, whose ends are -8 and 7; and the rounded scale.
+    # Half a step of the grid; half a step more at the positive end of a symmetric one, whose ends
+    # are -8 and 7; and the rounded scale.
     assert ((rounded.values() - weight).abs() <= step * (1.02 if symmetric else 0.55) + 1e-6).all()
 
 
 def test_the_grid_is_what_the_published_code_computes():
-    """gptq/quant.py: scale (max - min) / 15, zero round(-min / scale), min <= 0 <= max; symmetric: the range is +-max|w|."""
+    """gptq/quant.py: scale (max - min) / 15, zero round(-min / scale), min <= 0 <= max; symmetric:
+    the range is +-max|w|.
+    """
     weight = torch.tensor([[-1.0, 0.5, 2.0, 0.1], [1.0, 2.0, 3.0, 1.5], [0.0, 0.0, 0.0, 0.0]])
     grid = spacing().fit(weight)
-    assert torch.allclose(grid.scales.float().flatten(), torch.tensor([3 / 15, 3 / 15, 1.0]), rtol=1e-3)
+    assert torch.allclose(
+        grid.scales.float().flatten(), torch.tensor([3 / 15, 3 / 15, 1.0]), rtol=1e-3
+    )
     assert grid.zeros is not None
     assert (grid.zeros.flatten() + 8).tolist() == [5, 0, 0]
     symmetric = spacing(symmetric=True).fit(weight)
-    assert torch.allclose(symmetric.scales.float().flatten(), torch.tensor([4 / 15, 6 / 15, 1.0]), rtol=1e-3)
+    assert torch.allclose(
+        symmetric.scales.float().flatten(), torch.tensor([4 / 15, 6 / 15, 1.0]), rtol=1e-3
+    )
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -81,7 +93,9 @@ def test_integers_are_recovered_from_values_held_in_the_dtype_of_a_model(dtype, 
 @pytest.mark.parametrize("group_size", GROUPS)
 def test_eight_bits_lose_nearly_nothing(group_size, act_order):
     weight, gram = problem()
-    rounded = gptq(weight, gram, spacing(bits=8, group_size=group_size), act_order=act_order, damping=0.01)
+    rounded = gptq(
+        weight, gram, spacing(bits=8, group_size=group_size), act_order=act_order, damping=0.01
+    )
     assert loss(rounded, weight, gram) < 0.01 * GramNorm(gram).loss(weight)
 
 
@@ -111,11 +125,15 @@ def test_with_a_diagonal_gram_there_is_nothing_to_make_up_for(group_size, act_or
 
 @pytest.mark.parametrize("act_order", [True, False])
 def test_gptq_equals_its_definition(act_order):
-    """Optimal brain quantization with a fixed order: after each column the rest minimizes the loss given what is rounded (Eq. 2)."""
+    """Optimal brain quantization with a fixed order: after each column the rest minimizes the loss
+    given what is rounded (Eq. 2).
+    """
     weight, gram = problem(5, 12)
     settings = spacing()
     rounded = gptq(weight, gram, settings, act_order=act_order, damping=0.01)
-    damped = gram.double() + 0.01 * gram.diagonal().double().mean() * torch.eye(12, dtype=torch.float64)
+    damped = gram.double() + 0.01 * gram.diagonal().double().mean() * torch.eye(
+        12, dtype=torch.float64
+    )
     order = gram.diagonal().argsort(descending=True).tolist() if act_order else list(range(12))
     grid, current, fixed = settings.fit(weight), weight.double(), []
     for j in order:
@@ -123,7 +141,9 @@ def test_gptq_equals_its_definition(act_order):
         rest = [k for k in order if k not in fixed and k != j]
         delta = (column - current[:, j])[:, None]
         if rest:
-            current[:, rest] -= delta @ torch.linalg.solve(damped[rest][:, rest], damped[rest, j])[None]
+            current[:, rest] -= (
+                delta @ torch.linalg.solve(damped[rest][:, rest], damped[rest, j])[None]
+            )
         current[:, j] = column
         fixed.append(j)
     assert torch.allclose(rounded.values().double(), current, atol=1e-4)
@@ -155,8 +175,12 @@ def test_inputs_that_never_occur_are_rounded_to_zero_and_disturb_nothing():
     rounded = gptq(weight, gram, spacing(), act_order=True, damping=0.01)
     assert (rounded.values()[:, 3] == 0).all()
     others = [j for j in range(40) if j != 3]
-    alone = gptq(weight[:, others], gram[others][:, others], spacing(), act_order=True, damping=0.01)
-    assert loss(rounded, weight, gram) == pytest.approx(loss(alone, weight[:, others], gram[others][:, others]), rel=0.05)
+    alone = gptq(
+        weight[:, others], gram[others][:, others], spacing(), act_order=True, damping=0.01
+    )
+    assert loss(rounded, weight, gram) == pytest.approx(
+        loss(alone, weight[:, others], gram[others][:, others]), rel=0.05
+    )
 
 
 def test_what_is_not_finite_is_refused():
@@ -183,7 +207,9 @@ def factors(rank: int = 21) -> tuple[LowRankFactors, Stats]:
     """Unbalanced factors of a 24 x 40 weight, and the statistics of its inputs."""
     made = make(24, 40, rank, 1, 200)
     U, s, Vt = torch.linalg.svd(made.W.float(), full_matrices=False)
-    return LowRankFactors(U[:, :rank] * s[:rank] * torch.logspace(0, 1, rank), Vt[:rank]), Stats({Gram(): made.gram.float()})
+    return LowRankFactors(U[:, :rank] * s[:rank] * torch.logspace(0, 1, rank), Vt[:rank]), Stats(
+        {Gram(): made.gram.float()}
+    )
 
 
 def pair_rounded(
@@ -209,7 +235,9 @@ def test_factors_are_rounded_each_with_what_it_sees():
     Vt, U = pair_rounded(exact, stats)
     G, V = stats[Gram()].double(), exact.Vt.double().T
     for part, weight, gram in ((U, exact.U, V.T @ G @ V), (Vt, exact.Vt, G)):
-        alone = gptq(weight, gram, spacing(group_size=16, symmetric=True), act_order=True, damping=0.01)
+        alone = gptq(
+            weight, gram, spacing(group_size=16, symmetric=True), act_order=True, damping=0.01
+        )
         assert torch.allclose(part.values, alone.values(), atol=1e-5)
         assert part.damping == 0.01
         assert part.values.dtype == torch.float32
@@ -219,8 +247,9 @@ def test_factors_are_rounded_each_with_what_it_sees():
 
 
 def test_a_matrix_alone_and_a_chain_of_three_see_what_comes_before():
-    """Whatever is applied one after the other: the first sees the inputs, each other one what the one
-    before gives."""
+    """Whatever is applied one after the other: the first sees the inputs, each other one what the
+    one before gives.
+    """
     exact, stats = factors()
     third = torch.randn(5, 24, generator=torch.Generator().manual_seed(0))
     chain = (exact.Vt, exact.U, third)
@@ -229,7 +258,9 @@ def test_a_matrix_alone_and_a_chain_of_three_see_what_comes_before():
     assert torch.equal(found[0].values, alone[0].values)
     seen = stats[Gram()].double()
     for part, weight in zip(found, chain, strict=True):
-        expected = gptq(weight, seen, spacing(group_size=16, symmetric=True), act_order=True, damping=0.01)
+        expected = gptq(
+            weight, seen, spacing(group_size=16, symmetric=True), act_order=True, damping=0.01
+        )
         assert torch.allclose(part.values, expected.values(), atol=1e-5)
         seen = weight.double() @ seen @ weight.double().T
 
@@ -251,7 +282,9 @@ def test_whitened_factors_leave_gptq_nothing_to_do_for_u():
     """Components that are orthogonal in the Gram norm do not mix: the Hessian of U is diagonal."""
     made = make(24, 40, 11, 1, 200)
     exact, stats = truncate(GramNorm(made.gram).decompose(made.W), 11), Stats({Gram(): made.gram})
-    (Vt, U), (nearest_Vt, nearest_U) = (pair_rounded(exact, stats, algorithm=x) for x in ("gptq", "rtn"))
+    (Vt, U), (nearest_Vt, nearest_U) = (
+        pair_rounded(exact, stats, algorithm=x) for x in ("gptq", "rtn")
+    )
     assert torch.equal(U.values, nearest_U.values)
     assert not torch.equal(Vt.values, nearest_Vt.values)
 
@@ -269,14 +302,18 @@ def test_rebalanced_factors_have_the_same_product_and_equal_sides():
     assert torch.allclose(found.product(), exact.product(), rtol=1e-4, atol=1e-4)
     assert torch.allclose(found.U.norm(dim=0), found.Vt.norm(dim=1), rtol=1e-4)
     left = found.U.T @ found.U
-    assert torch.allclose(left, torch.diag(left.diagonal()), atol=1e-3 * float(left.diagonal().max()))
+    assert torch.allclose(
+        left, torch.diag(left.diagonal()), atol=1e-3 * float(left.diagonal().max())
+    )
     assert (left.diagonal().diff() <= 1e-3).all()
 
 
 @pytest.mark.parametrize("rebalance", [True, False])
 def test_gptq_of_factors_beats_the_nearest(rebalance):
     exact, stats = factors()
-    found = {x: pair_rounded(exact, stats, algorithm=x, rebalance=rebalance) for x in ("gptq", "rtn")}
+    found = {
+        x: pair_rounded(exact, stats, algorithm=x, rebalance=rebalance) for x in ("gptq", "rtn")
+    }
     assert product_loss(found["gptq"], exact, stats) < product_loss(found["rtn"], exact, stats)
 
 

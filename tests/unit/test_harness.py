@@ -1,4 +1,6 @@
-"""lm-eval tasks on local files: against hand-computed log-likelihoods, on all seven tasks, and what a user is told."""
+"""lm-eval tasks on local files: against hand-computed log-likelihoods, on all seven tasks, and what
+a user is told.
+"""
 
 import json
 import logging
@@ -19,7 +21,10 @@ from specomp.evaluation import harness
 from specomp.evaluation.harness import HarnessTask, localize
 
 DATA = Path(os.environ.get("SPECOMP_DATA") or Path(__file__).parents[3] / "shared" / "data")
-needs_data = pytest.mark.skipif(not (DATA / "piqa").is_dir(), reason="no evaluation data: set SPECOMP_DATA to a folder that holds it")
+needs_data = pytest.mark.skipif(
+    not (DATA / "piqa").is_dir(),
+    reason="no evaluation data: set SPECOMP_DATA to a folder that holds it",
+)
 pytestmark = pytest.mark.filterwarnings("ignore")  # lm_eval and datasets bring their own
 
 
@@ -38,7 +43,12 @@ def tokenizer() -> PreTrainedTokenizerFast:
 def model() -> LlamaForCausalLM:
     torch.manual_seed(0)
     config = LlamaConfig(
-        vocab_size=257, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, max_position_embeddings=2048
+        vocab_size=257,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        max_position_embeddings=2048,
     )
     model = LlamaForCausalLM(config)
     model.lm_head.weight.data *= 20  # random, but with opinions, so that options differ clearly
@@ -46,12 +56,21 @@ def model() -> LlamaForCausalLM:
 
 
 def make(task: str, **changes: Any) -> HarnessTask:
-    settings: dict[str, Any] = {"version": 1, "num_fewshot": None, "limit": 4, "batch_size": 4, "data_root": DATA, "metric": "acc"}
+    settings: dict[str, Any] = {
+        "version": 1,
+        "num_fewshot": None,
+        "limit": 4,
+        "batch_size": 4,
+        "data_root": DATA,
+        "metric": "acc",
+    }
     settings["precision"] = "float32"
     return HarnessTask(task=task, **settings | changes)
 
 
-def option_logprob(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, context: str, option: str) -> float:
+def option_logprob(
+    model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, context: str, option: str
+) -> float:
     read, answer = tokenizer(context).input_ids, tokenizer(option).input_ids
     ids = torch.tensor([read + answer])
     with torch.no_grad():
@@ -60,7 +79,9 @@ def option_logprob(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, 
 
 
 @needs_data
-def test_piqa_equals_hand_computed_options(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast) -> None:
+def test_piqa_equals_hand_computed_options(
+    model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast
+) -> None:
     result = make("piqa", limit=20)(model.train(), tokenizer)
     with (DATA / "piqa" / "validation.jsonl").open(encoding="utf-8") as lines:
         documents = [json.loads(next(lines)) for _ in range(20)]
@@ -68,12 +89,17 @@ def test_piqa_equals_hand_computed_options(model: LlamaForCausalLM, tokenizer: P
     model.eval()
     for document in documents:
         options = [document["sol1"], document["sol2"]]
-        scores = [option_logprob(model, tokenizer, f"Question: {document['goal']}\nAnswer:", f" {option}") for option in options]
+        scores = [
+            option_logprob(model, tokenizer, f"Question: {document['goal']}\nAnswer:", f" {option}")
+            for option in options
+        ]
         by_length = [score / len(option) for score, option in zip(scores, options, strict=True)]
         right += scores.index(max(scores)) == document["label"]
         right_norm += by_length.index(max(by_length)) == document["label"]
     assert (result["acc"], result["acc_norm"], result["n"]) == (right / 20, right_norm / 20, 20)
-    assert result["acc_stderr"] == pytest.approx(math.sqrt(result["acc"] * (1 - result["acc"]) / 19))
+    assert result["acc_stderr"] == pytest.approx(
+        math.sqrt(result["acc"] * (1 - result["acc"]) / 19)
+    )
     assert tokenizer.pad_token is None, "the tokenizer must come back as it was"
 
 
@@ -103,7 +129,9 @@ def test_tasks_run_on_local_files_without_network(
 
 
 @needs_data
-def test_mmlu_is_the_average_over_documents(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast) -> None:
+def test_mmlu_is_the_average_over_documents(
+    model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast
+) -> None:
     result = make("mmlu", limit=1, batch_size=16)(model, tokenizer)
     assert result["n"] == 57
     assert round(result["acc"] * 57, 6).is_integer()
@@ -114,11 +142,16 @@ def test_mmlu_takes_examples_from_dev(tokenizer: PreTrainedTokenizerFast) -> Non
     specification = make("mmlu", num_fewshot=5)._specification()
     assert specification is not None and len(specification) == 57
     anatomy = next(config for config in specification if config["task"] == "mmlu_anatomy")
-    assert set(anatomy["dataset_kwargs"]["data_files"]) == {"dev", "test"} and anatomy["fewshot_split"] == "dev"
+    assert (
+        set(anatomy["dataset_kwargs"]["data_files"]) == {"dev", "test"}
+        and anatomy["fewshot_split"] == "dev"
+    )
 
 
 @needs_data
-def test_a_model_of_nan_is_counted(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_model_of_nan_is_counted(
+    model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, caplog: pytest.LogCaptureFixture
+) -> None:
     model.lm_head.weight.data.fill_(math.nan)
     result = make("piqa")(model, tokenizer)
     assert result["nonfinite_requests"] == 8
@@ -126,7 +159,9 @@ def test_a_model_of_nan_is_counted(model: LlamaForCausalLM, tokenizer: PreTraine
 
 
 @needs_data
-def test_cut_prompts_are_counted(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, caplog: pytest.LogCaptureFixture) -> None:
+def test_cut_prompts_are_counted(
+    model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, caplog: pytest.LogCaptureFixture
+) -> None:
     model.config.max_position_embeddings = 200
     assert make("hellaswag", limit=20)(model, tokenizer)["truncated_requests"] > 0
     model.config.max_position_embeddings = 16
@@ -147,21 +182,38 @@ STOCK = {
 def test_localize_keeps_the_evaluated_split() -> None:
     files = {"validation": Path("/d/validation.jsonl"), "test": Path("/d/test.jsonl")}
     local = localize(STOCK, files, Path("/d"), 0)
-    assert (local["training_split"], local["validation_split"], local["test_split"]) == (None, "validation", "test")
-    assert local["dataset_kwargs"] == {"data_files": {"validation": "/d/validation.jsonl", "test": "/d/test.jsonl"}}
-    assert (local["dataset_path"], local["dataset_name"], local["doc_to_text"]) == ("json", None, "q")
+    assert (local["training_split"], local["validation_split"], local["test_split"]) == (
+        None,
+        "validation",
+        "test",
+    )
+    assert local["dataset_kwargs"] == {
+        "data_files": {"validation": "/d/validation.jsonl", "test": "/d/test.jsonl"}
+    }
+    assert (local["dataset_path"], local["dataset_name"], local["doc_to_text"]) == (
+        "json",
+        None,
+        "q",
+    )
     with pytest.raises(UserError, match=r"t: no test\.jsonl under /d \(splits found: validation"):
         localize(STOCK, {"validation": Path("/d/validation.jsonl")}, Path("/d"), 0)
-    with pytest.raises(UserError, match=r"no train\.jsonl under /d .*; 3 few-shot examples asked for\)"):
+    with pytest.raises(
+        UserError, match=r"no train\.jsonl under /d .*; 3 few-shot examples asked for\)"
+    ):
         localize(STOCK, files, Path("/d"), 3)
 
 
 def test_missing_files_and_unknown_tasks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(UserError, match=r"piqa: no validation\.jsonl under .*piqa \(splits found: none"):
+    with pytest.raises(
+        UserError, match=r"piqa: no validation\.jsonl under .*piqa \(splits found: none"
+    ):
         make("piqa", data_root=tmp_path).validate(2048)
     with pytest.raises(UserError, match=r"mmlu_abstract_algebra: no test\.jsonl"):
         make("mmlu", data_root=tmp_path).validate(2048)
-    with pytest.raises(UserError, match="boolq: only piqa, .*mmlu can be read from a data root .*: set data_root=null"):
+    with pytest.raises(
+        UserError,
+        match="boolq: only piqa, .*mmlu can be read from a data root .*: set data_root=null",
+    ):
         make("boolq", data_root=tmp_path).validate(2048)
     make("piqa", data_root=None).validate(2048)  # known without the index
 
@@ -172,23 +224,33 @@ def test_missing_files_and_unknown_tasks(tmp_path: Path, monkeypatch: pytest.Mon
         make("boolk", data_root=None).validate(2048)
 
 
-def test_unreachable_data_is_one_line(monkeypatch: pytest.MonkeyPatch, model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast) -> None:
+def test_unreachable_data_is_one_line(
+    monkeypatch: pytest.MonkeyPatch, model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast
+) -> None:
     import datasets
 
     def fail(*_: Any, **__: Any) -> None:
         raise ConnectionError("Couldn't reach\nthe hub")
 
     monkeypatch.setattr(datasets, "load_dataset", fail)
-    with pytest.raises(UserError, match=r"piqa: cannot load its data \(Couldn't reach the hub\): check the network"):
+    with pytest.raises(
+        UserError, match=r"piqa: cannot load its data \(Couldn't reach the hub\): check the network"
+    ):
         make("piqa", data_root=None)(model, tokenizer)
     assert logging.getLogger("lm_eval").level != logging.ERROR
 
 
 @needs_data
-def test_a_metric_the_task_lacks(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast) -> None:
-    with pytest.raises(UserError, match=r"winogrande has no metric acc_norm: set metric to one of acc\."):
+def test_a_metric_the_task_lacks(
+    model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    with pytest.raises(
+        UserError, match=r"winogrande has no metric acc_norm: set metric to one of acc\."
+    ):
         make("winogrande", metric="acc_norm").validate(2048)
-    with pytest.raises(UserError, match="winogrande has no metric acc_norm: set metric to one of acc, "):
+    with pytest.raises(
+        UserError, match="winogrande has no metric acc_norm: set metric to one of acc, "
+    ):
         make("winogrande", metric="acc_norm")(model, tokenizer)
 
 

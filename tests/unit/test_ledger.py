@@ -63,7 +63,9 @@ def test_factors_count_what_they_store(name):
     dense = measure(model, linears)
     x = linears[0]
     module = model.get_submodule(x.name)
-    low = LowRankLinear.from_factors(torch.randn(x.m, 3), torch.randn(3, x.n), module.bias, dtype=torch.float32, device="cpu")
+    low = LowRankLinear.from_factors(
+        torch.randn(x.m, 3), torch.randn(3, x.n), module.bias, dtype=torch.float32, device="cpu"
+    )
     replace_linear(model, x.name, low)
     compressed = measure(model, linears)
     saved = x.m * x.n - 3 * (x.m + x.n)
@@ -89,7 +91,11 @@ def compressed():
     dense = measure(model, linears)
     for x in linears:
         U, Vt = torch.randn(x.m, 4), torch.randn(4, x.n)
-        replace_linear(model, x.name, LowRankLinear.from_factors(U, Vt, None, dtype=torch.float32, device="cpu"))
+        replace_linear(
+            model,
+            x.name,
+            LowRankLinear.from_factors(U, Vt, None, dtype=torch.float32, device="cpu"),
+        )
     return dense, measure(model, linears), linears
 
 

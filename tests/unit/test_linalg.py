@@ -6,18 +6,32 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from specomp.numerics.linalg import cholesky_damped, congruence, eigh_descending, half_weigh, relative, trace_of_square
+from specomp.numerics.linalg import (
+    cholesky_damped,
+    congruence,
+    eigh_descending,
+    half_weigh,
+    relative,
+    trace_of_square,
+)
 
 examples = settings(deadline=None, max_examples=50, derandomize=True, database=None)
 
 
 def semidefinite(n: int, rank: int, seed: int = 0) -> Tensor:
-    factor = torch.randn(n, rank, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    factor = torch.randn(
+        n, rank, generator=torch.Generator().manual_seed(seed), dtype=torch.float64
+    )
     return factor @ factor.T
 
 
 @examples
-@given(st.integers(1, 24), st.integers(1, 24), st.integers(0, 999), st.sampled_from([torch.float32, torch.float64]))
+@given(
+    st.integers(1, 24),
+    st.integers(1, 24),
+    st.integers(0, 999),
+    st.sampled_from([torch.float32, torch.float64]),
+)
 def test_eigenvectors_rebuild_the_matrix_in_descending_order(n, rank, seed, dtype):
     matrix = semidefinite(n, min(rank, n), seed).to(dtype)
     values, vectors = eigh_descending(matrix)
@@ -26,7 +40,9 @@ def test_eigenvectors_rebuild_the_matrix_in_descending_order(n, rank, seed, dtyp
     assert bool((values[:-1] >= values[1:]).all())
     assert bool((values >= 0).all())
     torch.testing.assert_close((vectors * values) @ vectors.T, matrix, rtol=0, atol=tolerance)
-    torch.testing.assert_close(vectors.T @ vectors, torch.eye(n, dtype=dtype), rtol=0, atol=100 * torch.finfo(dtype).eps)
+    torch.testing.assert_close(
+        vectors.T @ vectors, torch.eye(n, dtype=dtype), rtol=0, atol=100 * torch.finfo(dtype).eps
+    )
 
 
 def test_rounding_below_zero_becomes_zero():
@@ -49,7 +65,11 @@ def test_half_a_gram_gives_the_whole_symmetric_product(n, kind):
     matrix = torch.randn(5, n, dtype=torch.float64, generator=torch.Generator().manual_seed(n))
     square = semidefinite(n, 9) / n
     gram = {"identity": None, "diagonal": square.diagonal(), "full": square}[kind]
-    full = {"identity": torch.eye(n, dtype=torch.float64), "diagonal": square.diagonal().diag(), "full": square}[kind]
+    full = {
+        "identity": torch.eye(n, dtype=torch.float64),
+        "diagonal": square.diagonal().diag(),
+        "full": square,
+    }[kind]
     before = square.clone()
     expected = matrix @ full @ matrix.T
     found = congruence(matrix, gram)
@@ -64,12 +84,18 @@ def test_half_a_gram_gives_the_whole_symmetric_product(n, kind):
 
 
 def test_half_a_gram_keeps_its_digits_where_the_matrix_is_blind_to_what_dominates():
-    """A loss is measured on what is left of the weight, which has next to nothing along the massive directions of the inputs."""
-    massive = torch.nn.functional.normalize(torch.randn(400, dtype=torch.float64, generator=torch.Generator().manual_seed(1)), dim=0)
+    """A loss is measured on what is left of the weight, which has next to nothing along the massive
+    directions of the inputs.
+    """
+    massive = torch.nn.functional.normalize(
+        torch.randn(400, dtype=torch.float64, generator=torch.Generator().manual_seed(1)), dim=0
+    )
     gram = semidefinite(400, 800) / 800 + 1e3 * torch.outer(massive, massive)
     matrix = torch.randn(300, 400, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
     matrix = (matrix - torch.outer(matrix @ massive, massive)).float()
-    assert trace_of_square(matrix, gram.float()) == pytest.approx(float((matrix.double() @ gram * matrix.double()).sum()), rel=1e-5)
+    assert trace_of_square(matrix, gram.float()) == pytest.approx(
+        float((matrix.double() @ gram * matrix.double()).sum()), rel=1e-5
+    )
 
 
 def test_a_positive_definite_gram_is_not_damped():
@@ -89,7 +115,9 @@ def test_a_singular_gram_gets_the_first_damping_that_works(missing):
     factor, damping = cholesky_damped(gram, 1e-8, 1e-2)
     assert damping in [pytest.approx(1e-8 * 10**k) for k in range(7)]
     assert damping * unit > missing > damping * unit / 10 * 0.99  # ten times less was not enough
-    torch.testing.assert_close(factor @ factor.T, gram + damping * unit * identity, rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(
+        factor @ factor.T, gram + damping * unit * identity, rtol=1e-9, atol=1e-9
+    )
 
 
 def test_the_gram_is_not_changed():

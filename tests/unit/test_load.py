@@ -1,4 +1,6 @@
-"""Model folders: what determines the weights, what is refused before they are read, and what the person is told."""
+"""Model folders: what determines the weights, what is refused before they are read, and what the
+person is told.
+"""
 
 import json
 import os
@@ -22,7 +24,16 @@ PLACE = {"device": "cpu", "device_map": None}
 
 
 def local(path, dtype="float32", **changes):
-    return LocalModel(**{"name": "m", "path": str(path), "dtype": dtype, "trust_remote_code": False, **PLACE, **changes})
+    return LocalModel(
+        **{
+            "name": "m",
+            "path": str(path),
+            "dtype": dtype,
+            "trust_remote_code": False,
+            **PLACE,
+            **changes,
+        }
+    )
 
 
 @pytest.fixture
@@ -168,7 +179,9 @@ def test_no_tokenizer(folder, cache, no_weights_read):
         ({"quantization_config": {"quant_method": "gptq", "bits": 4}}, r"quantized \(gptq\)"),
     ],
 )
-def test_unsupported_models_are_refused_before_the_weights(folder, cache, no_weights_read, change, expected):
+def test_unsupported_models_are_refused_before_the_weights(
+    folder, cache, no_weights_read, change, expected
+):
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | change))
     with pytest.raises(UserError, match=expected) as error:

@@ -40,7 +40,11 @@ def test_at_full_rank_equals_the_linear():
 
 def test_parameters_are_the_factors_and_the_bias_only():
     U, Vt = factors()
-    names = dict(LowRankLinear.from_factors(U, Vt, None, dtype=torch.float32, device="cpu").named_parameters())
+    names = dict(
+        LowRankLinear.from_factors(
+            U, Vt, None, dtype=torch.float32, device="cpu"
+        ).named_parameters()
+    )
     assert set(names) == {"v_proj.weight", "u_proj.weight"}
     assert sum(p.numel() for p in names.values()) == RANK * (M + N)
 
@@ -63,7 +67,9 @@ def test_merged_weight_multiplies_in_float32():
 
 
 def test_repr_says_the_rank():
-    assert "in_features=10, out_features=6, rank=3, bias=True" in repr(LowRankLinear(N, M, RANK, bias=True))
+    assert "in_features=10, out_features=6, rank=3, bias=True" in repr(
+        LowRankLinear(N, M, RANK, bias=True)
+    )
 
 
 @pytest.mark.parametrize("bias", [True, False])
@@ -133,11 +139,20 @@ class Operations(TorchDispatchMode):
 
 
 def test_a_training_step_never_waits_for_the_device():
-    """Boolean masks and numbers read off a tensor stop a GPU; with hundreds of linears that is most of a step."""
+    """Boolean masks and numbers read off a tensor stop a GPU; with hundreds of linears that is most
+    of a step.
+    """
     module = GatedLinear(*factors(), None, to_gate=torch.sigmoid, start=0.0, deviation=True)
     module.prune(torch.tensor([True, False, True]))
     with Operations() as operations:
         module(torch.ones(2, N)).sum().backward()
     assert module.scores.grad is not None
     assert "index_select" in operations.seen
-    assert not operations.seen & {"index", "index_put", "index_put_", "_index_put_impl_", "nonzero", "_local_scalar_dense"}
+    assert not operations.seen & {
+        "index",
+        "index_put",
+        "index_put_",
+        "_index_put_impl_",
+        "nonzero",
+        "_local_scalar_dense",
+    }

@@ -1,4 +1,6 @@
-"""Keys and points stay what they were: through every renaming, committed records are found by what is typed today."""
+"""Keys and points stay what they were: through every renaming, committed records are found by what
+is typed today.
+"""
 
 import csv
 import json
@@ -22,7 +24,8 @@ from specomp.experiment.record import COMMITTED, Record, RecordStore, point_of, 
 from specomp.slots import Method, describe
 
 RECORDS = RecordStore(COMMITTED).all()
-# By choice: what a point was made of when the first records were made. Classes and settings, without values.
+# By choice: what a point was made of when the first records were made. Classes and settings,
+# without values.
 FIRST = json.loads((Path(__file__).parent / "first_names.json").read_text())
 REQUIRED = {"calibration=token_ids": ["calibration.path=x"], "model=local": ["model.path=x"]}
 # A default of method/training=polish has changed since: another command makes it today.
@@ -36,7 +39,9 @@ def key(record: Record) -> str:
 
 
 def in_no_table() -> list[Record]:
-    """Those of no committed table; tests/test_experiments.py makes the tables again from what is typed."""
+    """Those of no committed table; tests/test_experiments.py makes the tables again from what is
+    typed.
+    """
     shown: set[str] = set()
     for path in COMMITTED.parent.glob("*/table.csv"):
         with path.open(newline="") as file:
@@ -77,7 +82,9 @@ def in_todays_names(node: Any) -> Any:
 
 def stored_method(record: Record) -> Method:
     """The method that a record was made with."""
-    slots = {"refinement": loaded("method/refinement", "none")} | in_todays_names(record.config["method"])
+    slots = {"refinement": loaded("method/refinement", "none")} | in_todays_names(
+        record.config["method"]
+    )
     if slots["compensation"]["_target_"].endswith(".BlockRefine"):
         slots["refinement"] = slots["compensation"]
         slots["compensation"] = loaded("method/compensation", "none")
@@ -139,7 +146,9 @@ def test_a_record_of_no_table_is_found_by_its_command_as_it_is_composed_today(re
 
 def test_every_class_of_a_record_is_known_today():
     """Under its own name, or as the old name of another."""
-    stored = {x for record in RECORDS for group in WEIGHTS for x in targets(record.config.get(group))}
+    stored = {
+        x for record in RECORDS for group in WEIGHTS for x in targets(record.config.get(group))
+    }
     stored |= set(targets(list(FIRST.values())))
     assert len(stored) > 30
     for name in sorted(stored - set(OLD_TARGETS.values())):
@@ -170,7 +179,9 @@ def as_key(node: Any) -> Any:
 
 @pytest.mark.parametrize("choice", [x for x in FIRST if x.startswith("method/")])
 def test_a_slot_is_called_what_it_was_called_first(choice):
-    """In points and in keys. (What Hydra composes of a choice is what the library reads: tests/test_configs.py.)"""
+    """In points and in keys. (What Hydra composes of a choice is what the library reads:
+    tests/test_configs.py.)
+    """
     slot, _, name = choice.removeprefix("method/").partition("=")
     row = loaded("method", "svd")
     if (slot, name) == ("compensation", "block_refine"):
@@ -197,7 +208,9 @@ def test_a_class_that_only_a_command_line_names_is_called_what_it_was_called_fir
     row["training"]["stages"]["coarse"]["until"] = until
     found = portable({"method": row})["method"]["training"]["stages"]["coarse"]["until"]
     assert found == until | {"_target_": "specomp.phases.Convergence"}
-    described = method_identity(rows.built(row | {"rounding": loaded("quantizer", "none")}, "method"))
+    described = method_identity(
+        rows.built(row | {"rounding": loaded("quantizer", "none")}, "method")
+    )
     until = described["training"]["stages"]["coarse"]["until"]
     assert until == {"class": "Convergence", "window": 20, "tolerance": 0.01}
 
@@ -236,7 +249,9 @@ def test_a_setting_that_came_later_is_left_out_at_its_first_value(monkeypatch):
     config = container("method=adasvd", "method.compensation.iterations=15", "ratio=cr40")
     other = container("method=adasvd", "method.compensation.iterations=3", "ratio=cr60")
     before = plain(config)
-    monkeypatch.setattr(names, "LATER", {"AdaComp": {"iterations": 15}, "Numbers": {"compression": 0.4}})
+    monkeypatch.setattr(
+        names, "LATER", {"AdaComp": {"iterations": 15}, "Numbers": {"compression": 0.4}}
+    )
     found, kept = portable(config), portable(other)
     assert config == before, "a config is left as it is"
     assert "iterations" not in found["method"]["compensation"]
@@ -245,7 +260,9 @@ def test_a_setting_that_came_later_is_left_out_at_its_first_value(monkeypatch):
     assert kept["ratio"]["compression"] == 0.6
     told = {"class": "AdaComp", "iterations": 15, "update": "svd"}
     assert without_later({"parts": [told]}) == {"parts": [{"class": "AdaComp", "update": "svd"}]}
-    assert without_later({"parts": [told | {"iterations": 3}]}) == {"parts": [told | {"iterations": 3}]}
+    assert without_later({"parts": [told | {"iterations": 3}]}) == {
+        "parts": [told | {"iterations": 3}]
+    }
 
 
 def test_a_point_is_the_same_on_every_machine():
@@ -272,7 +289,9 @@ def test_a_point_says_which_weights_are_wanted(override):
 
 
 def test_a_stored_config_has_the_point_of_its_command(tmp_path):
-    """What a record keeps of a run, which is resolved and knows its overrides, asks for the same."""
+    """What a record keeps of a run, which is resolved and knows its overrides, asks for the
+    same.
+    """
     command = ("method=adasvd", "ratio=cr60", "method/refinement=block_refine")
     stored = plain(build(compose_config(tmp_path, *command)).config)
     assert point_of(stored) == point_of(container("debug=tiny", *command))

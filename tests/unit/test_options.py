@@ -366,7 +366,9 @@ class Cosines(Refuse):
         self.cosine = cosine
 
     def stats(self, linear: LinearSpec) -> Stats:
-        return Stats({IOCosine(): torch.tensor(self.cosine[linear.decoder_layer], dtype=torch.float64)})
+        return Stats(
+            {IOCosine(): torch.tensor(self.cosine[linear.decoder_layer], dtype=torch.float64)}
+        )
 
 
 def adacr(
@@ -387,7 +389,9 @@ def adacr(
 
 def test_importance_has_mean_one():
     cosine = {0: 0.2, 1: 0.9, 2: 0.7}
-    assert normalized_importance(cosine, "block_influence") == pytest.approx({0: 2.0, 1: 0.25, 2: 0.75})
+    assert normalized_importance(cosine, "block_influence") == pytest.approx(
+        {0: 2.0, 1: 0.25, 2: 0.75}
+    )
     assert normalized_importance(cosine, "cosine") == pytest.approx({0: 1 / 3, 1: 1.5, 2: 7 / 6})
 
 
@@ -421,7 +425,10 @@ def test_adacr_meets_the_budget_for_the_published_importances(shapes, most, leas
     order = sorted(range(32), key=lambda i: importance[i])
     for kind in shapes:
         by_importance = [ranks[f"layers.{i}.{kind}"] for i in order]
-        assert all(after >= before - 1 for before, after in zip(by_importance, by_importance[1:], strict=False))
+        assert all(
+            after >= before - 1
+            for before, after in zip(by_importance, by_importance[1:], strict=False)
+        )
         assert by_importance[-1] > by_importance[0]
 
 
@@ -448,7 +455,10 @@ def test_cosine_as_printed_barely_differs_from_uniform():
     # 1 - cos, before adacr's helper scales them to 0.9 at most
     importance = [0.2, 0.1, 0.05, 0.05, 0.05, 0.05, 0.05, 0.1]
     cosine = [1 - value for value in importance]
-    printed, influence = (normalized_importance(dict(enumerate(cosine)), kind) for kind in ("cosine", "block_influence"))
+    printed, influence = (
+        normalized_importance(dict(enumerate(cosine)), kind)
+        for kind in ("cosine", "block_influence")
+    )
     assert max(abs(value - 1) for value in printed.values()) < 0.15
     assert max(abs(value - 1) for value in influence.values()) > 1
 
@@ -477,7 +487,9 @@ def test_bigger_losses_mean_smaller_removals_of_the_same_mean(losses, compressio
     removed = {x.name: value for x, value in removed.items()}
     assert sum(removed.values()) / len(removed) == pytest.approx(compression)
     ordered = [removed[f"x{i}"] for i in sorted(range(len(losses)), key=lambda i: losses[i])]
-    assert all(after <= before * (1 + 1e-12) for before, after in zip(ordered, ordered[1:], strict=False))
+    assert all(
+        after <= before * (1 + 1e-12) for before, after in zip(ordered, ordered[1:], strict=False)
+    )
 
 
 def test_removals_are_inverse_to_the_logarithm_of_the_loss():
@@ -507,7 +519,9 @@ def test_type_loss_allocation_meets_the_budget_per_type(compression):
         assert kept(group, ranks) == pytest.approx(trr, rel=1e-3)
         assert kept(group, ranks) <= trr * (1 + 1e-12)
         by_depth = [ranks[x.name] for x in group]
-        assert all(after >= before - 1 for before, after in zip(by_depth, by_depth[1:], strict=False))
+        assert all(
+            after >= before - 1 for before, after in zip(by_depth, by_depth[1:], strict=False)
+        )
         assert by_depth[-1] > by_depth[0]
         assert min(by_depth) >= rank_of(*shape(group[0]), 0.05)
 

@@ -1,4 +1,6 @@
-"""Packed folders: exact with and without specomp, as large as they were counted, and never half-read."""
+"""Packed folders: exact with and without specomp, as large as they were counted, and never
+half-read.
+"""
 
 import json
 import sys
@@ -38,16 +40,30 @@ KINDS = {
 FACTORS = Factors()
 
 
-def quantized(name: str, *, dtype: torch.dtype = torch.float32, every: int = 1, form=FACTORS, **changes):
+def quantized(
+    name: str, *, dtype: torch.dtype = torch.float32, every: int = 1, form=FACTORS, **changes
+):
     """A tiny model with rounded factors of odd ranks, or with another form of them."""
-    settings = {"algorithm": "rtn", "bits": 4, "act_order": False, "damping": 0.0, "order": "faithful", "rebalance": False}
+    settings = {
+        "algorithm": "rtn",
+        "bits": 4,
+        "act_order": False,
+        "damping": 0.0,
+        "order": "faithful",
+        "rebalance": False,
+    }
     quantizer = FactorQuantizer(**settings | changes)
     model = cast_weights(tiny_model(name), dtype)
     for index, spec in enumerate(family_of(model.config).linears(model)):
         if index % every == 0:
             linear, rank = model.get_submodule(spec.name), 7 + index % 4
             U, s, Vt = torch.linalg.svd(linear.weight.detach().float(), full_matrices=False)
-            evidence = Known(pair=LowRankFactors(U * s, Vt), own_bias=linear.bias, rounding=quantizer, dtype=dtype)
+            evidence = Known(
+                pair=LowRankFactors(U * s, Vt),
+                own_bias=linear.bias,
+                rounding=quantizer,
+                dtype=dtype,
+            )
             replace_linear(model, spec.name, form.module(spec, rank, evidence))
     return model
 
@@ -75,7 +91,10 @@ def bytes_on_disk(folder) -> int:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize(("name", "form"), [("llama_gqa", Factors()), ("opt", Factors()), ("opt", Pivoted(max_growth=1.5))])
+@pytest.mark.parametrize(
+    ("name", "form"),
+    [("llama_gqa", Factors()), ("opt", Factors()), ("opt", Pivoted(max_growth=1.5))],
+)
 def test_reloads_bit_for_bit_and_is_as_large_as_counted(export, name, form, kind, dtype):
     model = quantized(name, dtype=dtype, every=2, form=form, **KINDS[kind])
     linears = family_of(model.config).linears(model)
@@ -140,4 +159,7 @@ def test_without_compressed_tensors_reading_is_one_line(export, monkeypatch):
 def test_generation_with_cache_equals_without(export):
     model = specomp.load(export(quantized("llama_gqa", **KINDS["groups"]))).model
     options = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
-    assert torch.equal(model.generate(IDS, **options, use_cache=True), model.generate(IDS, **options, use_cache=False))
+    assert torch.equal(
+        model.generate(IDS, **options, use_cache=True),
+        model.generate(IDS, **options, use_cache=False),
+    )

@@ -17,7 +17,14 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from specomp.errors import UserError
 from specomp.evaluation import perplexity
-from specomp.evaluation.perplexity import Perplexity, TokenFilePerplexity, WindowLoss, cut_windows, summarize, window_nll
+from specomp.evaluation.perplexity import (
+    Perplexity,
+    TokenFilePerplexity,
+    WindowLoss,
+    cut_windows,
+    summarize,
+    window_nll,
+)
 from specomp.evaluation.suite import Suite
 
 CONF = Path(__file__).parents[2] / "conf"
@@ -51,7 +58,12 @@ class FakeText:
 def model() -> Iterator[LlamaForCausalLM]:
     torch.manual_seed(0)
     config = LlamaConfig(
-        vocab_size=VOCABULARY, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, max_position_embeddings=64
+        vocab_size=VOCABULARY,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        max_position_embeddings=64,
     )
     yield LlamaForCausalLM(config)
 
@@ -92,7 +104,9 @@ def test_windows_are_the_quotient_and_the_remainder_is_dropped(model: LlamaForCa
     assert torch.equal(cut_windows(torch.arange(11), 3, 2), torch.arange(6).view(2, 3))
 
 
-def test_batch_size_and_chunks_do_not_change_the_result(model: LlamaForCausalLM, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_batch_size_and_chunks_do_not_change_the_result(
+    model: LlamaForCausalLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
     windows = torch.randint(VOCABULARY, (7, 40))
     single = window_nll(model, windows, 1).per_window
     assert torch.allclose(window_nll(model, windows, 3).per_window, single, rtol=1e-6)
@@ -100,13 +114,20 @@ def test_batch_size_and_chunks_do_not_change_the_result(model: LlamaForCausalLM,
     assert torch.allclose(window_nll(model, windows, 3).per_window, single, rtol=1e-6)
 
 
-def test_products_in_bfloat16_are_named_in_the_id_and_change_little(model: LlamaForCausalLM) -> None:
+def test_products_in_bfloat16_are_named_in_the_id_and_change_little(
+    model: LlamaForCausalLM,
+) -> None:
     exact, rounded = make(), make(precision="bfloat16")
-    assert exact.id.split(":") == [(parts := rounded.id.split(":"))[0], parts[1], parts[3]] and parts[2] == "bf16"
+    assert (
+        exact.id.split(":") == [(parts := rounded.id.split(":"))[0], parts[1], parts[3]]
+        and parts[2] == "bf16"
+    )
     nll, half = (x(model, CharacterTokenizer())["nll"] for x in (exact, rounded))
     assert half != nll and half == pytest.approx(nll, rel=1e-2)
     model.bfloat16()  # nothing left to choose
-    assert make(precision="bfloat16")(model, CharacterTokenizer()) == make()(model, CharacterTokenizer())
+    assert make(precision="bfloat16")(model, CharacterTokenizer()) == make()(
+        model, CharacterTokenizer()
+    )
 
 
 def test_the_mode_of_the_model_comes_back(model: LlamaForCausalLM) -> None:
@@ -117,7 +138,9 @@ def test_the_mode_of_the_model_comes_back(model: LlamaForCausalLM) -> None:
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_a_model_of_nan_is_reported(model: LlamaForCausalLM, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_model_of_nan_is_reported(
+    model: LlamaForCausalLM, caplog: pytest.LogCaptureFixture
+) -> None:
     model.lm_head.weight.data[3, 0] = math.nan
     result = make()(model, CharacterTokenizer())
     assert math.isnan(result["ppl"]) and math.isnan(result["ppl_finite"])
@@ -125,7 +148,9 @@ def test_a_model_of_nan_is_reported(model: LlamaForCausalLM, caplog: pytest.LogC
     assert "not finite in 15 of 15 windows" in caplog.text
 
 
-def test_one_nonfinite_window_is_not_dropped(model: LlamaForCausalLM, caplog: pytest.LogCaptureFixture) -> None:
+def test_one_nonfinite_window_is_not_dropped(
+    model: LlamaForCausalLM, caplog: pytest.LogCaptureFixture
+) -> None:
     text = TEXT[:64] + "~" + TEXT[:63]  # '~' occurs in the third window only
     model.model.embed_tokens.weight.data[ord("~")] = math.inf
     result = make(text)(model, CharacterTokenizer())
@@ -136,7 +161,9 @@ def test_one_nonfinite_window_is_not_dropped(model: LlamaForCausalLM, caplog: py
     assert "1 of 4 windows" in caplog.text
 
 
-@pytest.mark.parametrize(("ppl", "collapsed"), [(1.0, 0.0), (127.9, 0.0), (128.1, 1.0), (math.inf, 1.0), (math.nan, 1.0)])
+@pytest.mark.parametrize(
+    ("ppl", "collapsed"), [(1.0, 0.0), (127.9, 0.0), (128.1, 1.0), (math.inf, 1.0), (math.nan, 1.0)]
+)
 def test_collapsed_is_worse_than_guessing(ppl: float, collapsed: float) -> None:
     loss = WindowLoss(torch.full((2,), 31 * math.log(ppl), dtype=torch.float64), predictions=31)
     assert summarize(loss, name="fake", window=32, vocabulary=VOCABULARY)["collapsed"] == collapsed
@@ -150,23 +177,42 @@ def test_a_uniform_model_has_the_vocabulary_as_perplexity(model: LlamaForCausalL
 def test_overflow_of_exp_is_infinite(model: LlamaForCausalLM) -> None:
     model.lm_head.weight.data.normal_(std=1e6)
     result = make()(model, CharacterTokenizer())
-    assert result["ppl"] == math.inf and math.isfinite(result["nll"]) and result["nonfinite_windows"] == 0
+    assert (
+        result["ppl"] == math.inf
+        and math.isfinite(result["nll"])
+        and result["nonfinite_windows"] == 0
+    )
 
 
 def test_identity_names_what_the_number_depends_on() -> None:
     identity = make(window=16, max_windows=24).id
     assert identity.startswith("fake@1:16x24:")
     assert (
-        len({identity, make(window=16).id, make(window=16, max_windows=24, version=2).id, make("other text", window=16, max_windows=24).id})
+        len(
+            {
+                identity,
+                make(window=16).id,
+                make(window=16, max_windows=24, version=2).id,
+                make("other text", window=16, max_windows=24).id,
+            }
+        )
         == 4
     )
 
 
 def test_messages(model: LlamaForCausalLM, caplog: pytest.LogCaptureFixture) -> None:
-    with pytest.raises(UserError, match=r"windows of 128 tokens do not fit the model's context of 64: set benchmark.window to 64"):
+    with pytest.raises(
+        UserError,
+        match=(
+            r"windows of 128 tokens do not fit the model's context of 64: set benchmark.window"
+            r" to 64"
+        ),
+    ):
         make(window=128).validate(64)
     make(window=64).validate(64)
-    with pytest.raises(UserError, match=r"the text has 5 tokens, less than one window of 32: set benchmark.window"):
+    with pytest.raises(
+        UserError, match=r"the text has 5 tokens, less than one window of 32: set benchmark.window"
+    ):
         make("short")(model, CharacterTokenizer())
     with pytest.raises(ValidationError, match="window"):
         make(window=1)
@@ -177,7 +223,9 @@ def test_messages(model: LlamaForCausalLM, caplog: pytest.LogCaptureFixture) -> 
 def token_file(path: Path, rows: torch.Tensor | None = None) -> TokenFilePerplexity:
     if rows is not None:
         save_file({"input_ids": rows}, path)
-    return TokenFilePerplexity(name="token_ids", version=1, path=path, max_windows=None, batch_size=2, precision="float32")
+    return TokenFilePerplexity(
+        name="token_ids", version=1, path=path, max_windows=None, batch_size=2, precision="float32"
+    )
 
 
 def test_token_file_rows_are_windows(model: LlamaForCausalLM, tmp_path: Path) -> None:
@@ -187,17 +235,28 @@ def test_token_file_rows_are_windows(model: LlamaForCausalLM, tmp_path: Path) ->
     result = benchmark(model, CharacterTokenizer())
     assert result["nll"] == pytest.approx(window_nll(model, rows, 1).mean(), rel=1e-6)
     assert (result["windows"], result["window"], result["tokens"]) == (3, 20, 57)
-    identities = {benchmark.id, token_file(path, rows + 1).id, token_file(path, (rows + 1).view(4, 15)).id}
-    assert len(identities) == 3 and all(identity.startswith("token_ids@1:xall:") for identity in identities)
+    identities = {
+        benchmark.id,
+        token_file(path, rows + 1).id,
+        token_file(path, (rows + 1).view(4, 15)).id,
+    }
+    assert len(identities) == 3 and all(
+        identity.startswith("token_ids@1:xall:") for identity in identities
+    )
 
 
 def test_token_file_messages(model: LlamaForCausalLM, tmp_path: Path) -> None:
     path = tmp_path / "ids.safetensors"
     with pytest.raises(UserError, match=r"ids\.safetensors does not exist; set the path"):
         token_file(path).validate(64)
-    with pytest.raises(UserError, match="rows of 65 tokens do not fit the model's context of 64: write shorter rows"):
+    with pytest.raises(
+        UserError,
+        match="rows of 65 tokens do not fit the model's context of 64: write shorter rows",
+    ):
         token_file(path, torch.zeros(1, 65, dtype=torch.int64)).validate(64)
-    with pytest.raises(UserError, match="rows of 1 token leave nothing to predict: write rows of 2"):
+    with pytest.raises(
+        UserError, match="rows of 1 token leave nothing to predict: write rows of 2"
+    ):
         token_file(path, torch.zeros(3, 1, dtype=torch.int64)).validate(64)
     with pytest.raises(UserError, match="id 128 is outside the vocabulary of 128"):
         token_file(path, torch.tensor([[0, 128]]))(model, CharacterTokenizer())
@@ -206,7 +265,9 @@ def test_token_file_messages(model: LlamaForCausalLM, tmp_path: Path) -> None:
 def test_suite_checks_its_parts() -> None:
     with pytest.raises(UserError, match="measures fake@1:32xall:.* twice"):
         Suite(name="s", parts={"a": make(), "b": make()}).validate(64)
-    with pytest.raises(UserError, match=r"benchmark.parts.a is a int, which is no Benchmark: it lacks"):
+    with pytest.raises(
+        UserError, match=r"benchmark.parts.a is a int, which is no Benchmark: it lacks"
+    ):
         Suite(name="s", parts={"a": 3}).validate(64)
     with pytest.raises(UserError, match="do not fit"):
         Suite(name="s", parts={"a": make()}).validate(16)

@@ -1,4 +1,6 @@
-"""The schedule of phases, driven by a fake trainer and module: order, boundaries, learning rates, convergence, resuming."""
+"""The schedule of phases, driven by a fake trainer and module: order, boundaries, learning rates,
+convergence, resuming.
+"""
 
 from dataclasses import dataclass, field
 from types import SimpleNamespace
@@ -18,7 +20,9 @@ RATES = {"scores": 0.05, "deviation": 0.002}
 class FakeModule:
     """Says what it is told and remembers what it was asked."""
 
-    losses: list[float] = field(default_factory=list)  # of every optimizer step; the last one repeats
+    losses: list[float] = field(
+        default_factory=list
+    )  # of every optimizer step; the last one repeats
     met: tuple[float, float] = (0.5, 0.6)
     phase: Phase | None = None
     progress: float = -1.0
@@ -42,25 +46,42 @@ def recovery(steps: int, until: Convergence | None = None) -> Recovery:
 
 def fake_trainer() -> Any:
     groups = [{"lr": -1.0, "base_lr": rate} for rate in RATES.values()]
-    return SimpleNamespace(global_step=0, should_stop=False, optimizers=[SimpleNamespace(param_groups=groups)])
+    return SimpleNamespace(
+        global_step=0, should_stop=False, optimizers=[SimpleNamespace(param_groups=groups)]
+    )
 
 
-def drive(schedule: PhaseSchedule, module: FakeModule, trainer: Any, *, steps: int, accumulate: int = 1) -> list[tuple[Any, ...]]:
-    """Batches of up to `steps` optimizer steps; what each forward pass saw: step, phase, progress and the first learning rate."""
+def drive(
+    schedule: PhaseSchedule, module: FakeModule, trainer: Any, *, steps: int, accumulate: int = 1
+) -> list[tuple[Any, ...]]:
+    """Batches of up to `steps` optimizer steps; what each forward pass saw: step, phase, progress
+    and the first learning rate.
+    """
     seen = []
     for batch in range(steps * accumulate):
         if trainer.should_stop or schedule.finished:
             break
         schedule.on_train_batch_start(trainer, module, None, batch)
-        seen.append((trainer.global_step, schedule.names[schedule.index], module.progress, trainer.optimizers[0].param_groups[0]["lr"]))
+        seen.append(
+            (
+                trainer.global_step,
+                schedule.names[schedule.index],
+                module.progress,
+                trainer.optimizers[0].param_groups[0]["lr"],
+            )
+        )
         assert module.phase is schedule.phases[schedule.index]
         trainer.global_step += (batch + 1) % accumulate == 0
         schedule.on_train_batch_end(trainer, module, None, None, batch)
     return seen
 
 
-def make(*, until: Convergence | None = None, steps: tuple[int, ...] = (2, 3, 1), warmup: float = 0.0) -> PhaseSchedule:
-    phases: dict[str, Phase] = {name: recovery(count, until) for name, count in zip("abc", steps, strict=False)}
+def make(
+    *, until: Convergence | None = None, steps: tuple[int, ...] = (2, 3, 1), warmup: float = 0.0
+) -> PhaseSchedule:
+    phases: dict[str, Phase] = {
+        name: recovery(count, until) for name, count in zip("abc", steps, strict=False)
+    }
     return PhaseSchedule(phases, Cosine(warmup, 0.1))
 
 
@@ -78,7 +99,9 @@ def test_every_phase_ends_once():
     schedule, module, trainer = make(), FakeModule(), fake_trainer()
     drive(schedule, module, trainer, steps=100)
     assert module.ended == list(zip("abc", schedule.phases, strict=True))
-    assert module.asked == schedule.total, "performance closes the account of each step, so it is asked once"
+    assert module.asked == schedule.total, (
+        "performance closes the account of each step, so it is asked once"
+    )
 
 
 def test_the_run_goes_on_until_the_last_phase_ends():
@@ -114,15 +137,21 @@ def test_learning_rates_are_the_base_times_the_planned_share(warmup):
     for step in range(schedule.total):
         schedule.on_train_batch_start(trainer, module, None, step)
         found = [group["lr"] for group in trainer.optimizers[0].param_groups]
-        assert found == pytest.approx([base * rate(step / schedule.total) for base in RATES.values()])
+        assert found == pytest.approx(
+            [base * rate(step / schedule.total) for base in RATES.values()]
+        )
         trainer.global_step += 1
         schedule.on_train_batch_end(trainer, module, None, None, step)
-    assert [group["base_lr"] for group in trainer.optimizers[0].param_groups] == list(RATES.values()), "never multiplied twice"
+    assert [group["base_lr"] for group in trainer.optimizers[0].param_groups] == list(
+        RATES.values()
+    ), "never multiplied twice"
 
 
 def test_a_phase_that_ends_early_hands_its_place_in_the_plan_on():
     """The next phase starts where it was planned to, in learning rate too."""
-    schedule, module, trainer = make(until=Convergence(window=2, tolerance=0.01), steps=(10, 10)), FakeModule(losses=[1.0]), fake_trainer()
+    schedule = make(until=Convergence(window=2, tolerance=0.01), steps=(10, 10))
+    module = FakeModule(losses=[1.0])
+    trainer = fake_trainer()
     seen = drive(schedule, module, trainer, steps=100)
     assert [x[1] for x in seen] == ["a"] * 4 + ["b"] * 4
     rate = Cosine(0.0, 0.1)
@@ -147,15 +176,21 @@ def test_a_resumed_schedule_goes_on_as_if_nothing_had_happened(stop, until, accu
     """A checkpoint at every optimizer step, in the middle of phases and at their edges."""
     steps, losses = (7, 5, 3), [3.0, 2.0, 1.0]  # flat from the third step on
     whole, trainer = FakeModule(losses=losses), fake_trainer()
-    expected = drive(make(until=until, steps=steps), whole, trainer, steps=100, accumulate=accumulate)
-    first, module, trainer = make(until=until, steps=steps), FakeModule(losses=losses), fake_trainer()
+    expected = drive(
+        make(until=until, steps=steps), whole, trainer, steps=100, accumulate=accumulate
+    )
+    first = make(until=until, steps=steps)
+    module = FakeModule(losses=losses)
+    trainer = fake_trainer()
     seen = drive(first, module, trainer, steps=stop, accumulate=accumulate)
     again, fresh = make(until=until, steps=steps), fake_trainer()
     again.load_state_dict(first.state_dict())
     fresh.global_step = trainer.global_step
     seen += drive(again, module, fresh, steps=100, accumulate=accumulate)
     assert seen == expected
-    assert [name for name, _ in module.ended] == [name for name, _ in whole.ended] == ["a", "b", "c"]
+    assert (
+        [name for name, _ in module.ended] == [name for name, _ in whole.ended] == ["a", "b", "c"]
+    )
     assert again.finished
 
 
@@ -171,7 +206,7 @@ def test_the_state_in_the_middle_of_a_phase():
     assert state["history"] == [3.0, 2.0], "the loaded state is a copy"
 
 
-# --- convergence ---------------------------------------------------------------------------------------------------------------------
+# --- convergence ----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -200,7 +235,9 @@ def test_convergence_needs_a_window():
 
 
 def test_a_phase_over_budget_uses_all_its_steps():
-    schedule, module, trainer = make(until=Convergence(window=2, tolerance=0.01), steps=(6,)), FakeModule(met=(0.7, 0.6)), fake_trainer()
+    schedule = make(until=Convergence(window=2, tolerance=0.01), steps=(6,))
+    module = FakeModule(met=(0.7, 0.6))
+    trainer = fake_trainer()
     assert len(drive(schedule, module, trainer, steps=100)) == 6
 
 
@@ -210,7 +247,7 @@ def test_a_phase_checks_its_settings(change):
         Recovery(**{"steps": 1, "until": None, "prune_margin": None, "cut_losers": True} | change)
 
 
-# --- the learning rate ---------------------------------------------------------------------------------------------------------------
+# --- the learning rate ----------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(

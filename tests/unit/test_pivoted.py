@@ -39,7 +39,9 @@ def stored(
     return form.fit(x, U.shape[1], evidence)["x"]
 
 
-def pack(U: Tensor, Vt: Tensor, *, dtype: torch.dtype = torch.float64, bias: bool = False) -> PivotedLinear:
+def pack(
+    U: Tensor, Vt: Tensor, *, dtype: torch.dtype = torch.float64, bias: bool = False
+) -> PivotedLinear:
     own = randn(len(U), seed=7).to(dtype) if bias else None
     packed = stored(PACK, U, Vt, dtype=dtype, bias=own)
     assert isinstance(packed, PivotedLinear)
@@ -53,7 +55,9 @@ def factors(draw) -> tuple[Tensor, Tensor]:
     m, n = draw(st.integers(2, 40)), draw(st.integers(1, 40))
     rank, seed = draw(st.integers(1, min(m - 1, n))), draw(st.integers(0, 999))
     # Components of very unequal size, as factors of activations are.
-    U = randn(m, rank, seed=seed) * torch.logspace(0, -draw(st.integers(0, 7)), rank, dtype=torch.float64)
+    U = randn(m, rank, seed=seed) * torch.logspace(
+        0, -draw(st.integers(0, 7)), rank, dtype=torch.float64
+    )
     return U, randn(rank, n, seed=seed + 1)
 
 
@@ -115,7 +119,9 @@ def test_low_precision_costs_about_what_it_costs_two_factors(m):
 def test_lu_alone_would_grow_and_exchanges_do_not():
     """Kahan-like rows: |C| of partial pivoting grows with the rank."""
     rank = 12
-    lower = torch.eye(rank, dtype=torch.float64) - torch.ones(rank, rank, dtype=torch.float64).tril(-1)
+    lower = torch.eye(rank, dtype=torch.float64) - torch.ones(rank, rank, dtype=torch.float64).tril(
+        -1
+    )
     U = torch.cat([lower, torch.ones(3, rank, dtype=torch.float64)])
     for limit in (1.01, 1.5, 4.0):
         pivots, others, C = pivot_rows(U, limit)
@@ -153,7 +159,11 @@ def test_the_ledger_counts_the_index_in_bytes(name):
     packed = stored(PACK, randn(x.m, 3), randn(3, x.n), dtype=torch.float32, bias=bias)
     replace_linear(model, x.name, packed)
     after, saved = measure(model, linears), x.m * x.n - 3 * (x.m + x.n - 3)
-    assert before.linear_params - after.linear_params == before.model_params - after.model_params == saved
+    assert (
+        before.linear_params - after.linear_params
+        == before.model_params - after.model_params
+        == saved
+    )
     assert before.macs_per_token - after.macs_per_token == saved
     assert before.model_bytes - after.model_bytes == 4 * saved - 4 * x.m
     assert before.linear_bits - after.linear_bits == 8 * (4 * saved - 4 * x.m)

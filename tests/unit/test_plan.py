@@ -1,4 +1,6 @@
-"""What plan=true counts and shows; that it looks at nothing and leaves nothing behind. What runs do beside it: test_route.py."""
+"""What plan=true counts and shows; that it looks at nothing and leaves nothing behind. What runs do
+beside it: test_route.py.
+"""
 
 import io
 import json
@@ -80,7 +82,9 @@ def test_the_shape_of_a_yaml_has_the_published_parameters(name):
 def test_every_model_that_is_not_on_this_disk_has_a_shape():
     for path in sorted((CONF / "model").glob("*.yaml")):
         content = yaml.safe_load(path.read_text())
-        assert ("shape" in content) == content["_target_"].endswith(("HubModel", "PackagedGGUF")), path.name
+        assert ("shape" in content) == content["_target_"].endswith(("HubModel", "PackagedGGUF")), (
+            path.name
+        )
         assert "shape" not in content or path.stem in PUBLISHED
 
 
@@ -96,7 +100,9 @@ def test_a_plan_counts_as_the_model_does(name):
 def test_ranks_that_need_data_are_uniform_and_said_to_be(tmp_path):
     found = plan_of(asked(tmp_path, "method=specomp"))
     assert found.asked == "spectra"
-    assert "asks for spectra: the ranks shown are uniform" in text(asked(tmp_path, "method=specomp"))
+    assert "asks for spectra: the ranks shown are uniform" in text(
+        asked(tmp_path, "method=specomp")
+    )
     assert plan_of(asked(tmp_path, "method=svd_llm")).asked is None
 
 
@@ -115,7 +121,9 @@ def test_a_forward_pass_multiplies_what_torch_counts(name):
         model(input_ids=ids)
     outside, layer = counted(model.config, torch.float32, 32, True, False)
     layers = model.config.num_hidden_layers
-    assert (outside + layer * layers).of("product") == pytest.approx(counter.get_total_flops(), rel=0.02)
+    assert (outside + layer * layers).of("product") == pytest.approx(
+        counter.get_total_flops(), rel=0.02
+    )
 
 
 def test_a_backward_pass_takes_as_much_again_and_weights_more():
@@ -124,7 +132,9 @@ def test_a_backward_pass_takes_as_much_again_and_weights_more():
     outside_too, layer_too = counted(config, torch.float32, 32, True, True)
     assert layer_too.of("product") == pytest.approx(2 * layer.of("product"), rel=0.3)
     assert outside_too.of("product") == pytest.approx(2 * outside.of("product"), rel=0.01)
-    plain, weights = (plan_for(config, x).calibrate().work.of("product") for x in ("two_sided", "fwsvd"))
+    plain, weights = (
+        plan_for(config, x).calibrate().work.of("product") for x in ("two_sided", "fwsvd")
+    )
     assert weights > 0 and plain > 0
 
 
@@ -162,15 +172,24 @@ def test_work_adds_up_and_seconds_are_amounts_over_rates():
 
 
 def test_layers_at_once_repeat_the_forward_pass(tmp_path):
-    whole, halves = (plan_of(asked(tmp_path, "method=svd_llm", f"calibration.layers_at_once={n}")) for n in (3, 2))
+    whole, halves = (
+        plan_of(asked(tmp_path, "method=svd_llm", f"calibration.layers_at_once={n}"))
+        for n in (3, 2)
+    )
     assert len(halves.passes) == 2 * len(whole.passes)
     assert halves.calibrate().work.flops > 1.5 * whole.calibrate().work.flops
     assert halves.calibrate().held < whole.calibrate().held
 
 
 def test_what_is_unknown_is_not_a_number(tmp_path):
-    part = "+benchmark.parts.own={_target_: specomp.evaluation.harness.HarnessTask, task: squadv2, version: 1, "
-    part += "num_fewshot: null, limit: null, batch_size: 1, precision: float32, data_root: null, metric: exact}"
+    part = (
+        "+benchmark.parts.own={_target_: specomp.evaluation.harness.HarnessTask, task: squadv2,"
+        " version: 1, "
+    )
+    part += (
+        "num_fewshot: null, limit: null, batch_size: 1, precision: float32, data_root: null,"
+        " metric: exact}"
+    )
     found = plan_of(asked(tmp_path, "method=svd", part))
     last = found.stages[-1]
     assert last.unknown and "unknown: own" in last.detail
@@ -194,7 +213,9 @@ def test_another_shape_than_the_real_one_is_one_line():
     config = tiny_model("llama").config
     check_shape(None, config, "x")
     check_shape({"model_type": "llama", "hidden_size": 32}, config, "x")
-    with pytest.raises(UserError, match=r"x: hidden_size is 32 where model\.shape says 64: correct model\.shape") as caught:
+    with pytest.raises(
+        UserError, match=r"x: hidden_size is 32 where model\.shape says 64: correct model\.shape"
+    ) as caught:
         check_shape({"hidden_size": 64, "num_hidden_layers": 3}, config, "x")
     assert "\n" not in str(caught.value)
     with pytest.raises(UserError, match=r"model\.shape of x is refused"):
@@ -234,8 +255,17 @@ def tiny_model_config():
 
 def test_a_shape_says_nothing_about_which_weights_are_wanted():
     """Records made before there were shapes are found by the same command."""
-    config = {"model": {"repo": "a/b", "revision": "c"}, "method": {}, "ratio": {}, "calibration": {}, "quantizer": {}, "seed": 0}
-    assert point_of(config) == point_of(config | {"model": config["model"] | {"shape": {"hidden_size": 1}}})
+    config = {
+        "model": {"repo": "a/b", "revision": "c"},
+        "method": {},
+        "ratio": {},
+        "calibration": {},
+        "quantizer": {},
+        "seed": 0,
+    }
+    assert point_of(config) == point_of(
+        config | {"model": config["model"] | {"shape": {"hidden_size": 1}}}
+    )
 
 
 # --- what was measured
@@ -262,7 +292,13 @@ def test_a_plan_touches_nothing(tmp_path, monkeypatch, capsys):
     def refuse(*_, **__):
         raise AssertionError("a plan needs none of this")
 
-    for owner, name in ((PyDocs, "text"), (PyDocs, "describe"), (Source, "tokenizer"), (RandomModel, "tokenizer"), (RandomModel, "load")):
+    for owner, name in (
+        (PyDocs, "text"),
+        (PyDocs, "describe"),
+        (Source, "tokenizer"),
+        (RandomModel, "tokenizer"),
+        (RandomModel, "load"),
+    ):
         monkeypatch.setattr(owner, name, refuse)
     assert run(compose_config(tmp_path, "plan=true", "method=specomp", "quantizer=none")) is None
     shown = capsys.readouterr().out
@@ -281,7 +317,14 @@ def test_every_method_has_a_plan(tmp_path, method):
 @pytest.mark.parametrize("model", ["llama2_70b", "llama2_7b"])
 def test_a_hub_model_needs_no_hub(tmp_path, model):
     """With the committed shape; 70B as well as 7B."""
-    cfg = compose_config(tmp_path, f"model={model}", "calibration=wikitext2", "benchmark=wikitext2", "method=adasvd", "paths.data=/none")
+    cfg = compose_config(
+        tmp_path,
+        f"model={model}",
+        "calibration=wikitext2",
+        "benchmark=wikitext2",
+        "method=adasvd",
+        "paths.data=/none",
+    )
     cfg.model = yaml.safe_load((CONF / "model" / f"{model}.yaml").read_text())
     request = ask(cfg)
     assert plan_of(request).size.model_params == PUBLISHED[model]
@@ -299,7 +342,14 @@ def test_a_sweep_prints_a_plan_a_job_and_runs_none(tmp_path, capsys):
 
 
 @pytest.mark.parametrize(
-    ("seconds", "shown"), [(0.04, "0.0 s"), (119, "119.0 s"), (600, "10.0 min"), (36000, "10.0 h"), (864000, "10.0 days")]
+    ("seconds", "shown"),
+    [
+        (0.04, "0.0 s"),
+        (119, "119.0 s"),
+        (600, "10.0 min"),
+        (36000, "10.0 h"),
+        (864000, "10.0 days"),
+    ],
 )
 def test_durations_read_well(seconds, shown):
     assert duration(seconds) == shown

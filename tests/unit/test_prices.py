@@ -56,7 +56,9 @@ def fitted(
 ):
     """The module that a form makes of random factors."""
     generator = torch.Generator().manual_seed(size)
-    pair = LowRankFactors(torch.randn(m, size, generator=generator), torch.randn(size, n, generator=generator))
+    pair = LowRankFactors(
+        torch.randn(m, size, generator=generator), torch.randn(size, n, generator=generator)
+    )
     rounding = NoQuantizer() if grid is None else quantizer(grid)
     own = torch.randn(m, generator=generator).to(dtype) if bias else None
     evidence = Known(pair=pair, own_bias=own, rounding=rounding, dtype=dtype)
@@ -115,7 +117,9 @@ def test_the_ledger_counts_the_same(form, grid, dtype):
     for x, (m, n, size) in zip(units, shapes.values(), strict=True):
         chosen = DENSE if size == min(m, n) else form
         if chosen is form:
-            replace_linear(model, x.name, fitted(form, m, n, size, grid=grid, dtype=dtype, bias=True))
+            replace_linear(
+                model, x.name, fitted(form, m, n, size, grid=grid, dtype=dtype, bias=True)
+            )
         parts |= {f"{x.name}.{k}": part for k, part in chosen.parts(x, size, grid).items()}
     size = measure(model, [x.linears[0] for x in units])
     biases = sum(8 * dtype.itemsize * m for m, _, _ in shapes.values())
@@ -151,7 +155,9 @@ def test_many_linears_cost_what_each_costs(form, grid):
         m, n, rank = torch.tensor(sizes, dtype=dtype).unbind(1)
         assert numbers(form.shapes(m, n, rank, grid)).tolist() == each
     if grid is None:
-        m, n, rank = (x.clone().requires_grad_() for x in torch.tensor(sizes, dtype=torch.float64).unbind(1))
+        m, n, rank = (
+            x.clone().requires_grad_() for x in torch.tensor(sizes, dtype=torch.float64).unbind(1)
+        )
         numbers(form.shapes(m, n, rank, grid)).sum().backward()
         slope = m + n if form == Factors() else m + n - 2 * rank
         assert torch.allclose(rank.grad, slope.detach())

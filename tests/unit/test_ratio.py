@@ -35,7 +35,10 @@ def one_minus(source: str) -> list[str]:
     return [
         ast.unparse(node.right)
         for node in ast.walk(ast.parse(source))
-        if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Sub) and isinstance(node.left, ast.Constant) and node.left.value == 1
+        if isinstance(node, ast.BinOp)
+        and isinstance(node.op, ast.Sub)
+        and isinstance(node.left, ast.Constant)
+        and node.left.value == 1
     ]
 
 
@@ -44,6 +47,10 @@ def test_retention_is_made_from_compression_once_in_the_package():
     found = []
     for path in sorted(Path(specomp.__file__).parent.rglob("*.py")):
         subtracted = one_minus(path.read_text(encoding="utf-8"))
-        found += [(path.name, operand) for operand in subtracted if any(word in operand.lower() for word in words)]
+        found += [
+            (path.name, operand)
+            for operand in subtracted
+            if any(word in operand.lower() for word in words)
+        ]
     assert found == [("ratio.py", "compression")]
     assert retained(0.25) == 0.75

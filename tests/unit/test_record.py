@@ -10,7 +10,15 @@ import pytest
 from ledgers import HALF, SIZE, made_ledger
 
 from specomp.errors import UserError
-from specomp.experiment.record import SCHEMA, Record, RecordStore, peak_memory, provenance, read_record, record_key
+from specomp.experiment.record import (
+    SCHEMA,
+    Record,
+    RecordStore,
+    peak_memory,
+    provenance,
+    read_record,
+    record_key,
+)
 
 KEY = record_key({"model": "m", "method": "svd"})
 
@@ -47,7 +55,9 @@ def test_round_trip_keeps_everything_to_the_last_bit(store):
 
 
 def test_a_ledger_is_stored_as_names_and_numbers(store):
-    """What is unknown is left out; a record without one has none, and says so where one is needed."""
+    """What is unknown is left out; a record without one has none, and says so where one is
+    needed.
+    """
     store.save(full_record())
     content = json.loads(store.path(KEY).read_text())["ledger"]
     assert content["dense"] == SIZE | {"linear_bits": 0}
@@ -102,7 +112,10 @@ def test_absent_is_none(store):
     assert store.all() == []
 
 
-@pytest.mark.parametrize("content", ["", '{"schema": 1, "key": "abc', "[]", "null", '{"schema": 1}', '{"key": "x"}', "\x00\x01"])
+@pytest.mark.parametrize(
+    "content",
+    ["", '{"schema": 1, "key": "abc', "[]", "null", '{"schema": 1}', '{"key": "x"}', "\x00\x01"],
+)
 def test_a_damaged_record_is_reported_and_made_again(store, caplog, content):
     store.save(full_record())
     store.path(KEY).write_text(content)
@@ -150,11 +163,15 @@ def test_records_come_oldest_first(store):
     for index in range(3):
         store.save(full_record(key=record_key({"index": index})))
         time.sleep(0.01)
-    assert [record.key for record in store.all()] == [record_key({"index": index}) for index in range(3)]
+    assert [record.key for record in store.all()] == [
+        record_key({"index": index}) for index in range(3)
+    ]
 
 
 def test_key_depends_on_content_only():
-    assert record_key({"a": 1, "b": {"c": 2, "d": 3}}) == record_key({"b": {"d": 3, "c": 2}, "a": 1})
+    assert record_key({"a": 1, "b": {"c": 2, "d": 3}}) == record_key(
+        {"b": {"d": 3, "c": 2}, "a": 1}
+    )
     assert record_key({"a": 1}) != record_key({"a": 2})
     assert len(record_key({})) == 64
 
@@ -163,7 +180,10 @@ def test_one_line_per_linear(store):
     reports = [{"name": "q", "rank": 3, "dense": False}, {"name": "k", "rank": 32, "dense": True}]
     store.save_linears(KEY, reports)
     with (store.folder / f"{KEY[:12]}.linears.csv").open() as file:
-        assert list(csv.DictReader(file)) == [{"name": "q", "rank": "3", "dense": "False"}, {"name": "k", "rank": "32", "dense": "True"}]
+        assert list(csv.DictReader(file)) == [
+            {"name": "q", "rank": "3", "dense": "False"},
+            {"name": "k", "rank": "32", "dense": "True"},
+        ]
 
 
 def test_no_linears_no_file(store):
@@ -204,7 +224,9 @@ def test_peak_memory_beside_a_gpu_is_that_of_where_the_run_was(monkeypatch, allo
 
 def test_provenance_names_what_could_change_the_numbers(monkeypatch):
     found = provenance()
-    assert {"time", "git", "git_dirty", "python", "packages", "machine", "threads", "cpus"} <= set(found)
+    assert {"time", "git", "git_dirty", "python", "packages", "machine", "threads", "cpus"} <= set(
+        found
+    )
     assert all(found["packages"][name] for name in ("torch", "transformers", "lightning"))
     json.dumps(found)
     monkeypatch.setenv("PATH", "")  # no git

@@ -22,8 +22,12 @@ def word_tokenizer(*, words: list[str] = WORDS, bos: bool = True) -> PreTrainedT
     backend = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     if bos:
-        backend.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
-    return PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="<unk>", bos_token="<s>", model_max_length=16)
+        backend.post_processor = processors.TemplateProcessing(
+            single="<s> $A", special_tokens=[("<s>", 1)]
+        )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend, unk_token="<unk>", bos_token="<s>", model_max_length=16
+    )
 
 
 @pytest.fixture(scope="module")
@@ -67,7 +71,9 @@ def test_svd_llm_sampler_is_the_published_one(tokenizer: Any, text: str, seed: i
     assert (tokens[:, 0] == tokenizer.bos_token_id).all()
 
 
-def test_svd_llm_sampler_skips_short_pieces(tokenizer: Any, text: str, caplog: pytest.LogCaptureFixture) -> None:
+def test_svd_llm_sampler_skips_short_pieces(
+    tokenizer: Any, text: str, caplog: pytest.LogCaptureFixture
+) -> None:
     short = text[:500]  # late starts leave fewer than 32 words
     tokens = SvdLlmSampler(seed=3)(short, tokenizer, 40, 32)
     assert torch.equal(tokens, published(short, tokenizer, 40, 32, 3))
@@ -103,15 +109,29 @@ def test_seed_decides_and_global_state_does_not(make: Any, tokenizer: Any, text:
 @pytest.mark.parametrize(
     ("sampler", "words", "num_samples", "message"),
     [
-        (SvdLlmSampler(seed=3), 3, 2, r"has 8 characters, needs more than 12 for a sample of 12 tokens"),
-        (SvdLlmSampler(seed=3), 5, 2, r"3 of 3 pieces of the text gave fewer than 12 tokens.* needs 120 characters"),
+        (
+            SvdLlmSampler(seed=3),
+            3,
+            2,
+            r"has 8 characters, needs more than 12 for a sample of 12 tokens",
+        ),
+        (
+            SvdLlmSampler(seed=3),
+            5,
+            2,
+            r"3 of 3 pieces of the text gave fewer than 12 tokens.* needs 120 characters",
+        ),
         (TokenWindows(seed=0), 11, 2, r"has 12 tokens, needs 13 for random samples of 12"),
         (ContiguousWindows(), 22, 2, r"has 23 tokens, needs 24 for 2 samples of 12"),
     ],
 )
-def test_too_little_text(sampler: Sampler, words: int, num_samples: int, message: str, tokenizer: Any) -> None:
+def test_too_little_text(
+    sampler: Sampler, words: int, num_samples: int, message: str, tokenizer: Any
+) -> None:
     with pytest.raises(
-        UserError, match=message + r".*lower calibration.num_samples / calibration.length or choose a bigger corpus"
+        UserError,
+        match=message
+        + r".*lower calibration.num_samples / calibration.length or choose a bigger corpus",
     ) as error:
         sampler(" ".join(WORDS[:words]), tokenizer, num_samples, 12)
     assert "\n" not in str(error.value)
@@ -119,7 +139,9 @@ def test_too_little_text(sampler: Sampler, words: int, num_samples: int, message
 
 def test_no_warning_about_long_text(text: str, monkeypatch: pytest.MonkeyPatch) -> None:
     warnings: list[str] = []
-    monkeypatch.setattr(tokenization_utils_base.logger, "warning", lambda message, *_: warnings.append(message))
+    monkeypatch.setattr(
+        tokenization_utils_base.logger, "warning", lambda message, *_: warnings.append(message)
+    )
     TokenWindows(seed=0)(text, word_tokenizer(), 2, 12)
     assert warnings == []
     word_tokenizer()(text)

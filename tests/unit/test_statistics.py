@@ -30,10 +30,14 @@ examples = settings(deadline=None, max_examples=50, derandomize=True, database=N
 
 
 def randn(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
+    return torch.randn(
+        *shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64
+    ).to(dtype)
 
 
-def run(statistic: Statistic, batches, precision: Precision = DOUBLE, num_samples: int | None = None) -> Tensor:
+def run(
+    statistic: Statistic, batches, precision: Precision = DOUBLE, num_samples: int | None = None
+) -> Tensor:
     """The value after these batches, each a tensor or a tuple of tensors."""
     batches = [batch if isinstance(batch, tuple) else (batch,) for batch in batches]
     accumulator = statistic.start(precision, num_samples or sum(len(batch[0]) for batch in batches))
@@ -51,11 +55,20 @@ def product(x: Tensor) -> Tensor:
 @st.composite
 def splits(draw) -> tuple[Tensor, list[int]]:
     sizes = draw(st.lists(st.integers(1, 4), min_size=1, max_size=5))
-    return randn(sum(sizes), draw(st.integers(1, 7)), draw(st.integers(1, 24)), seed=draw(st.integers(0, 999))), sizes
+    return randn(
+        sum(sizes),
+        draw(st.integers(1, 7)),
+        draw(st.integers(1, 24)),
+        seed=draw(st.integers(0, 999)),
+    ), sizes
 
 
 @examples
-@given(splits(), st.sampled_from([(DOUBLE, 1e-12), (SINGLE, 1e-5), (HALF, 3e-2)]), st.sampled_from([1, 5, 192]))
+@given(
+    splits(),
+    st.sampled_from([(DOUBLE, 1e-12), (SINGLE, 1e-5), (HALF, 3e-2)]),
+    st.sampled_from([1, 5, 192]),
+)
 def test_gram_of_any_split_is_the_product_of_all_tokens(split, precision, block):
     (x, sizes), (dtypes, tolerance) = split, precision
     with pytest.MonkeyPatch.context() as patch:
@@ -67,7 +80,8 @@ def test_gram_of_any_split_is_the_product_of_all_tokens(split, precision, block)
 
 
 def test_gram_in_blocks_and_in_long_half_precision_batches():
-    n, tokens = specomp.numerics.statistics.GRAM_BLOCK + 40, specomp.numerics.statistics.PRODUCT_TOKENS + 100
+    n = specomp.numerics.statistics.GRAM_BLOCK + 40
+    tokens = specomp.numerics.statistics.PRODUCT_TOKENS + 100
     x = randn(1, tokens, n)
     for precision, tolerance in ((DOUBLE, 1e-12), (SINGLE, 1e-5), (HALF, 1e-2)):
         gram = run(Gram(), [x], precision)
@@ -82,13 +96,17 @@ def test_gram_is_order_free_and_adds_up():
     assert torch.allclose(run(Gram(), parts[:1]) + run(Gram(), parts[1:]), whole, rtol=1e-12)
     # Neither centred nor divided by the number of tokens.
     assert torch.allclose(run(Gram(), parts + parts), 2 * whole, rtol=1e-12)
-    assert torch.equal(run(Gram(), [torch.full((1, 3, 2), 2.0)]), torch.full((2, 2), 12.0, dtype=torch.float64))
+    assert torch.equal(
+        run(Gram(), [torch.full((1, 3, 2), 2.0)]), torch.full((2, 2), 12.0, dtype=torch.float64)
+    )
 
 
 def test_products_of_output_gradients_are_never_rounded_to_half_precision():
     gradients = randn(2, 50, 6, dtype=torch.float32) * 1e-6
     found = run(OutputGradGram(), [gradients], HALF)
-    assert float((found.double() - product(gradients)).norm()) <= 1e-6 * float(product(gradients).norm())
+    assert float((found.double() - product(gradients)).norm()) <= 1e-6 * float(
+        product(gradients).norm()
+    )
 
 
 def test_gram_value_can_be_read_on_the_way():
@@ -121,7 +139,9 @@ def test_as_many_buckets_as_samples_is_the_gram():
     torch.testing.assert_close(run(StackedGram(6), x.split(2)), product(x), rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize(("num_samples", "num_buckets"), [(6, 2), (8, 8), (8, 1), (7, 3), (5, 4), (3, 16)])
+@pytest.mark.parametrize(
+    ("num_samples", "num_buckets"), [(6, 2), (8, 8), (8, 1), (7, 3), (5, 4), (3, 16)]
+)
 def test_identical_samples_keep_their_gram_per_bucket(num_samples, num_buckets):
     sample = randn(1, 5, 4)
     x = sample.expand(num_samples, 5, 4)
@@ -135,9 +155,15 @@ def test_identical_samples_keep_their_gram_per_bucket(num_samples, num_buckets):
 @pytest.mark.parametrize("batch", [1, 2, 3, 7])
 def test_buckets_are_consecutive_samples_averaged_by_position(batch):
     x = randn(7, 4, 5)
-    means = [x[:3].mean(0), x[3:6].mean(0), x[6:].mean(0)]  # ceil(7 / 3) = 3, the last bucket is smaller
+    means = [
+        x[:3].mean(0),
+        x[3:6].mean(0),
+        x[6:].mean(0),
+    ]  # ceil(7 / 3) = 3, the last bucket is smaller
     expected = sum(product(mean[None]) for mean in means)
-    torch.testing.assert_close(run(StackedGram(3), x.split(batch), num_samples=7), expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(
+        run(StackedGram(3), x.split(batch), num_samples=7), expected, rtol=1e-5, atol=1e-5
+    )
 
 
 @pytest.mark.parametrize("b", [4, 16])
@@ -209,7 +235,16 @@ def test_fisher_of_half_precision_gradients_does_not_underflow():
 
 
 def test_descriptions_are_hashable_and_their_names_differ():
-    statistics = [Gram(), StackedGram(4), AbsMean(), IOCosine(), Fisher("in"), Fisher("out"), OutputGradGram(), TokenWeightedGram("in")]
+    statistics = [
+        Gram(),
+        StackedGram(4),
+        AbsMean(),
+        IOCosine(),
+        Fisher("in"),
+        Fisher("out"),
+        OutputGradGram(),
+        TokenWeightedGram("in"),
+    ]
     assert len({statistic.name for statistic in statistics}) == len(set(statistics)) == 8
     assert [statistic.scope for statistic in statistics] == [
         "site",

@@ -43,7 +43,12 @@ def test_dense_stands_beside_compressed():
 
 
 def test_the_console_shows_table_time_notes_and_folder():
-    out = text(record(notes=["ranks [rounded] down"], model_folder="outputs/models/tiny_llama-svd-abcdef012345"))
+    out = text(
+        record(
+            notes=["ranks [rounded] down"],
+            model_folder="outputs/models/tiny_llama-svd-abcdef012345",
+        )
+    )
     assert "tiny_llama, svd, compression 40%" in out
     assert "14.76" in out
     assert "time: load 0.1 s, compress 12.4 s; peak memory 512 MiB" in out
@@ -54,13 +59,18 @@ def test_the_console_shows_table_time_notes_and_folder():
 
 
 def test_collapse_is_said():
-    found = by_label(record(metrics={"wikitext2@1": {"ppl": 60000.0, "tokens": 100.0, "collapsed": 1.0}}))
+    found = by_label(
+        record(metrics={"wikitext2@1": {"ppl": 60000.0, "tokens": 100.0, "collapsed": 1.0}})
+    )
     assert "wikitext2@1 perplexity (100 tokens, collapsed)" in found
     assert label("ppl", {"tokens": 10, "collapsed": 0.0}) == "perplexity (10 tokens)"
     assert "collapsed" in text(record(metrics={"w@1": {"ppl": 60000.0, "collapsed": 1.0}}))
 
 
-@pytest.mark.parametrize("dense", [{}, {"wikitext2@1": {}}, {"wikitext2@1": {"ppl": math.inf}}, {"wikitext2@1": {"ppl": 0.0}}])
+@pytest.mark.parametrize(
+    "dense",
+    [{}, {"wikitext2@1": {}}, {"wikitext2@1": {"ppl": math.inf}}, {"wikitext2@1": {"ppl": 0.0}}],
+)
 def test_without_a_usable_reference_there_is_no_quotient(dense):
     row = by_label(record(dense_metrics=dense))["wikitext2@1 perplexity (2,048 tokens)"]
     assert row[1:] == ("14.76", "--")
@@ -68,18 +78,37 @@ def test_without_a_usable_reference_there_is_no_quotient(dense):
 
 
 def test_an_infinite_perplexity_is_shown_as_such():
-    row = by_label(record(metrics={"wikitext2@1": {"ppl": math.inf, "tokens": 5.0}}))["wikitext2@1 perplexity (5 tokens)"]
+    row = by_label(record(metrics={"wikitext2@1": {"ppl": math.inf, "tokens": 5.0}}))[
+        "wikitext2@1 perplexity (5 tokens)"
+    ]
     assert row == ("7.38", "inf", "inf")
 
 
 def test_accuracy_has_more_digits_than_perplexity():
-    found = by_label(record(metrics={"piqa@1": {"acc": 0.61234, "acc_stderr": 0.01}}, dense_metrics={"piqa@1": {"acc": 0.7}}))
+    found = by_label(
+        record(
+            metrics={"piqa@1": {"acc": 0.61234, "acc_stderr": 0.01}},
+            dense_metrics={"piqa@1": {"acc": 0.7}},
+        )
+    )
     assert found["piqa@1 acc"] == ("0.7000", "0.6123", "0.875")
     assert "piqa@1 acc_stderr" not in found
 
 
 def test_the_record_holds_more_than_the_terminal():
-    assert [x for x in ("ppl", "nll", "tokens", "acc", "acc_norm", "decode_tokens_per_s_b1", "nonfinite_windows") if shown(x)] == [
+    assert [
+        x
+        for x in (
+            "ppl",
+            "nll",
+            "tokens",
+            "acc",
+            "acc_norm",
+            "decode_tokens_per_s_b1",
+            "nonfinite_windows",
+        )
+        if shown(x)
+    ] == [
         "ppl",
         "acc",
         "acc_norm",

@@ -12,13 +12,32 @@ from ledgers import made_ledger
 
 from specomp.errors import UserError
 from specomp.experiment.record import Record, RecordStore, record_key
-from specomp.tables.table import MISSING, cell, columns_of, default_columns, flatten, listing, main, select, variant
+from specomp.tables.table import (
+    MISSING,
+    cell,
+    columns_of,
+    default_columns,
+    flatten,
+    listing,
+    main,
+    select,
+    variant,
+)
 
 
-def record(method="svd", compression=0.4, ppl=12.345, *, model="llama", overrides=(), status="ok", **values) -> Record:
+def record(
+    method="svd", compression=0.4, ppl=12.345, *, model="llama", overrides=(), status="ok", **values
+) -> Record:
     metrics = {"wikitext2@1": {"ppl": ppl, **values}} if ppl is not None else {}
     return Record(
-        key=record_key({"model": model, "method": method, "compression": compression, "overrides": list(overrides)}),
+        key=record_key(
+            {
+                "model": model,
+                "method": method,
+                "compression": compression,
+                "overrides": list(overrides),
+            }
+        ),
         status=status,
         choices={"model": model, "method": method, "calibration": "wikitext2"},
         config={"overrides": list(overrides)},
@@ -29,14 +48,25 @@ def record(method="svd", compression=0.4, ppl=12.345, *, model="llama", override
             compressed={"model_bytes": 1000},
         ),
         metrics=metrics,
-        seconds={"load": 100.0, "calibrate": 2.0, "allocate": 0.5, "compress": 3.0, "evaluate": 50.0},
+        seconds={
+            "load": 100.0,
+            "calibrate": 2.0,
+            "allocate": 0.5,
+            "compress": 3.0,
+            "evaluate": 50.0,
+        },
     )
 
 
 @pytest.fixture
 def folder(tmp_path):
     store = RecordStore(tmp_path / "records")
-    failed = Record(key=record_key({"failed": 1}), status="failed", error="UserError: rank 0", choices={"model": "llama", "method": "asvd"})
+    failed = Record(
+        key=record_key({"failed": 1}),
+        status="failed",
+        error="UserError: rank 0",
+        choices={"model": "llama", "method": "asvd"},
+    )
     rows = [
         record("svd_llm", 0.6, 20.5, acc=0.25),
         record("svd", 0.4, 11.25),
@@ -84,8 +114,17 @@ def test_packings_are_never_beside_each_other_without_a_label():
 
 
 def test_variant_is_what_was_changed_inside_the_method():
-    overrides = ["method=adasvd", "method.allocation.budget=raw", "+method/whitening=none", "ratio=cr40", "calibration.upstream=compressed"]
-    assert variant(record(overrides=overrides)) == "method.allocation.budget=raw method/whitening=none calibration.upstream=compressed"
+    overrides = [
+        "method=adasvd",
+        "method.allocation.budget=raw",
+        "+method/whitening=none",
+        "ratio=cr40",
+        "calibration.upstream=compressed",
+    ]
+    assert (
+        variant(record(overrides=overrides))
+        == "method.allocation.budget=raw method/whitening=none calibration.upstream=compressed"
+    )
     assert variant(record()) == ""
 
 
@@ -105,7 +144,11 @@ def test_markdown(folder, capsys):
     assert code == 0
     lines = out.splitlines()
     assert len(lines) == 4
-    assert [x.strip() for x in lines[0].strip("|").split("|")][:3] == ["model", "method", "compression"]
+    assert [x.strip() for x in lines[0].strip("|").split("|")][:3] == [
+        "model",
+        "method",
+        "compression",
+    ]
     assert set(lines[1]) <= set("|-")
     assert len({len(line) for line in lines}) == 1, "aligned"
     assert "31.00" in lines[2]
@@ -115,18 +158,42 @@ def test_markdown(folder, capsys):
 
 
 def test_csv_reads_back(folder, capsys):
-    code, out = run(capsys, folder, "--format", "csv", "--columns", "method", "compression", "wikitext2@1 ppl", "status")
+    code, out = run(
+        capsys,
+        folder,
+        "--format",
+        "csv",
+        "--columns",
+        "method",
+        "compression",
+        "wikitext2@1 ppl",
+        "status",
+    )
     assert code == 0
     rows = list(csv.DictReader(io.StringIO(out)))
     assert len(rows) == 5
-    assert {"method": "svd_llm", "compression": "60%", "wikitext2@1 ppl": "20.50", "status": "ok"} in rows
-    assert {"method": "asvd", "compression": MISSING, "wikitext2@1 ppl": MISSING, "status": "failed"} in rows
+    assert {
+        "method": "svd_llm",
+        "compression": "60%",
+        "wikitext2@1 ppl": "20.50",
+        "status": "ok",
+    } in rows
+    assert {
+        "method": "asvd",
+        "compression": MISSING,
+        "wikitext2@1 ppl": MISSING,
+        "status": "failed",
+    } in rows
 
 
 def test_latex_escapes_and_has_rules(folder, capsys):
-    code, out = run(capsys, folder, "--format", "latex", "--columns", "model", "method", "compression")
+    code, out = run(
+        capsys, folder, "--format", "latex", "--columns", "model", "method", "compression"
+    )
     assert code == 0
-    assert out.startswith("\\begin{tabular}{lll}\n\\toprule\nmodel & method & compression \\\\\n\\midrule\n")
+    assert out.startswith(
+        "\\begin{tabular}{lll}\n\\toprule\nmodel & method & compression \\\\\n\\midrule\n"
+    )
     assert out.endswith("\\bottomrule\n\\end{tabular}\n")
     assert "llama & svd\\_llm & 60\\% \\\\" in out
     assert "svd_llm" not in out.replace("svd\\_llm", "")
@@ -145,7 +212,10 @@ def test_where_values_are_texts_and_filters_combine(folder, capsys):
     assert "9.00" in out
 
 
-@pytest.mark.parametrize(("where", "message"), [("rank=3", "no such column; there are model, method"), ("model", "expected COLUMN=VALUE")])
+@pytest.mark.parametrize(
+    ("where", "message"),
+    [("rank=3", "no such column; there are model, method"), ("model", "expected COLUMN=VALUE")],
+)
 def test_where_errors_are_one_line_and_exit_1(folder, capsys, caplog, where, message):
     code, out = run(capsys, folder, "--where", where)
     assert code == 1
@@ -193,19 +263,30 @@ def test_a_collapsed_perplexity_is_labelled(row, expected):
 
 
 def test_cells_have_the_digits_their_column_needs():
-    row = {"compression": 0.4, "measured": 0.58754, "piqa@1 acc": 0.33333, "seconds": 3.14159, "method": "svd", "zero": 0.0}
+    row = {
+        "compression": 0.4,
+        "measured": 0.58754,
+        "piqa@1 acc": 0.33333,
+        "seconds": 3.14159,
+        "method": "svd",
+        "zero": 0.0,
+    }
     assert [cell(row, x) for x in row] == ["40%", "0.5875", "0.3333", "3.14", "svd", "0.00"]
 
 
 def test_the_variant_column_appears_only_when_there_is_one():
-    plain, changed = flatten(record()), flatten(record(overrides=["method.allocation.exact_budget=true"]))
+    plain = flatten(record())
+    changed = flatten(record(overrides=["method.allocation.exact_budget=true"]))
     assert "variant" not in default_columns([plain])
     assert "variant" in default_columns([plain, changed])
 
 
 def test_default_columns_hold_perplexity_and_accuracy_only():
     row = flatten(record(acc=0.5, acc_norm=0.6, tokens=10.0))
-    assert [x for x in default_columns([row]) if x.startswith("wikitext2")] == ["wikitext2@1 ppl", "wikitext2@1 acc"]
+    assert [x for x in default_columns([row]) if x.startswith("wikitext2")] == [
+        "wikitext2@1 ppl",
+        "wikitext2@1 acc",
+    ]
     assert "wikitext2@1 acc_norm" in columns_of([row])
 
 
@@ -215,7 +296,9 @@ def test_select_refuses_a_column_by_name():
 
 
 def test_render_of_nothing_has_a_header():
-    assert listing([], ["model", "method"], "markdown") == "| model | method |\n|-------|--------|\n"
+    assert (
+        listing([], ["model", "method"], "markdown") == "| model | method |\n|-------|--------|\n"
+    )
 
 
 @pytest.mark.parametrize("command", ["table", "report", "dashboard"])
@@ -227,13 +310,27 @@ def test_committed_commands_name_the_first_place(command):
 @pytest.mark.parametrize("place", ["tables", "results"])
 def test_as_a_module(folder, place):
     done = subprocess.run(
-        [sys.executable, "-m", f"specomp.{place}.table", str(folder), "--format", "csv", "--columns", "model"],
+        [
+            sys.executable,
+            "-m",
+            f"specomp.{place}.table",
+            str(folder),
+            "--format",
+            "csv",
+            "--columns",
+            "model",
+        ],
         capture_output=True,
         text=True,
         check=True,
     )
     assert done.stdout.split() == ["model", "bert_like", "llama", "llama", "llama", "llama"]
-    failed = subprocess.run([sys.executable, "-m", "specomp.tables.table", str(folder / "no")], capture_output=True, text=True, check=False)
+    failed = subprocess.run(
+        [sys.executable, "-m", "specomp.tables.table", str(folder / "no")],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     assert failed.returncode == 1
     assert "No folder of records" in failed.stderr
     assert "Traceback" not in failed.stderr

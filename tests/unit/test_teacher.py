@@ -32,12 +32,18 @@ def fake_model(cap: float | None = None) -> nn.Module:
     return SimpleNamespace(get_output_embeddings=lambda: output, config=config)  # type: ignore[return-value]
 
 
-def direct(student: Tensor, teacher: Tensor, head, ids: Tensor | None = None, weight: float = 0.0) -> Tensor:
-    """sum_v p (log p - log q), averaged over tokens, in float64; plus the weighted next-token loss."""
+def direct(
+    student: Tensor, teacher: Tensor, head, ids: Tensor | None = None, weight: float = 0.0
+) -> Tensor:
+    """sum_v p (log p - log q), averaged over tokens, in float64; plus the weighted next-
+    token loss.
+    """
     p, q = (torch.log_softmax(head(x).double(), -1) for x in (teacher, student))
     loss = (p.exp() * (p - q)).sum(-1).mean()
     if ids is not None:
-        loss = loss + weight * nn.functional.cross_entropy(head(student)[:, :-1].flatten(0, 1).double(), ids[:, 1:].flatten())
+        loss = loss + weight * nn.functional.cross_entropy(
+            head(student)[:, :-1].flatten(0, 1).double(), ids[:, 1:].flatten()
+        )
     return loss
 
 
@@ -101,7 +107,9 @@ def test_without_gradients_it_can_be_measured():
     with torch.no_grad():
         loss = distillation(states(2), states(1), head_of(fake_model()), 5)
     assert not loss.requires_grad
-    assert float(loss) == pytest.approx(direct(states(2), states(1), head_of(fake_model())).item(), rel=1e-5)
+    assert float(loss) == pytest.approx(
+        direct(states(2), states(1), head_of(fake_model())).item(), rel=1e-5
+    )
 
 
 def test_half_precision_states_get_a_half_precision_gradient():
@@ -115,13 +123,18 @@ def test_half_precision_states_get_a_half_precision_gradient():
 
 
 def test_the_soft_cap_bounds_the_logits():
-    capped, plain = head_of(fake_model(2.0))(100 * states(1)), head_of(fake_model())(100 * states(1))
+    capped = head_of(fake_model(2.0))(100 * states(1))
+    plain = head_of(fake_model())(100 * states(1))
     assert capped.abs().max() <= 2.0
     assert plain.abs().max() > 100
-    assert torch.allclose(head_of(fake_model(2.0))(1e-2 * states(1)), head_of(fake_model())(1e-2 * states(1)), atol=1e-3)
+    assert torch.allclose(
+        head_of(fake_model(2.0))(1e-2 * states(1)),
+        head_of(fake_model())(1e-2 * states(1)),
+        atol=1e-3,
+    )
 
 
-# --- the teacher ---------------------------------------------------------------------------------------------------------------------
+# --- the teacher ----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("family_name", FAMILY_NAMES)
@@ -142,7 +155,9 @@ def test_its_states_and_head_are_the_dense_models(cache, family_name):
 def test_it_is_computed_once(cache):
     run = make_run("llama", cache)
     first = TeacherStates(run)([0, 4])
-    replace_linear(run.model, run.linears[0].name, nn.Identity())  # no longer dense: nothing may be computed
+    replace_linear(
+        run.model, run.linears[0].name, nn.Identity()
+    )  # no longer dense: nothing may be computed
     again = TeacherStates(run)
     assert torch.equal(again([0, 4]), first)
     assert (cache.hits["teacher"], cache.misses["teacher"]) == (1, 1)

@@ -1,4 +1,6 @@
-"""Token files: three formats read alike; nothing is ever unpickled; unfit content is one line for the user."""
+"""Token files: three formats read alike; nothing is ever unpickled; unfit content is one line for
+the user.
+"""
 
 import pickle
 from pathlib import Path
@@ -40,7 +42,10 @@ def test_token_file_containers(tmp_path: Path) -> None:
     for name in ("named.pt", "single.safetensors", "wide.npy"):
         assert torch.equal(read_token_ids(tmp_path / name), IDS)
     save_file({"a": IDS, "b": IDS + 1}, tmp_path / "two.safetensors")
-    with pytest.raises(UserError, match=r"needs a single tensor or one called input_ids or tokens \(tensors found: a, b\)"):
+    with pytest.raises(
+        UserError,
+        match=r"needs a single tensor or one called input_ids or tokens \(tensors found: a, b\)",
+    ):
         read_token_ids(tmp_path / "two.safetensors")
     torch.save([IDS], tmp_path / "list.pt")
     with pytest.raises(UserError, match="tensors found: none"):
@@ -87,7 +92,10 @@ def test_unfit_token_files(tmp_path: Path, ids: torch.Tensor, message: str) -> N
             read_token_ids(write(tmp_path / name, ids.clone()))
 
 
-@pytest.mark.parametrize("name", ["broken.pt", "broken.npy", "broken.safetensors", "empty.npy", "empty.pt", "empty.safetensors"])
+@pytest.mark.parametrize(
+    "name",
+    ["broken.pt", "broken.npy", "broken.safetensors", "empty.npy", "empty.pt", "empty.safetensors"],
+)
 def test_damaged_files(tmp_path: Path, name: str) -> None:
     (tmp_path / name).write_bytes(b"nonsense" if "broken" in name else b"")
     with pytest.raises(UserError, match="cannot be read as a plain tensor"):

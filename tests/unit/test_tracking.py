@@ -17,7 +17,14 @@ from specomp.experiment import tracking
 from specomp.experiment.record import Record
 from specomp.experiment.tracking import NoTracking, SweepReport, WandbTracking
 
-SETTINGS = {"project": "specomp", "entity": None, "group": None, "mode": "offline", "init_timeout": 5.0, "finish_timeout": 6.0}
+SETTINGS = {
+    "project": "specomp",
+    "entity": None,
+    "group": None,
+    "mode": "offline",
+    "init_timeout": 5.0,
+    "finish_timeout": 6.0,
+}
 RECORD = Record(
     key="0123456789abcdef",
     status="ok",
@@ -27,7 +34,10 @@ RECORD = Record(
     metrics={"wikitext2@1": {"ppl": 14.76}},
     seconds={"compress": 1.5},
 )
-LINEARS = [{"name": "q", "rank": 3, "compensation_gain": None}, {"name": "k", "rank": 4, "compensation_gain": 0.5}]
+LINEARS = [
+    {"name": "q", "rank": 3, "compensation_gain": None},
+    {"name": "k", "rank": 4, "compensation_gain": 0.5},
+]
 
 
 SWEEP = SweepReport(
@@ -81,7 +91,9 @@ class FakeArtifact:
 
 @pytest.fixture
 def fake(monkeypatch):
-    """A wandb module that remembers what it was asked; `fails` names the modes whose init raises."""
+    """A wandb module that remembers what it was asked; `fails` names the modes whose init
+    raises.
+    """
     module = types.ModuleType("wandb")
     module.inits, module.runs, module.fails = [], [], set()
     module.run, module.key, module.left = None, True, []
@@ -99,7 +111,9 @@ def fake(monkeypatch):
 
     module.init, module.login, module.teardown = init, login, lambda: module.left.append(True)
     module.Html = lambda data, **_: data
-    module.plot = types.SimpleNamespace(line=lambda table, x, y, *, stroke, title: (table, x, y, stroke, title))
+    module.plot = types.SimpleNamespace(
+        line=lambda table, x, y, *, stroke, title: (table, x, y, stroke, title)
+    )
     module.Artifact = FakeArtifact
     module.Settings = lambda **options: options
     module.Table = lambda columns, data: {"columns": columns, "data": data}
@@ -137,7 +151,10 @@ def test_one_run_per_record(fake):
     counted = {"target_retention": 0.6, "target_compression": 0.4, "measured_retention": 0.5875}
     counted |= {"measured_retention_model": 0.794, "compensation_gain": 0.5, "model_bytes": 6352}
     assert summary == {"wikitext2@1/ppl": 14.76, "seconds/compress": 1.5} | counted
-    assert table["linears"] == {"columns": ["name", "rank", "compensation_gain"], "data": [["q", 3, None], ["k", 4, 0.5]]}
+    assert table["linears"] == {
+        "columns": ["name", "rank", "compensation_gain"],
+        "data": [["q", 3, None], ["k", 4, 0.5]],
+    }
     assert run.finished
 
 
@@ -187,22 +204,39 @@ def test_a_training_and_its_record_are_one_run(fake):
 
 
 def test_a_training_without_gates_has_no_histograms(fake):
-    training = {"steps": 2, "phases": [{"phase": "start", "step": 0, "kl": 0.5}, {"phase": "recover", "step": 2, "kl": 0.4}]}
-    WandbTracking(**SETTINGS | {"mode": "online"}).publish(replace(RECORD, training=training), LINEARS)
+    training = {
+        "steps": 2,
+        "phases": [
+            {"phase": "start", "step": 0, "kl": 0.5},
+            {"phase": "recover", "step": 2, "kl": 0.4},
+        ],
+    }
+    WandbTracking(**SETTINGS | {"mode": "online"}).publish(
+        replace(RECORD, training=training), LINEARS
+    )
     (run,) = fake.runs
-    assert run.finished and not any(name.startswith("gates/") for values in run.logged for name in values)
+    assert run.finished and not any(
+        name.startswith("gates/") for values in run.logged for name in values
+    )
 
 
 def test_a_whole_sweep_is_one_more_run_of_its_group(fake):
     assert WandbTracking(**SETTINGS | {"mode": "online"}).publish_sweep(SWEEP) == "someone"
     (options,), (run,) = fake.inits, fake.runs
-    assert (options["id"], options["group"], options["job_type"]) == ("sweep-1", "Table 1", "report")
+    assert (options["id"], options["group"], options["job_type"]) == (
+        "sweep-1",
+        "Table 1",
+        "report",
+    )
     logged = {name: value for values in run.logged for name, value in values.items()}
     assert logged["report"] == "<p>all</p>"
     assert logged["points"]["data"] == [["svd", 0.6, 20.0], ["svd", 0.4, None]]
     table, *chart = logged["curves/ppl"]
     assert chart == ["measured_retention", "ppl", "series", "curves/ppl"]
-    assert table == {"columns": ["series", "measured_retention", "ppl"], "data": [["svd", 0.6, 20.0]]}, "no point without a value"
+    assert table == {
+        "columns": ["series", "measured_retention", "ppl"],
+        "data": [["svd", 0.6, 20.0]],
+    }, "no point without a value"
     (artifact,) = run.artifacts
     assert (artifact.name, artifact.type) == ("table1-report", "report")
     assert artifact.files["table1.html"].getvalue() == "<p>all</p>"
@@ -267,7 +301,16 @@ def test_the_watch_notices_an_import(no_wandb, caplog):
     assert "wandb was imported" in caplog.text
 
 
-@pytest.mark.parametrize("wrong", [{"mode": "sometimes"}, {"init_timeout": 0}, {"finish_timeout": 0}, {"unknown": 1}, {"project": None}])
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"mode": "sometimes"},
+        {"init_timeout": 0},
+        {"finish_timeout": 0},
+        {"unknown": 1},
+        {"project": None},
+    ],
+)
 def test_settings_are_checked(wrong):
     with pytest.raises(ValidationError):
         WandbTracking(**SETTINGS | wrong)
