@@ -29,6 +29,12 @@ from specomp.models.modules import replace_linear
 from specomp.numerics.factors import GramNorm, truncate
 from specomp.numerics.ratio import break_even_rank, retained
 
+# name, linears of this shape in a decoder layer, m, n
+LLAMA_7B = (
+    ("q, k, v, o", 4, 4096, 4096),
+    ("gate, up", 2, 11008, 4096),
+    ("down", 1, 4096, 11008),
+)
 seconds: dict[str, float] = {}
 
 
@@ -41,7 +47,9 @@ def timed(name: str) -> Iterator[None]:
 
 
 def prepare(cache: Cache, overrides: list[str], compression: float = 0.2) -> Run:
-    """SVD-LLM on SmolLM2 with its calibration set, as run.py builds them, with statistics and spectra in this cache."""
+    """SVD-LLM on SmolLM2 with its calibration set, as run.py builds them, with statistics and
+    spectra in this cache.
+    """
     experiment = typed("method=svd_llm", f"ratio.compression={compression}", *overrides)
     return replace(run_of(experiment, experiment.source.load(experiment.cache)), cache=cache)
 
@@ -76,48 +84,62 @@ def smollm2(options: argparse.Namespace) -> None:
             ours(prepare(Cache(folder), options.overrides), "ours")
             ours(prepare(Cache(folder), options.overrides, 0.4), "second ratio")
         published(prepare(Cache("unused"), options.overrides), "published")
-    total = {x: seconds[f"{x} calibrate"] + seconds[f"{x} factorize"] for x in ("ours", "second ratio", "published")}
+    factorize = {x: seconds[f"{x} factorize"] for x in ("ours", "second ratio", "published")}
+    total = {x: seconds[f"{x} calibrate"] + spent for x, spent in factorize.items()}
+    ratios = {
+        "whole, published / ours": (total["published"] / total["ours"], 2),
+        "factorize, published / ours": (factorize["published"] / factorize["ours"], 3),
+        "first / second ratio, ours": (total["ours"] / total["second ratio"], 20),
+    }
     for name, value in seconds.items():
         print(f"{name:28s} {value / options.repeats:8.2f} s")
-    print(f"whole, published / ours          {total['published'] / total['ours']:6.2f}   (at least 2)")
-    print(f"factorize, published / ours      {seconds['published factorize'] / seconds['ours factorize']:6.2f}   (at least 3)")
-    print(f"first / second ratio, ours       {total['ours'] / total['second ratio']:6.2f}   (at least 20)")
+    for name, (ratio, aim) in ratios.items():
+        print(f"{name:32s} {ratio:6.2f}   (at least {aim})")
 
 
 def llama7b_layer(options: argparse.Namespace) -> None:
-    """One decoder layer of LLaMA-7B shapes: random weights, Grams with a decaying spectrum and a few dominant channels."""
+    """One decoder layer of LLaMA-7B shapes: random weights, Grams with a decaying spectrum and
+    a few dominant channels.
+    """
     generator = torch.Generator().manual_seed(0)
     grams: dict[int, torch.Tensor] = {}
     for n in (4096, 11008):
         tokens = 2 * n if n == 4096 else 12288
         scale = torch.logspace(0, -1.5, n)[torch.randperm(n, generator=generator)]
         scale[:4] *= 30
-        x = torch.randn(tokens, n // 4, generator=generator) @ torch.randn(n // 4, n, generator=generator) / (n // 4) ** 0.5
+        few = torch.randn(tokens, n // 4, generator=generator)
+        x = few @ torch.randn(n // 4, n, generator=generator) / (n // 4) ** 0.5
         x = (x + 0.5 * torch.randn(tokens, n, generator=generator)) * scale
         grams[n] = x.T @ x
     # One linear of each shape is timed; a decoder layer has that many of them.
-    for name, count, m, n in (("q, k, v, o", 4, 4096, 4096), ("gate, up", 2, 11008, 4096), ("down", 1, 4096, 11008)):
+    for name, count, m, n in LLAMA_7B:
         W = torch.randn(m, n, generator=generator) / n**0.5
         rank = rank_of(m, n, retained(0.2))
         for label in ("ours", "published"):
             start = time.perf_counter()
             if label == "ours":
-                factors = truncate(GramNorm(grams[n]).decompose(W, keep=math.ceil(break_even_rank(m, n))), rank)
+                keep = math.ceil(break_even_rank(m, n))
+                factors = truncate(GramNorm(grams[n]).decompose(W, keep=keep), rank)
                 U, Vt = factors.U, factors.Vt
             else:
                 U, Vt = published_factorize(W, grams[n], rank)
             spent = time.perf_counter() - start
             seconds[label] = seconds.get(label, 0.0) + count * spent
-            print(f"{name:10s} {label:10s} {spent:7.1f} s each   loss {GramNorm(grams[n]).loss(U @ Vt - W):.6g}", flush=True)
+            loss = GramNorm(grams[n]).loss(U @ Vt - W)
+            print(f"{name:10s} {label:10s} {spent:7.1f} s each   loss {loss:.6g}", flush=True)
     theirs, own = seconds["published"], seconds["ours"]
-    print(f"one decoder layer: published {theirs:.1f} s, ours {own:.1f} s, ratio {theirs / own:.2f}   (at least 5)")
+    times = f"published {theirs:.1f} s, ours {own:.1f} s"
+    print(f"one decoder layer: {times}, ratio {theirs / own:.2f}   (at least 5)")
 
 
 def memory(options: argparse.Namespace) -> None:
     """Peak resident memory of one run each, in a fresh process, beside the model's own bytes."""
     for label in ("ours", "published"):
-        command = [sys.executable, __file__, "--threads", str(options.threads), "memory_of", label, *options.overrides]
-        print(label, subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip().splitlines()[-1])
+        what = ["--threads", str(options.threads), "memory_of", label, *options.overrides]
+        done = subprocess.run(
+            [sys.executable, __file__, *what], stdout=subprocess.PIPE, text=True, check=True
+        )
+        print(label, done.stdout.strip().splitlines()[-1])
 
 
 def memory_of(options: argparse.Namespace) -> None:
@@ -130,7 +152,8 @@ def memory_of(options: argparse.Namespace) -> None:
         loaded = peak_memory()
         (ours if label == "ours" else published)(run, label)
         peak = peak_memory()
-        figures = {"imports": before, "model": own, "loaded": loaded, "peak": peak, "peak_minus_model": peak - own}
+        figures = {"imports": before, "model": own, "loaded": loaded, "peak": peak}
+        figures["peak_minus_model"] = peak - own
         print(json.dumps({name: f"{value / 2**20:.0f} MiB" for name, value in figures.items()}))
 
 

@@ -1,27 +1,30 @@
-"""Our GPTQ against gptqmodel's on real factors: relative output error ||(Q - W) X|| / ||W X|| of both, and their quotient.
+"""Our GPTQ against gptqmodel's on real factors: relative output error ||(Q - W) X|| / ||W X|| of
+both, and their quotient.
 
-The factors are SVD-LLM's at 40 % of linears of SmolLM2, with the Grams of its calibration set: W is Vt with G, or U with V^T G V.
-gptqmodel sees a root of the Gram as its inputs, so both minimize the same. It is no dependency of specomp; in a folder of its own:
+The factors are SVD-LLM's at 40 % of linears of SmolLM2, with the Grams of its calibration set: W is
+Vt with G, or U with V^T G V. gptqmodel sees a root of the Gram as its inputs, so both minimize the
+same. It is no dependency of specomp; in a folder of its own:
 
     pip download --no-deps --no-binary :all: gptqmodel==7.7.0 && tar xzf gptqmodel-7.7.0.tar.gz
     pip install --no-deps --target extra pypcre logbar device-smi tokenicer defuser
-    PYTHONPATH=gptqmodel-7.7.0:extra:. python experiments/benchmarks/gptq_reference.py calibration=wikitext2_64x512
+    export PYTHONPATH=gptqmodel-7.7.0:extra:.
+    python experiments/benchmarks/gptq_reference.py calibration=wikitext2_64x512
+
+Arguments are overrides of run.py, of model and calibration.
 """
 
 import math
-import os
 import sys
-from typing import Any
 
 import torch
-from cost import prepare
 from gptqmodel.quantization import QuantizeConfig
 from gptqmodel.quantization.gptq import GPTQ
 from published import rank_of
 from torch import Tensor, nn
 
-from specomp.cache import Cache
 from specomp.compression.calibrate import calibrate
+from specomp.experiment.config import typed
+from specomp.experiment.pipeline import run_of
 from specomp.numerics.factors import GramNorm, truncate
 from specomp.numerics.linalg import congruence
 from specomp.numerics.statistics import Gram
@@ -29,7 +32,8 @@ from specomp.quantization.gptq import gptq
 from specomp.quantization.rtn import Spacing, round_to_nearest
 
 LINEARS = ("2.self_attn.q_proj", "15.self_attn.k_proj", "15.mlp.down_proj", "28.mlp.up_proj")
-# name: (group_size, symmetric, act_order); with act_order and groups, gptqmodel is told to keep static groups, as ours does
+# name: (group_size, symmetric, act_order); with act_order and groups, gptqmodel is told to keep
+# static groups, as ours does
 SETTINGS = {
     "per row, asymmetric, act-order": (None, False, True),
     "per row, symmetric, natural order": (None, True, False),
@@ -39,13 +43,16 @@ SETTINGS = {
 DAMPING = 0.01
 
 
-def reference(weight: Tensor, gram: Tensor, group_size: int | None, symmetric: bool, act_order: bool) -> Tensor:
+def reference(
+    weight: Tensor, gram: Tensor, group_size: int | None, symmetric: bool, act_order: bool
+) -> Tensor:
     """gptqmodel's rounded weight (m, n), by its class for one linear."""
     linear = nn.Linear(weight.shape[1], weight.shape[0], bias=False)
     linear.weight = nn.Parameter(weight.clone(), requires_grad=False)
     static = act_order and group_size is not None
+    grid = {"bits": 4, "group_size": group_size or -1, "sym": symmetric}
     order = {"desc_act": act_order, "static_groups": static, "act_group_aware": False}
-    config = QuantizeConfig(bits=4, group_size=group_size or -1, sym=symmetric, damp_percent=DAMPING, mse=0.0, fallback=None, **order)
+    config = QuantizeConfig(**grid, **order, damp_percent=DAMPING, mse=0.0, fallback=None)
     task = GPTQ(linear, config)
     task.quantizer.configure(perchannel=True)
     values, vectors = torch.linalg.eigh(gram.double())
@@ -61,24 +68,29 @@ def error(rounded: Tensor, weight: Tensor, gram: Tensor) -> float:
 
 def main() -> None:
     """Print one line per linear, factor and setting."""
-    run = prepare(Cache(os.environ.get("SPECOMP_CACHE", "~/.cache/specomp")), sys.argv[1:])
+    experiment = typed("method=svd_llm", "benchmark=none", *sys.argv[1:])
+    run = run_of(experiment, experiment.source.load(experiment.cache))
     statistics = calibrate(run, {Gram()})
     quotients: dict[str, list[float]] = {name: [] for name in SETTINGS}
-    print(f"{'linear, factor, setting':<72} {'gptqmodel':>10} {'ours':>10} {'ours/its':>9} {'nearest':>9}")
+    columns = f"{'gptqmodel':>10} {'ours':>10} {'ours/its':>9} {'nearest':>9}"
+    print(f"{'linear, factor, setting':<72} {columns}")
     for linear in (x for x in run.linears if x.name.removeprefix("model.layers.") in LINEARS):
         gram = statistics(linear)[Gram()]
         weight = run.model.get_submodule(linear.name).weight.detach()
         factors = truncate(GramNorm(gram).decompose(weight), rank_of(linear.m, linear.n, 0.6))
-        problems: dict[str, tuple[Tensor, Tensor]] = {"Vt": (factors.Vt, gram), "U": (factors.U, congruence(factors.Vt.double(), gram))}
-        for part, (factor, seen) in problems.items():
+        through = congruence(factors.Vt.double(), gram)
+        for part, factor, seen in (("Vt", factors.Vt, gram), ("U", factors.U, through)):
+            whose = f"{linear.name.removeprefix('model.layers.')} {part} {tuple(factor.shape)}"
             for name, (group_size, symmetric, act_order) in SETTINGS.items():
-                spacing = Spacing(bits=4, group_size=group_size, symmetric=symmetric, scale_dtype=torch.float16)
-                mine: Any = gptq(factor, seen, spacing, act_order=act_order, damping=DAMPING).values()
+                grid = {"bits": 4, "group_size": group_size, "symmetric": symmetric}
+                spacing = Spacing(**grid, scale_dtype=torch.float16)
                 theirs = reference(factor, seen, group_size, symmetric, act_order)
-                a, b, c = (error(x, factor, seen) for x in (theirs, mine, round_to_nearest(factor, spacing).values()))
+                mine = gptq(factor, seen, spacing, act_order=act_order, damping=DAMPING).values()
+                nearest = round_to_nearest(factor, spacing).values()
+                a, b, c = (error(x, factor, seen) for x in (theirs, mine, nearest))
                 quotients[name].append(b / a)
-                label = f"{linear.name.removeprefix('model.layers.')} {part} {tuple(factor.shape)}, {name}"
-                print(f"{label:<72} {a:>10.5f} {b:>10.5f} {b / a:>9.4f} {c:>9.5f}", flush=True)
+                figures = f"{a:>10.5f} {b:>10.5f} {b / a:>9.4f} {c:>9.5f}"
+                print(f"{f'{whose}, {name}':<72} {figures}", flush=True)
     for name, found in quotients.items():
         mean = math.exp(sum(map(math.log, found)) / len(found))
         print(f"{name:<40} ours / gptqmodel: mean {mean:.4f}, {min(found):.4f} to {max(found):.4f}")

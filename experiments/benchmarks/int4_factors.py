@@ -1,25 +1,38 @@
-"""What 4 bits do to factors: relative output error ||(Q - U Vt) X|| / ||U Vt X|| of SVD-LLM's factors at 40 %.
+"""What 4 bits do to factors: relative output error ||(Q - U Vt) X|| / ||U Vt X|| of SVD-LLM's
+factors at 40 %.
 
-python experiments/benchmarks/int4_factors.py calibration=wikitext2_64x512      # Hydra overrides of model and calibration
+    python experiments/benchmarks/int4_factors.py calibration=wikitext2_64x512
+
+Arguments are overrides of run.py, of model and calibration.
 """
 
-import os
 import sys
+from statistics import fmean
 from typing import Any
 
-from cost import prepare
 from published import rank_of
 
-from specomp.cache import Cache
 from specomp.compression.calibrate import calibrate
+from specomp.experiment.config import typed
+from specomp.experiment.pipeline import run_of
 from specomp.numerics.factors import GramNorm, truncate
 from specomp.numerics.statistics import Gram, Stats
 from specomp.quantization.factors import FactorQuantizer
 
-LINEARS = ("2.self_attn.q_proj", "8.self_attn.o_proj", "15.self_attn.k_proj", "15.mlp.down_proj", "28.mlp.up_proj")
+LINEARS = (
+    "2.self_attn.q_proj",
+    "8.self_attn.o_proj",
+    "15.self_attn.k_proj",
+    "15.mlp.down_proj",
+    "28.mlp.up_proj",
+)
 GROUPS = {"bits": 4, "group_size": 128, "symmetric": True, "act_order": True, "damping": 0.01}
 ROWS = GROUPS | {"group_size": None, "symmetric": False}
-KINDS: dict[str, dict[str, Any]] = {"group 128, symmetric": GROUPS, "group 128, with zeros": GROUPS | {"symmetric": False}, "per row": ROWS}
+KINDS: dict[str, dict[str, Any]] = {
+    "group 128, symmetric": GROUPS,
+    "group 128, with zeros": GROUPS | {"symmetric": False},
+    "per row": ROWS,
+}
 WAYS: dict[str, dict[str, Any]] = {
     "nearest": {"algorithm": "rtn", "order": "faithful", "rebalance": False},
     "nearest, rebalanced": {"algorithm": "rtn", "order": "faithful", "rebalance": True},
@@ -32,11 +45,13 @@ WAYS: dict[str, dict[str, Any]] = {
 
 def main() -> None:
     """Print a table of means over a few linears."""
-    run = prepare(Cache(os.environ.get("SPECOMP_CACHE", "~/.cache/specomp")), sys.argv[1:])
+    experiment = typed("method=svd_llm", "benchmark=none", *sys.argv[1:])
+    run = run_of(experiment, experiment.source.load(experiment.cache))
     statistics = calibrate(run, {Gram()})
     errors: dict[tuple[str, str], list[float]] = {}
     for linear in (x for x in run.linears if x.name.removeprefix("model.layers.") in LINEARS):
-        gram, weight = statistics(linear)[Gram()], run.model.get_submodule(linear.name).weight.detach()
+        gram = statistics(linear)[Gram()]
+        weight = run.model.get_submodule(linear.name).weight.detach()
         factors = truncate(GramNorm(gram).decompose(weight), rank_of(linear.m, linear.n, 0.6))
         norm, product = GramNorm(gram.double()), factors.product().double()
         for kind, grid in KINDS.items():
@@ -48,7 +63,7 @@ def main() -> None:
     print("| |", " | ".join(KINDS), "|")
     print("|---|" + "---|" * len(KINDS))
     for way in WAYS:
-        print(f"| {way} |", " | ".join(f"{sum(x := errors[way, kind]) / len(x):.4f}" for kind in KINDS), "|")
+        print(f"| {way} |", " | ".join(f"{fmean(errors[way, kind]):.4f}" for kind in KINDS), "|")
 
 
 if __name__ == "__main__":

@@ -1,7 +1,9 @@
-"""The SVD-LLM procedure as published (arXiv:2403.07378, Algorithm 1, and the description of its code): what specomp is timed against.
+"""The SVD-LLM procedure as published (arXiv:2403.07378, Algorithm 1, and the description of its
+code): what specomp is timed against.
 
-One Gram matrix per linear, float32; Cholesky factor and explicit inverse in float64; SVD of W S in float32; two factors. Written from
-the description, without specomp's shortcuts: no sharing of Grams, no triangle, no smaller eigenproblem.
+One Gram matrix per linear, float32; Cholesky factor and explicit inverse in float64; SVD of W S in
+float32; two factors. Written from the description, without specomp's shortcuts: no sharing of
+Grams, no triangle, no smaller eigenproblem.
 """
 
 from collections.abc import Iterable
@@ -13,7 +15,9 @@ from specomp.models.family import LinearSpec
 
 
 @torch.no_grad()
-def profile(decoder: nn.Module, model: nn.Module, linears: Iterable[LinearSpec], batches: Iterable[Tensor]) -> dict[str, Tensor]:
+def profile(
+    decoder: nn.Module, model: nn.Module, linears: Iterable[LinearSpec], batches: Iterable[Tensor]
+) -> dict[str, Tensor]:
     """The Gram (n, n) of every linear's inputs, summed over all tokens."""
     grams: dict[str, Tensor] = {}
 
@@ -23,7 +27,9 @@ def profile(decoder: nn.Module, model: nn.Module, linears: Iterable[LinearSpec],
         grams[name] = grams[name] + product if name in grams else product
 
     handles = [
-        model.get_submodule(linear.name).register_forward_pre_hook(lambda _, args, name=linear.name: add(name, args[0]))
+        model.get_submodule(linear.name).register_forward_pre_hook(
+            lambda _, args, name=linear.name: add(name, args[0])
+        )
         for linear in linears
     ]
     for batch in batches:
@@ -39,7 +45,7 @@ def rank_of(m: int, n: int, retention: float) -> int:
 
 
 def cholesky(gram: Tensor) -> Tensor:
-    """Lower factor in float64, after the published shift by the smallest eigenvalue where needed."""
+    """Lower factor in float64, after the published shift by the smallest eigenvalue if needed."""
     gram = gram.double()
     factor, info = torch.linalg.cholesky_ex(gram)
     if int(info):

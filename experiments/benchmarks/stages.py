@@ -1,15 +1,17 @@
-"""Allocation, packing, decomposition and evaluation of SmolLM2's shapes, each beside the straightforward one: ratios of paired runs.
+"""Allocation, packing, decomposition and evaluation of SmolLM2's shapes, each beside the
+straightforward one: ratios of paired runs.
 
     python experiments/benchmarks/stages.py
     python experiments/benchmarks/stages.py --only pack --turns 9
 
 decompose    eigenproblem of the smaller side      full SVD of W times a Cholesky factor
-allocate     steps on the hulls of all curves      one component at a time from a heap, until the budget is used up
+allocate     steps on the hulls of all curves      one component at a time from a heap
 pack         rows by LU and exchanges              QR with column pivoting (as PIFA prints it)
 evaluate     log-softmax of 128 tokens at a time   the loss transformers computes for labels
 
-Calibration against one Gram a linear, and whole runs, are in cost.py; a further ratio in ratios.py. Random numbers; printed are the medians
-of both sides, and the median and quartiles of the ratios of their turns (alternative / ours).
+Calibration against one Gram a linear, and whole runs, are in cost.py; a further ratio in ratios.py.
+Random numbers; printed are the medians of both sides, and the median and quartiles of the ratios of
+their turns (alternative / ours).
 """
 
 import argparse
@@ -32,7 +34,15 @@ from specomp.methods.global_loss import curve, least_loss
 from specomp.models.family import LinearSpec, Unit
 from specomp.numerics.factors import GramNorm, Spectrum
 
-SHAPES = {"q": (576, 576), "k": (192, 576), "v": (192, 576), "o": (576, 576), "gate": (1536, 576), "up": (1536, 576), "down": (576, 1536)}
+SHAPES = {
+    "q": (576, 576),
+    "k": (192, 576),
+    "v": (192, 576),
+    "o": (576, 576),
+    "gate": (1536, 576),
+    "up": (1536, 576),
+    "down": (576, 1536),
+}
 LAYERS = 30
 Pair = tuple[Callable[[], object], Callable[[], object]]
 
@@ -40,7 +50,9 @@ Pair = tuple[Callable[[], object], Callable[[], object]]
 def decompose() -> Pair:
     """The linears of one decoder layer."""
     weights = [torch.randn(m, n) / n**0.5 for m, n in SHAPES.values()]
-    grams = {n: (x := torch.randn(4 * n, n) * torch.logspace(0, -1.5, n)).T @ x for n in (576, 1536)}
+    grams = {
+        n: (x := torch.randn(4 * n, n) * torch.logspace(0, -1.5, n)).T @ x for n in (576, 1536)
+    }
 
     def full_svd() -> None:
         for W in weights:
@@ -52,10 +64,19 @@ def decompose() -> Pair:
 
 
 def allocate() -> Pair:
-    """All linears of SmolLM2 at 40 % compression; the alternative ignores that a linear may be cheaper dense."""
-    linears = [LinearSpec(f"{i}.{kind}", m, n, i, 0, kind) for i in range(LAYERS) for kind, (m, n) in SHAPES.items()]
+    """All linears of SmolLM2 at 40 % compression; the alternative ignores that a linear may be
+    cheaper dense.
+    """
+    linears = [
+        LinearSpec(f"{i}.{kind}", m, n, i, 0, kind)
+        for i in range(LAYERS)
+        for kind, (m, n) in SHAPES.items()
+    ]
     units = [Unit(x.name, "linear", (x,)) for x in linears]
-    values = {x.name: torch.rand(min(x.m, x.n)).sort(descending=True).values * float(torch.rand(1)) for x in linears}
+    values = {
+        x.name: torch.rand(min(x.m, x.n)).sort(descending=True).values * float(torch.rand(1))
+        for x in linears
+    }
     budget = int(0.6 * sum(x.params for x in linears))
 
     class Known:
@@ -66,11 +87,15 @@ def allocate() -> Pair:
 
     def ours() -> dict[Unit, int]:
         menu = options(units, [Factors()], Numbers(compression=0.4), torch.float32, Known(), None)  # type: ignore[arg-type]
-        return least_loss({x: curve(offered, 1, normalize=False) for x, offered in menu.items()}, budget)
+        curves = {x: curve(offered, 1, normalize=False) for x, offered in menu.items()}
+        return least_loss(curves, budget)
+
+    def gain(x: LinearSpec, rank: int) -> float:
+        return float(values[x.name][rank]) ** 2 / (x.m + x.n)
 
     def heap() -> dict[str, int]:
         ranks, left = {x.name: 1 for x in linears}, float(budget - sum(x.m + x.n for x in linears))
-        waiting = [(-(float(values[x.name][1]) ** 2) / (x.m + x.n), i) for i, x in enumerate(linears)]
+        waiting = [(-gain(x, 1), i) for i, x in enumerate(linears)]
         heapq.heapify(waiting)
         while waiting:
             _, i = heapq.heappop(waiting)
@@ -79,7 +104,7 @@ def allocate() -> Pair:
                 continue
             ranks[x.name], left = ranks[x.name] + 1, left - x.m - x.n
             if ranks[x.name] < min(x.m, x.n):
-                heapq.heappush(waiting, (-(float(values[x.name][ranks[x.name]]) ** 2) / (x.m + x.n), i))
+                heapq.heappush(waiting, (-gain(x, ranks[x.name]), i))
         return ranks
 
     return ours, heap
@@ -90,7 +115,8 @@ def pack() -> Pair:
     factors = []
     for m, n in SHAPES.values():
         rank = max(r for r in range(1, min(m, n)) if r * (m + n - r) <= 0.6 * m * n)
-        factors.append(torch.linalg.svd(torch.randn(m, n, dtype=torch.float64))[0][:, :rank] * torch.logspace(0, -1, rank).double())
+        U = torch.linalg.svd(torch.randn(m, n, dtype=torch.float64))[0][:, :rank]
+        factors.append(U * torch.logspace(0, -1, rank).double())
 
     def pivoted_qr() -> None:
         for U in factors:
@@ -102,10 +128,10 @@ def pack() -> Pair:
 
 
 def evaluate() -> Pair:
-    """Four windows of 512 tokens through two decoder layers of SmolLM2's shapes and its vocabulary."""
-    config = LlamaConfig(
-        vocab_size=49152, hidden_size=576, intermediate_size=1536, num_hidden_layers=2, num_attention_heads=9, num_key_value_heads=3
-    )
+    """Four windows of 512 tokens through two decoder layers of SmolLM2's shapes and vocabulary."""
+    heads = {"num_attention_heads": 9, "num_key_value_heads": 3}
+    shape = {"vocab_size": 49152, "hidden_size": 576, "intermediate_size": 1536}
+    config = LlamaConfig(num_hidden_layers=2, **heads, **shape)
     model, ids = LlamaForCausalLM(config).eval(), torch.randint(49152, (4, 512))
 
     def labels() -> Tensor:
@@ -120,7 +146,9 @@ STAGES = {"decompose": decompose, "allocate": allocate, "pack": pack, "evaluate"
 
 def main() -> None:
     """See the module docstring."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--turns", type=int, default=7)
     parser.add_argument("--only", nargs="+", choices=STAGES, default=list(STAGES))
@@ -133,7 +161,8 @@ def main() -> None:
         turns = [(seconds(alternative), seconds(ours)) for _ in range(chosen.turns + 1)][1:]
         low, middle, high = statistics.quantiles([a / b for a, b in turns], n=4)
         a, b = (1e3 * statistics.median(column) for column in zip(*turns, strict=True))
-        print(f"| {name} | {a:.1f} ms | {b:.1f} ms | {middle:.2f} ({low:.2f}-{high:.2f}) |", flush=True)
+        ratio = f"{middle:.2f} ({low:.2f}-{high:.2f})"
+        print(f"| {name} | {a:.1f} ms | {b:.1f} ms | {ratio} |", flush=True)
 
 
 def seconds(call: Callable[[], object]) -> float:
