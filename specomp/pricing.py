@@ -27,7 +27,7 @@ from specomp.compression.observe import place_of, stats_of
 from specomp.compression.run import Run
 from specomp.compression.spectra import decompose, kept_components, stores_more
 from specomp.data.calibration import CalibrationSet
-from specomp.evaluation.reading import Reading
+from specomp.evaluation.workload import Workload
 from specomp.forms.options import DENSE, fill, options
 from specomp.forms.prices import Budget, bits, numbers
 from specomp.models.families import family_of
@@ -84,15 +84,15 @@ class Plan:
         self,
         run: Run,
         *,
-        readings: Mapping[str, Sequence[Reading]] | None = None,
+        workloads: Mapping[str, Sequence[Workload]] | None = None,
         reference: bool = False,
         save: bool = True,
     ) -> None:
-        """readings: what benchmarks run the model over, by label; reference: also the dense one;
+        """workloads: what benchmarks run the model over, by label; reference: also the dense one;
         save: a folder is written.
         """
         self.run, self.method, self.route = run, run.method, run.route
-        self.readings, self.reference, self.save = dict(readings or {}), reference, save
+        self.workloads, self.reference, self.save = dict(workloads or {}), reference, save
         self.size = measure(run.model, run.linears)
         self.layer = [x for x in run.linears if x.decoder_layer == 0]
         self.num_layers, self.config = len(run.layers), run.model.config
@@ -388,7 +388,7 @@ class Plan:
     @cached_property
     def stages(self) -> list[Stage]:
         """In order, those of one name together."""
-        reads, dense = bool(self.readings), self.method.is_dense
+        reads, dense = bool(self.workloads), self.method.is_dense
         found = [
             Stage(
                 name="load",
@@ -607,7 +607,7 @@ class Plan:
     def evaluate(self, name: str, size: Size) -> Stage:
         """The benchmarks, on a model of this size."""
         total, held, item = Work(), 0.0, self.run.model.dtype
-        read = [x for part in self.readings.values() for x in part]
+        read = [x for part in self.workloads.values() for x in part]
         for x in read:
             dtype = torch.bfloat16 if x.half and item == torch.float32 else item
             if x.tokens:  # a step of one token reads every weight once
@@ -624,7 +624,7 @@ class Plan:
             )
             held = max(held, self.activations(x.batch, longest) + logits)
         sure = all(x.sure in ("", "at most") for x in read)
-        unknown = [k for k, v in self.readings.items() if any(x.tokens is None for x in v)]
+        unknown = [k for k, v in self.workloads.items() if any(x.tokens is None for x in v)]
         detail = f"{'' if sure else 'about '}{sum(x.tokens or 0 for x in read):,} tokens" + (
             f"; unknown: {', '.join(unknown)}" if unknown else ""
         )

@@ -2,8 +2,8 @@
 
 Whatever reports progress (specomp.progress.track) is traced, but for what measures time itself: the
 first step warms up, the next three are recorded. For each there are
-    NN_NAME.json.gz  a trace for Perfetto or chrome://tracing, with stacks and shapes NN_NAME.stacks
-    one line per stack with its microseconds: input of flamegraph.pl, speedscope and their like
+    NN_NAME.json.gz  a trace for Perfetto or chrome://tracing, with stacks and shapes
+    NN_NAME.stacks   one line per stack with its microseconds: for flamegraph.pl, speedscope
     NN_NAME.txt      operators by their own time
 """
 

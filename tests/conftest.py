@@ -5,6 +5,13 @@ import os
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # before transformers is imported
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
+from jaxtyping import install_import_hook
+
+# Shapes in signatures are checked while tests run: before anything of these is imported.
+CHECKED = ["numerics.factors", "numerics.gates", "numerics.grid", "numerics.linalg"]
+CHECKED += ["quantization.gptq", "quantization.rtn"]
+install_import_hook([f"specomp.{name}" for name in CHECKED], "beartype.beartype")
+
 import pytest
 import torch
 from tiny import FAMILY_NAMES, tiny_model, tiny_tokenizer

@@ -316,7 +316,7 @@ class Constant:
     volatile: ClassVar = False
     metrics: ClassVar = {"answer": None}
 
-    def reading(self):
+    def workload(self):
         return []
 
     def validate(self, max_length):

@@ -46,7 +46,14 @@ THIRD_PARTY = {
     "wandb": {"specomp/experiment/tracking.py"},
     "wandb_workspaces": {"specomp/tables/dashboard.py"},
     "matplotlib": {"specomp/experiment/figures.py", "specomp/tables/charts.py"},
-    "pandas": {"specomp/compression/report.py"},
+    "pandas": {
+        "specomp/compression/report.py",
+        "specomp/tables/charts.py",
+        "specomp/tables/render.py",
+        "specomp/tables/report.py",
+        "specomp/tables/sweep.py",
+    },
+    "jinja2": {"specomp/tables/report.py"},
     "lm_eval": {"specomp/evaluation/harness.py"},
     "peft": {"specomp/training/adapters.py"},
     "compressed_tensors": {"specomp/models/packed.py"},
@@ -80,8 +87,8 @@ THIRD_PARTY = {
     },
     "numpy": {"specomp/data/"},
 }
-COMMON = {"torch", "pydantic"}
-MATHEMATICS = {"torch"}  # all that numerics knows
+COMMON = {"torch", "pydantic", "jaxtyping"}
+MATHEMATICS = {"torch", "jaxtyping"}  # all that numerics knows
 # What a library that compresses in closed form must not cost.
 EXPERIMENTS_ONLY = {"hydra", "lightning", "lm_eval", "wandb", "matplotlib"}
 FILES = [ROOT / "run.py", *sorted(PACKAGE.rglob("*.py"))]

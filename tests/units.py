@@ -38,7 +38,7 @@ class Known:
     dtype: torch.dtype = torch.float32
 
     def spectrum(self, linear: LinearSpec) -> Spectrum:
-        return Spectrum(torch.empty(0), self.values[linear.name], torch.empty(0))
+        return Spectrum(torch.empty(0, 0), self.values[linear.name], torch.empty(0, 0))
 
     def factors(self, linear: LinearSpec, rank: int) -> LowRankFactors:
         assert self.pair is not None, "no factors were asked for"

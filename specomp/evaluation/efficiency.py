@@ -20,7 +20,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from specomp.errors import UserError
 from specomp.evaluation.metric import Metric
 from specomp.evaluation.perplexity import evaluating
-from specomp.evaluation.reading import Reading
+from specomp.evaluation.workload import Workload
 from specomp.models.fuse import fused
 from specomp.progress import track
 from specomp.settings import configurable
@@ -169,12 +169,12 @@ class Efficiency:
         )
         return dict.fromkeys(names, Metric("tokens/s", "higher"))
 
-    def reading(self) -> list[Reading]:
+    def workload(self) -> list[Workload]:
         """One for each batch size."""
         runs, steps, prompt = 1 + self.repeats, self.new_tokens, self.prompt_tokens
         tokens = runs * (prompt + steps)
         return [
-            Reading(tokens=b * tokens, length=prompt, batch=b, sure="", decoded=runs * steps)
+            Workload(tokens=b * tokens, length=prompt, batch=b, sure="", decoded=runs * steps)
             for b in self.batch_sizes
         ]
 

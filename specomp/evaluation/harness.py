@@ -22,7 +22,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from specomp.errors import UserError
 from specomp.evaluation.metric import FRACTION, Metric
 from specomp.evaluation.perplexity import ForwardPrecision, evaluating, precision_mark
-from specomp.evaluation.reading import LONGEST, Reading, Sure, task_tokens
+from specomp.evaluation.workload import LONGEST, Sure, Workload, task_tokens
 from specomp.progress import track
 from specomp.settings import configurable
 
@@ -101,7 +101,7 @@ class HarnessTask:
         named = Metric("", "lower") if "perplexity" in self.metric else Metric(FRACTION, "higher")
         return {self.metric: named} | dict.fromkeys(("acc", "acc_norm"), Metric(FRACTION, "higher"))
 
-    def reading(self) -> list[Reading]:
+    def workload(self) -> list[Workload]:
         """Its requests."""
         tokens, length = task_tokens(
             self.task,
@@ -113,7 +113,7 @@ class HarnessTask:
         sure: Sure = "estimate" if known else "unknown"
         batch, longest = (self.batch_size, LONGEST * length) if known else (1, 0)
         return [
-            Reading(
+            Workload(
                 tokens=tokens, length=length, batch=batch, sure=sure, half=half, longest=longest
             )
         ]

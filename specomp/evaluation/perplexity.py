@@ -26,7 +26,7 @@ from specomp.data.text import TextSource
 from specomp.data.token_ids import check_vocabulary, read_token_ids, tokenize
 from specomp.errors import UserError
 from specomp.evaluation.metric import Metric
-from specomp.evaluation.reading import Reading, text_tokens
+from specomp.evaluation.workload import Workload, text_tokens
 from specomp.progress import track
 from specomp.settings import configurable
 
@@ -240,11 +240,11 @@ class Perplexity:
             ]
         )
 
-    def reading(self) -> list[Reading]:
+    def workload(self) -> list[Workload]:
         """Windows of the text."""
         tokens, sure = text_tokens(self.corpus, self.window, self.max_windows)
         return [
-            Reading(
+            Workload(
                 tokens=tokens,
                 length=self.window,
                 batch=self.batch_size,
@@ -340,12 +340,12 @@ class TokenFilePerplexity:
             ]
         )
 
-    def reading(self) -> list[Reading]:
+    def workload(self) -> list[Workload]:
         """Rows of the file."""
         rows, length = self._windows()[: self.max_windows].shape
         half = self.precision == "bfloat16"
         return [
-            Reading(tokens=rows * length, length=length, batch=self.batch_size, sure="", half=half)
+            Workload(tokens=rows * length, length=length, batch=self.batch_size, sure="", half=half)
         ]
 
     def validate(self, max_length: int) -> None:

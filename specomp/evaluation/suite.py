@@ -11,7 +11,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from specomp.errors import UserError
 from specomp.evaluation.metric import Metric
 from specomp.evaluation.perplexity import ForwardPrecision
-from specomp.evaluation.reading import Reading
+from specomp.evaluation.workload import Workload
 from specomp.settings import configurable
 from specomp.slots import check_protocol
 
@@ -45,7 +45,7 @@ class Benchmark(Protocol):
         on a terminal too.
         """
 
-    def reading(self) -> Sequence[Reading]:
+    def workload(self) -> Sequence[Workload]:
         """What it runs a model over; reads no text."""
 
     def validate(self, max_length: int) -> None:

@@ -44,11 +44,11 @@ def plan_of(request: Request) -> Plan:
             f"Samples of {length} tokens do not fit the model's context of {context}: lower"
             " calibration.length."
         )
-    readings = {label: part.reading() for label, part in request.suite.parts.items()}
+    workloads = {label: part.workload() for label, part in request.suite.parts.items()}
     return planned(
         *(config, request.source.dtype, request.method, request.ratio, spec, num_samples, length),
         processes=request.processes,
-        readings=readings,
+        workloads=workloads,
         reference=request.options.reference,
         save=request.options.save,
     )

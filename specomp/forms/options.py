@@ -24,6 +24,8 @@ BISECTIONS = 60
 # fifth in binary
 ROUNDING = 1e-9
 DENSE = Dense()
+# What to change, in whichever currency the budget is.
+KEEP_MORE = "lower ratio.compression, or raise ratio.bits"
 
 
 @dataclass(frozen=True)
@@ -145,8 +147,8 @@ def floor(menu: Menu, retention: Mapping[Unit, float]) -> dict[Unit, int]:
         if found[unit] < 0:
             sizes = ", ".join(f"{x.m} x {x.n}" for x in unit.linears)
             raise UserError(
-                f"{unit.name} ({sizes}): a retention of {retention[unit]:.4g} leaves rank 0; lower"
-                " ratio.compression, or choose an allocation with a higher minimum retention."
+                f"{unit.name} ({sizes}): a retention of {retention[unit]:.4g} leaves rank 0:"
+                f" {KEEP_MORE}, or choose an allocation with a higher minimum retention."
             )
     return found
 
@@ -199,8 +201,8 @@ def water_fill(
         bottom *= 2
     if mean(top) < target or mean(bottom) > most:
         raise UserError(
-            f"No allocation with retentions in [{low:.3g}, 1] averages {target:.4g}: change"
-            " ratio.compression or the minimum retention."
+            f"No allocation with retentions in [{low:.3g}, 1] averages {target:.4g}: change the"
+            " ratio or the minimum retention."
         )
     for _ in range(BISECTIONS):
         middle = (bottom + top) / 2

@@ -1,9 +1,10 @@
 """What a unit costs: the list of tensors that are stored for it, and the two ways to count them.
 
-numbers  what the papers count: parameters, no indices, a weight on a grid as many as one in full
-precision bits     everything: values on their grids, scales, zeros, indices A plan, an allocation
-and the ledger of a finished model call these two and nothing else. Sizes may be tensors (ranks of
-many candidates, or of many linears): then so are the prices.
+numbers  what the papers count: parameters, no indices, a weight on a grid as one in full precision
+bits     everything: values on their grids, scales, zeros, indices
+
+A plan, an allocation and the ledger of a finished model call these two and nothing else. Sizes may
+be tensors (ranks of many candidates, or of many linears): then so are the prices.
 """
 
 import math

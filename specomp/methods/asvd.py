@@ -79,7 +79,7 @@ def cut(trials: Sequence[tuple[float, Unit, int]], menu: Menu, share: float) -> 
         log.debug("cut %s to option %d (loss alone %.4f)", unit.name, lower, loss)
     if used > budget:
         raise UserError(
-            f"The deepest candidates keep {used / budget * share:.3f} of the parameters, the target"
-            f" is {share:.3f}: add lower values to method.allocation.candidates."
+            f"The deepest candidates keep {used / budget * share:.3f} of the linears, the target is"
+            f" {share:.3f}: add lower values to method.allocation.candidates."
         )
     return at

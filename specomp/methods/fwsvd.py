@@ -1,7 +1,8 @@
 """FWSVD: Language model compression with weighted low-rank factorization (arXiv:2207.00112).
 
-FisherWhitening  norm weighted by the square root of the summed Fisher information   Sec. 3.2, Eq.
-4-6 The paper's W is (in, out), so its "rows" are input features: side "in" here is a weight per
+FisherWhitening  norm weighted by the root of the summed Fisher information (Sec. 3.2, Eq. 4-6)
+
+The paper's W is (in, out), so its "rows" are input features: side "in" here is a weight per
 column of nn.Linear.weight. Differs from the paper: eps regularizes features whose gradient vanishes
 (CHOICE). Reference code: none published.
 """

@@ -1,10 +1,11 @@
 """Global allocation: the parameters go where they save the most predicted loss.
 
-GlobalLossAllocation   minimize sum over linears of sum_{i > rank} s_i^2 under one budget (ours) In
-a norm that approximates the model's loss (method/whitening=kronecker) the squared singular values
-of all linears are predicted loss increases, and comparable. A norm of the inputs alone says nothing
-about how much the outputs of different linears matter: `normalize` then compares shares of each
-linear's energy (CHOICE).
+GlobalLossAllocation  least sum over linears of sum_{i > rank} s_i^2 at one budget (ours)
+
+In a norm that approximates the model's loss (method/whitening=kronecker) the squared singular
+values of all linears are predicted loss increases, and comparable. A norm of the inputs alone says
+nothing about how much the outputs of different linears matter: `normalize` then compares shares of
+each linear's energy (CHOICE).
 
 Each linear is a curve of loss over stored parameters, one point per rank and one for dense (loss
 0). Its lower convex hull has the steps that some price per parameter makes optimal, the jump to
@@ -20,7 +21,7 @@ from pydantic import Field
 from torch import Tensor
 
 from specomp.errors import UserError
-from specomp.forms.options import Menu, Options
+from specomp.forms.options import KEEP_MORE, Menu, Options
 from specomp.models.family import Unit
 from specomp.numerics.statistics import Statistic
 from specomp.settings import configurable
@@ -51,8 +52,7 @@ class GlobalLossAllocation:
         if least > budget:
             raise UserError(
                 f"The smallest ranks in multiples of method.allocation.round_to={self.round_to}"
-                f" take {least} parameters, the budget is {budget}: lower round_to or"
-                " ratio.compression."
+                f" take {least}, the budget is {budget}: lower round_to, or {KEEP_MORE}."
             )
         return {
             unit: menu[unit].choice(index) for unit, index in least_loss(curves, budget).items()

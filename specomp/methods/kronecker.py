@@ -1,8 +1,10 @@
 """Two-sided norm: Kronecker-factored curvature of the language-model loss (K-FAC, arXiv:1503.05671;
 GFWSVD, arXiv:2505.17974).
 
-KroneckerWhitening   ||D (W' - W) S||_F with A = S S^T of the inputs x_t and B = D^T D of the
-gradients g_t = dLoss/dy_t Up to one factor that all linears share, sum_t (x_t x_t^T) kron (g_t
+KroneckerWhitening  ||D (W' - W) S||_F with A = S S^T of the inputs x_t and B = D^T D of the
+                    gradients g_t = dLoss/dy_t
+
+Up to one factor that all linears share, sum_t (x_t x_t^T) kron (g_t
 g_t^T) is the curvature of the loss by the weight, and A kron B approximates it: with x and g
 independent of each other as in K-FAC, or as the nearest such product as in GFWSVD. So the squared
 norm predicts the loss increase. With B = I and independent factors it is SVD-LLM, with A = I and a

@@ -1,8 +1,8 @@
 """LoRA recovery of a compressed model (Hu et al., arXiv:2106.09685): the stage that SVD-LLM
 (arXiv:2403.07378) adds to whitening.
 
-LoRA   W <- W + (alpha / rank) B A   for every matrix that is stored: both factors, pivot rows and
-coefficients, linears left dense
+LoRA  W <- W + (alpha / rank) B A for every matrix that is stored: both factors, pivot rows and
+      coefficients, linears left dense
 
 A and B are trained against the dense model's distribution (SVD-LLM: on the labels of an instruction
 set, U and V one after the other; here both at once, so that a trained row of another kind has the

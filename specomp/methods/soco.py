@@ -4,8 +4,8 @@ Every linear becomes U (Sigma * S) V^T with frozen bases; S and an output bias d
 "deviation term") are trained end to end against the dense model; components whose S ends below a
 threshold are pruned, the others keep their amplified S.
 
-CoarseCompression        stage 1: the retention follows a line from where it starts to what is
-wanted AlternatingOptimization  stage 2: compress while above the budget, recover while below it
+CoarseCompression        stage 1: the retention follows a line from its start to what is wanted
+AlternatingOptimization  stage 2: compress while above the budget, recover while below it
 Sparsification           stage 3: polarize the scores around the threshold, fade out the losers
 
 Published are the parametrization, the three stages, the kind of the loss terms and that stages end

@@ -1,11 +1,13 @@
 """SVD-LLM: Truncation-aware singular value decomposition (arXiv:2403.07378), and its version 2
 (arXiv:2503.12340).
 
-GramWhitening      S with S S^T = X X^T; every such S gives the same W'             Sec. 3.1,
-Theorem 3.2 CholeskyWhitening  the published route: Cholesky, inverse, SVD
-Algorithm 1 UpdateU            closed-form refit of U on inputs from the compressed model
-arXiv v1 Sec. 3.2; the code's step 2 TypeLossAllocation heterogeneous ratios per weight type
-V2 Sec. 3.1, Algorithm 1 V2's two-SVD truncation has the same optimum as GramWhitening, so it needs
+GramWhitening       S with S S^T = X X^T; every such S gives the same W' (Sec. 3.1, Theorem 3.2)
+CholeskyWhitening   the published route: Cholesky, inverse, SVD (Algorithm 1)
+UpdateU             closed-form refit of U on inputs from the compressed model (arXiv v1, Sec. 3.2;
+                    the code's step 2)
+TypeLossAllocation  heterogeneous ratios per weight type (V2, Sec. 3.1, Algorithm 1)
+
+V2's two-SVD truncation has the same optimum as GramWhitening, so it needs
 no slot of its own (methods agree to rounding, tested). Reference code: AIoT-MLSys-Lab/SVD-LLM; none
 published for V2, whose printed pseudo-code does not type-check: see type_losses.
 """

@@ -346,7 +346,7 @@ def modelling_source(base: str, kinds: Collection[type]) -> str:
             f" {first_line(error)}."
         ) from error
     named = "".join(f'    "{full_name(x)}": {x.__name__},\n' for x in dict.fromkeys(own))
-    return f'''"""A {base} model in which other modules stand in for some linears, as config.json says.
+    return f'''"""A {base} model with other modules in place of some linears, as config.json says.
 
 Written by specomp {__version__}. Loads with
 AutoModelForCausalLM.from_pretrained(FOLDER, trust_remote_code=True), or after `import specomp`

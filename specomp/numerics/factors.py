@@ -14,11 +14,13 @@ from functools import cached_property
 from typing import Protocol
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
 from specomp.errors import UserError
 from specomp.numerics.linalg import (
     SOLVE_DTYPE,
+    AnyGram,
     SolveDtype,
     cholesky_damped,
     congruence,
@@ -36,35 +38,35 @@ NEGLIGIBLE = 1e-15
 
 @dataclass(frozen=True)
 class LowRankFactors:
-    """W ~= U @ Vt, U (m, r) and Vt (r, n), each component's length shared equally between its
-    column of U and its row of Vt.
+    """W ~= U @ Vt, each component's length shared equally between its column of U and its row
+    of Vt.
     """
 
-    U: Tensor
-    Vt: Tensor
+    U: Float[Tensor, "m r"]
+    Vt: Float[Tensor, "r n"]
 
     @property
     def rank(self) -> int:
         """Number of components r."""
         return self.U.shape[1]
 
-    def product(self) -> Tensor:
-        """U @ Vt (m, n)."""
+    def product(self) -> Float[Tensor, "m n"]:
+        """U @ Vt."""
         return self.U @ self.Vt
 
 
 @dataclass(frozen=True)
 class Spectrum:
-    """All components of T in a norm: T = U @ rows, U (m, k), rows (k, n); s (k,) descending, s_i^2
-    = loss of dropping component i.
+    """All components of T in a norm, T = U @ rows, or the first of them; s descending, s_i^2 = loss
+    of dropping component i.
 
     `rows` is Sigma V^T S^{-1} of the papers, so no component is ever divided by a small singular
     value. Knows no ratio.
     """
 
-    U: Tensor
-    s: Tensor
-    rows: Tensor
+    U: Float[Tensor, "m kept"]
+    s: Float[Tensor, " k"]
+    rows: Float[Tensor, "kept n"]
     damping: float = 0.0
 
     def tail(self, rank: int) -> float:
@@ -79,7 +81,7 @@ def truncate(spectrum: Spectrum, rank: int) -> LowRankFactors:
     return balanced(spectrum.U[:, :rank], spectrum.rows[:rank])
 
 
-def balanced(U: Tensor, Vt: Tensor) -> LowRankFactors:
+def balanced(U: Float[Tensor, "m r"], Vt: Float[Tensor, "r n"]) -> LowRankFactors:
     """Share each component's length equally between both factors (the papers' Sigma^{1/2} on each
     side when S = I).
 
@@ -97,12 +99,12 @@ class Norm(Protocol):
     identity.
     """
 
-    def decompose(self, target: Tensor, keep: int | None = None) -> Spectrum:
+    def decompose(self, target: Float[Tensor, "m n"], keep: int | None = None) -> Spectrum:
         """The components of target (m, n) in this norm: all singular values, vectors of the first
         `keep` (default: all).
         """
 
-    def loss(self, error: Tensor) -> float:
+    def loss(self, error: Float[Tensor, "m n"]) -> float:
         """||D error S||_F for an error (m, n)."""
 
 
@@ -115,11 +117,11 @@ class GramNorm:
     is provably enough, else float64.
     """
 
-    gram: Tensor | None
-    left: Tensor | None = None
+    gram: AnyGram | None
+    left: Float[Tensor, " m"] | None = None
     solve: SolveDtype = "auto"
 
-    def decompose(self, target: Tensor, keep: int | None = None) -> Spectrum:
+    def decompose(self, target: Float[Tensor, "m n"], keep: int | None = None) -> Spectrum:
         """Inverse-free and Cholesky-free: eigenvectors of R G R^T (k, k). Exact to the tolerance
         above in either precision.
         """
@@ -134,7 +136,7 @@ class GramNorm:
         return self._decompose(target, SOLVE_DTYPE, keep)[0]
 
     def _decompose(
-        self, target: Tensor, dtype: torch.dtype, keep: int | None
+        self, target: Float[Tensor, "m n"], dtype: torch.dtype, keep: int | None
     ) -> tuple[Spectrum, float]:
         """The spectrum, and the size of the rounding errors in its squared singular values."""
         weighted = target.to(dtype)
@@ -161,7 +163,7 @@ class GramNorm:
         rounding = torch.finfo(dtype).eps * max(terms, float(values.sum()))
         return Spectrum(U.float(), values.sqrt().float(), (vectors.T @ reduced).float()), rounding
 
-    def loss(self, error: Tensor) -> float:
+    def loss(self, error: Float[Tensor, "m n"]) -> float:
         """sqrt(trace(E G E^T)) in the dtype of error."""
         if self.left is not None:
             error = self.left.to(error.dtype)[:, None] * error
@@ -174,11 +176,11 @@ class CholeskyNorm:
     for the ablation; damping is recorded.
     """
 
-    gram: Tensor
+    gram: Float[Tensor, "n n"]
     start_damping: float
     max_damping: float
 
-    def decompose(self, target: Tensor, keep: int | None = None) -> Spectrum:
+    def decompose(self, target: Float[Tensor, "m n"], keep: int | None = None) -> Spectrum:
         """SVD-LLM, Algorithm 1. Raises ValueError when the Gram cannot be made positive
         definite.
         """
@@ -187,7 +189,7 @@ class CholeskyNorm:
         rows = torch.linalg.solve_triangular(S, s[:keep, None] * Vt[:keep], upper=False, left=False)
         return Spectrum(U[:, :keep].float(), s.float(), rows.float(), damping)
 
-    def loss(self, error: Tensor) -> float:
+    def loss(self, error: Float[Tensor, "m n"]) -> float:
         """In the undamped norm."""
         return GramNorm(self.gram).loss(error)
 
@@ -202,13 +204,13 @@ class TwoSidedNorm:
     identity, and GramNorm's `left` when it is diagonal.
     """
 
-    gram: Tensor | None
-    output_gram: Tensor
+    gram: AnyGram | None
+    output_gram: Float[Tensor, "m m"]
     damping: float
     solve: SolveDtype = "auto"
 
     @cached_property
-    def root(self) -> tuple[Tensor, float]:
+    def root(self) -> tuple[Float[Tensor, "m m"], float]:
         """D (m, m), upper triangular, in float64, and the damping it took: more than asked for only
         where rounding demands it.
         """
@@ -225,7 +227,7 @@ class TwoSidedNorm:
         factor, more = cholesky_damped(damped, self.damping, 1.0)
         return (factor * unit.sqrt()).T, self.damping + more * (1 + self.damping)
 
-    def decompose(self, target: Tensor, keep: int | None = None) -> Spectrum:
+    def decompose(self, target: Float[Tensor, "m n"], keep: int | None = None) -> Spectrum:
         """Exact as GramNorm is. Raises ValueError when the damped output Gram is not positive
         definite, as for non-finite gradients.
         """
@@ -234,7 +236,7 @@ class TwoSidedNorm:
         U = torch.linalg.solve_triangular(D, inner.U.to(SOLVE_DTYPE), upper=True)
         return Spectrum(U.float(), inner.s, inner.rows, damping)
 
-    def loss(self, error: Tensor) -> float:
+    def loss(self, error: Float[Tensor, "m n"]) -> float:
         """sqrt(trace(E G E^T H)) with the damped H, in the dtype of error."""
         output_gram = self.output_gram.to(error.dtype, copy=True)
         output_gram.diagonal().add_(self.damping * self.output_gram.diagonal().double().mean())
@@ -247,7 +249,9 @@ class TwoSidedNorm:
         return math.sqrt(max(0.0, 2 * float((half * whole).sum(1).double().sum())))
 
 
-def refit_left(target: Tensor, Vt: Tensor, gram: Tensor) -> Tensor:
+def refit_left(
+    target: Float[Tensor, "m n"], Vt: Float[Tensor, "r n"], gram: Float[Tensor, "n n"]
+) -> Float[Tensor, "m r"]:
     """U (m, r) minimizing ||(U Vt - T) S||_F, S S^T = gram (n, n): AdaSVD Eq. 8-12, SVD-LLM's
     closed-form update.
 
@@ -259,7 +263,9 @@ def refit_left(target: Tensor, Vt: Tensor, gram: Tensor) -> Tensor:
     return target.to(SOLVE_DTYPE) @ GV @ torch.linalg.pinv(V.T @ GV, hermitian=True)
 
 
-def refit_left_naive(target: Tensor, Vt: Tensor, gram: Tensor) -> Tensor:
+def refit_left_naive(
+    target: Float[Tensor, "m n"], Vt: Float[Tensor, "r n"], gram: Float[Tensor, "n n"]
+) -> Float[Tensor, "m r"]:
     """The same by the normal equations with an explicit inverse in float32 (AdaSVD Eq. 6; the
     unstable curve of its Figure 3a).
     """
@@ -274,7 +280,7 @@ def refit_left_naive(target: Tensor, Vt: Tensor, gram: Tensor) -> Tensor:
     return target.float() @ GV @ inverse
 
 
-def refit_right(target: Tensor, U: Tensor) -> Tensor:
+def refit_right(target: Float[Tensor, "m n"], U: Float[Tensor, "m r"]) -> Float[Tensor, "r n"]:
     """Vt (r, n) = U^+ T minimizing ||U Vt - T|| in any norm on the input side (AdaSVD Eq. 13, whose
     printed transpose does not fit).
     """

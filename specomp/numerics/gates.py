@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
+from jaxtyping import Bool, Float, Float64
 from torch import Tensor
 
 MappingName = Literal["two_sigmoid", "sigmoid", "identity", "exp"]
@@ -88,7 +89,9 @@ class GateBudget:
             len(place), 0, -1, dtype=torch.float64, device=device
         )
 
-    def soft_retention(self, gates: Tensor, threshold: float, temperature: float) -> Tensor:
+    def soft_retention(
+        self, gates: Float[Tensor, " K"], threshold: float, temperature: float
+    ) -> Float[Tensor, ""]:
         """Differentiable retention: component i counts sigmoid((S_i - threshold) / temperature).
         May exceed 1: nothing is capped.
         """
@@ -98,7 +101,7 @@ class GateBudget:
         counts = torch.zeros_like(self.dense).index_add(0, self.owner, soft.double())
         return (self.stored(counts).sum() / self.dense.sum()).float()
 
-    def distinct(self, gates: Tensor) -> Tensor:
+    def distinct(self, gates: Float[Tensor, " K"]) -> Float64[Tensor, " K"]:
         """Gates (K,) in float64 without ties: of equal ones that of the larger singular value comes
         first.
 
@@ -107,26 +110,26 @@ class GateBudget:
         """
         return gates.detach().double() + self._lead
 
-    def ranks(self, gates: Tensor, threshold: float) -> Tensor:
+    def ranks(self, gates: Float[Tensor, " K"], threshold: float) -> Float64[Tensor, " L"]:
         """Components (L,) of each linear at or above the threshold, at least one."""
         kept = torch.zeros_like(self.dense).index_add_(
             0, self.owner, (self.distinct(gates) >= threshold).double()
         )
         return kept.clamp_min(1)
 
-    def stored(self, ranks: Tensor) -> Tensor:
+    def stored(self, ranks: Float[Tensor, " L"]) -> Float[Tensor, " L"]:
         """Numbers (L,) that factors of these ranks (L,) take."""
         return self.price(self.m, self.n, ranks)
 
-    def retention_of(self, ranks: Tensor) -> float:
+    def retention_of(self, ranks: Float[Tensor, " L"]) -> float:
         """Retention of ranks (L,); from break-even on a linear is stored dense and costs m n."""
         return float(torch.minimum(self.stored(ranks), self.dense).sum() / self.dense.sum())
 
-    def hard_retention(self, gates: Tensor, threshold: float) -> float:
+    def hard_retention(self, gates: Float[Tensor, " K"], threshold: float) -> float:
         """Retention when everything below the threshold is pruned."""
         return self.retention_of(self.ranks(gates, threshold))
 
-    def threshold_for(self, gates: Tensor, retention: float) -> float:
+    def threshold_for(self, gates: Float[Tensor, " K"], retention: float) -> float:
         """The global threshold, by bisection, that keeps as much as `retention` allows; 0 when
         everything fits.
 
@@ -145,7 +148,7 @@ class GateBudget:
         kept, dropped = gates[gates >= high], gates[gates < high]
         return float((kept.min() + dropped.max()) / 2) if len(kept) and len(dropped) else high
 
-    def kept(self, gates: Tensor, threshold: float) -> Tensor:
+    def kept(self, gates: Float[Tensor, " K"], threshold: float) -> Bool[Tensor, " K"]:
         """Which components (K,) stay: at or above the threshold, all of a linear stored dense
         anyway, the best of each.
         """

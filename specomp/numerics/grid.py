@@ -6,8 +6,10 @@ what a stored folder gives back.
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
+from jaxtyping import Float, Int8
 from torch import Tensor
 
 SCALE_BYTES, ZERO_BYTES, SHAPE_BYTES = 2, 1, 2 * 8
@@ -23,7 +25,7 @@ class GridSpec:
     group_size: int | None
     symmetric: bool
 
-    def num_bytes(self, m: int, n: int) -> int:
+    def num_bytes(self, m: int | Tensor, n: int | Tensor) -> Any:
         """Bytes of a packed weight (m, n) as compressed-tensors stores it: integers in whole 32-bit
         words, scales, zeros, the shape. Arithmetic alone, so that m and n may be tensors of sizes
         too.
@@ -39,8 +41,8 @@ class Grid:
     what is left.
     """
 
-    scales: Tensor  # (m, groups), float16 or bfloat16: as they are stored
-    zeros: Tensor | None  # (m, groups) int8; None: symmetric, every zero is 0
+    scales: Float[Tensor, "m groups"]  # float16 or bfloat16: as they are stored
+    zeros: Int8[Tensor, "m groups"] | None  # None: symmetric, every zero is 0
     bits: int
     group_size: int
 
@@ -49,15 +51,15 @@ class Grid:
         """What kind of grid it is."""
         return GridSpec(bits=self.bits, group_size=self.group_size, symmetric=self.zeros is None)
 
-    def integers(self, weight: Tensor) -> Tensor:
-        """q (m, n) int8 of the grid points nearest to a weight (m, n)."""
+    def integers(self, weight: Float[Tensor, "m n"]) -> Int8[Tensor, "m n"]:
+        """q of the grid points nearest to a weight."""
         scales, zeros = self._by_column(weight)
         low, high = limits(self.bits)
         return (weight.float() / scales + zeros).round().clamp(low, high).to(torch.int8)
 
-    def values(self, integers: Tensor) -> Tensor:
-        """The weight (m, n) in float32 that integers (m, n) stand for: exact, a product of a few
-        bits with a 16-bit scale.
+    def values(self, integers: Int8[Tensor, "m n"]) -> Float[Tensor, "m n"]:
+        """The weight in float32 that integers stand for: exact, a product of a few bits with a
+        16-bit scale.
         """
         scales, zeros = self._by_column(integers)
         return (integers.float() - zeros) * scales

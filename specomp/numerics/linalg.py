@@ -6,18 +6,23 @@ import math
 from typing import Literal
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
 SOLVE_DTYPE = torch.float64
+AnyGram = Float[Tensor, "n n"] | Float[Tensor, " n"]
+"""A Gram matrix, or its diagonal."""
 SolveDtype = Literal["auto", "float32", "float64"]
 # A Gram is symmetric, so one triangle of it is multiplied, in blocks of columns: at least this
 # many, at most eight blocks.
 BLOCK_COLUMNS = 192
 
 
-def eigh_descending(matrix: Tensor) -> tuple[Tensor, Tensor]:
-    """Eigenvalues (k,) descending and eigenvectors (k, k) of a symmetric positive semi-definite
-    matrix (k, k), in its dtype.
+def eigh_descending(
+    matrix: Float[Tensor, "k k"],
+) -> tuple[Float[Tensor, " k"], Float[Tensor, "k k"]]:
+    """Eigenvalues, descending, and eigenvectors of a symmetric positive semi-definite matrix, in
+    its dtype.
 
     Only its lower triangle is read. Negative eigenvalues, which only rounding produces, are
     returned as zero. Equals torch.linalg.eigh up to order and sign.
@@ -26,9 +31,8 @@ def eigh_descending(matrix: Tensor) -> tuple[Tensor, Tensor]:
     return values.flip(0).clamp_min(0), vectors.flip(1)
 
 
-def half_weigh(matrix: Tensor, gram: Tensor | None) -> Tensor:
-    """matrix H (m, n) for an H with H + H^T = gram, where gram is (n, n), its diagonal (n,), or
-    None for the identity.
+def half_weigh(matrix: Float[Tensor, "m n"], gram: AnyGram | None) -> Float[Tensor, "m n"]:
+    """matrix H for an H with H + H^T = gram; None: the identity.
 
     H is the blocks of the Gram below its diagonal and half of those on it: little over half the
     work of matrix @ gram, and enough for all that is symmetric in the matrix, since M gram M^T = M
@@ -47,21 +51,23 @@ def half_weigh(matrix: Tensor, gram: Tensor | None) -> Tensor:
     return product
 
 
-def congruence(matrix: Tensor, gram: Tensor | None) -> Tensor:
-    """matrix gram matrix^T (k, k), exactly symmetric, for matrix (k, n)."""
+def congruence(matrix: Float[Tensor, "k n"], gram: AnyGram | None) -> Float[Tensor, "k k"]:
+    """matrix gram matrix^T, exactly symmetric."""
     half = half_weigh(matrix, gram) @ matrix.T
     return half + half.T
 
 
-def trace_of_square(matrix: Tensor, gram: Tensor | None) -> float:
+def trace_of_square(matrix: Float[Tensor, "m n"], gram: AnyGram | None) -> float:
     """trace(matrix gram matrix^T), summed in float64: the squared loss of an error matrix
     (m, n).
     """
     return 2 * float((half_weigh(matrix, gram) * matrix).sum(1).double().sum())
 
 
-def cholesky_damped(gram: Tensor, start: float, limit: float) -> tuple[Tensor, float]:
-    """Lower Cholesky factor (n, n) of gram + damping mean(diag gram) I in float64, and the damping
+def cholesky_damped(
+    gram: Float[Tensor, "n n"], start: float, limit: float
+) -> tuple[Float[Tensor, "n n"], float]:
+    """Lower Cholesky factor of gram + damping mean(diag gram) I in float64, and the damping
     that was needed.
 
     Tries 0, then `start`, times 10 each time, up to `limit`. Raises ValueError beyond that.

@@ -11,6 +11,7 @@ rounding; compressed-tensors calls it static); scales are rounded to the 16 bits
 from dataclasses import replace
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
 from specomp.numerics.grid import Grid, limits
@@ -24,7 +25,12 @@ START_DAMPING, MAX_DAMPING = 1e-6, 1.0
 
 
 def gptq(
-    weight: Tensor, gram: Tensor, spacing: Spacing, *, act_order: bool, damping: float
+    weight: Float[Tensor, "m n"],
+    gram: Float[Tensor, "n n"],
+    spacing: Spacing,
+    *,
+    act_order: bool,
+    damping: float,
 ) -> OnGrid:
     """Integers and grid of a weight whose inputs have this Gram; equals round to nearest for a
     diagonal Gram and grids that stay.
@@ -76,7 +82,9 @@ def gptq(
     return OnGrid(integers[order.argsort()].T.contiguous(), grid, used)
 
 
-def inverse_factor(gram: Tensor, damping: float) -> tuple[Tensor, float]:
+def inverse_factor(
+    gram: Float[Tensor, "n n"], damping: float
+) -> tuple[Float[Tensor, "n n"], float]:
     """Upper triangular F (n, n) with F^T F = (gram + damping mean(diag gram) I)^-1, and the damping
     that was needed.
 
@@ -93,8 +101,8 @@ def inverse_factor(gram: Tensor, damping: float) -> tuple[Tensor, float]:
     )
 
 
-def _by_group(grid: Grid) -> tuple[Tensor, Tensor]:
-    """Scales and zeros as (groups, m) float32."""
+def _by_group(grid: Grid) -> tuple[Float[Tensor, "groups m"], Float[Tensor, "groups m"]]:
+    """Scales and zeros as float32."""
     scales = grid.scales.T.float().contiguous()
     return scales, torch.zeros_like(
         scales

@@ -5,6 +5,7 @@
 from dataclasses import dataclass
 
 import torch
+from jaxtyping import Float, Int8
 from torch import Tensor
 
 from specomp.errors import UserError
@@ -13,16 +14,16 @@ from specomp.numerics.grid import Grid, GridSpec, limits
 
 @dataclass(frozen=True, eq=False)
 class OnGrid:
-    """A weight (m, n) as integers (m, n) int8 on a grid; the damping that GPTQ needed, of the mean
+    """A weight as integers on a grid; the damping that GPTQ needed, of the mean
     diagonal.
     """
 
-    integers: Tensor
+    integers: Int8[Tensor, "m n"]
     grid: Grid
     damping: float = 0.0
 
-    def values(self) -> Tensor:
-        """What the integers stand for, (m, n) in float32."""
+    def values(self) -> Float[Tensor, "m n"]:
+        """What the integers stand for, in float32."""
         return self.grid.values(self.integers)
 
 
@@ -32,7 +33,7 @@ class Spacing(GridSpec):
 
     scale_dtype: torch.dtype
 
-    def fit(self, weight: Tensor) -> Grid:
+    def fit(self, weight: Float[Tensor, "m n"]) -> Grid:
         """The grid that spans each group's smallest to largest number and contains 0 (as GPTQ's
         published code, without its search).
 
@@ -67,7 +68,7 @@ class Spacing(GridSpec):
         return Grid(scales=scales, zeros=zeros, bits=self.bits, group_size=size)
 
 
-def round_to_nearest(weight: Tensor, spacing: Spacing) -> OnGrid:
+def round_to_nearest(weight: Float[Tensor, "m n"], spacing: Spacing) -> OnGrid:
     """Every number of a weight (m, n) to the nearest point of the grid that spans it: least squares
     in the weights, blind to inputs.
     """

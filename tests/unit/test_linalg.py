@@ -1,5 +1,6 @@
 """Eigenvectors, damped Cholesky, and safe quotients."""
 
+import jaxtyping
 import pytest
 import torch
 from hypothesis import given, settings
@@ -136,3 +137,8 @@ def test_beyond_the_limit_is_an_error_with_the_numbers():
 def test_relative():
     assert relative(1.0, 4.0) == 0.25
     assert relative(0.0, 0.0) == 0.0
+
+
+def test_shapes_in_signatures_are_checked_while_tests_run():
+    with pytest.raises(jaxtyping.TypeCheckError, match="gram"):
+        half_weigh(torch.ones(3, 4), torch.eye(5))

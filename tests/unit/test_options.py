@@ -257,7 +257,7 @@ def test_floor_of_the_wish_or_dense():
 
 def test_rank_zero_is_refused_by_name():
     units = [unit("layers.2.q", 64, 64), unit("layers.3.k", 8, 64)]
-    said = r"layers\.3\.k \(8 x 64\): a retention of 0\.1 leaves rank 0; lower ratio\.compression"
+    said = r"layers\.3\.k \(8 x 64\): a retention of 0\.1 leaves rank 0: lower ratio\.compression"
     with pytest.raises(UserError, match=said) as caught:
         floor(menu(units), dict.fromkeys(units, 0.1))
     assert "\n" not in str(caught.value)
@@ -344,7 +344,7 @@ def test_a_floor_at_the_target_itself_is_uniform(compression):
 
 def test_water_filling_without_a_solution_is_refused():
     a, b = units = [unit("a", 50, 50), unit("b", 50, 50)]
-    said = r"No allocation with retentions in \[0\.6, 1\] averages 0\.5: change ratio\.compression"
+    said = r"No allocation with retentions in \[0\.6, 1\] averages 0\.5: change the ratio"
     with pytest.raises(UserError, match=said):
         water_fill(menu(units), {a: 0.6, b: 0.6}, {a: 1.0, b: 1.0}, 0.5, 0.6)
     with pytest.raises(UserError, match="averages 0.9"):
@@ -582,7 +582,7 @@ def test_cut_tries_broken_models_last():
 
 
 def test_cut_out_of_reach_is_refused_with_the_numbers():
-    said = r"keep 0\.200 of the parameters, the target is 0\.100: .*allocation\.candidates"
+    said = r"keep 0\.200 of the linears, the target is 0\.100: .*allocation\.candidates"
     with pytest.raises(UserError, match=said):
         cut(TRIALS, menu(PAIR), 0.1)
 
