@@ -1,171 +1,133 @@
-"""The figures of a report, as SVG text. Everything drawn is also in the records and their csv of linears."""
+"""The figures of a report, as SVG text. All that is drawn is in the records and their csv files."""
 
-import csv
 import io
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from itertools import cycle
 from pathlib import Path
 from statistics import fmean, geometric_mean
 from typing import Any
 
 import matplotlib as mpl
+import pandas
 from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
 from specomp.experiment.record import Record
-from specomp.tables.sweep import Column, Point, Sweep
+from specomp.tables.sweep import RATIO, Point, Sweep
 
-RATIO = "ratio"
 SIZE = (6.4, 4.0)  # inches
 BEYOND_USE = 1e5  # a perplexity: more than the words that most vocabularies have
 STAGES = ("calibrate", "allocate", "train", "compress", "evaluate")
-Linears = Sequence[Mapping[str, str]]
-Curve = tuple[list[float], list[float]]
+PLAIN = {"linewidth": 1.2}
+DOTS = PLAIN | {"marker": "."}
+POINTS = {"marker": "o", "markersize": 4, "linewidth": 1.5}
+Frames = Mapping[str, pandas.DataFrame]
 
 
-def curves(sweep: Sweep, column: Column, *, against: str) -> str | None:
-    """One metric per method. against: retention, or bytes of the whole model. None when no two points make a line."""
-    if RATIO not in sweep.keys:
-        return None
-    place: Callable[[Record], float] = {
-        "retention": lambda r: r.counted.measured_retention,
-        "bytes": lambda r: r.counted.compressed.model_bytes / 1e6,
-    }[against]
-    lines: dict[str, list[tuple[float, float]]] = {}
-    for point in sweep.points:
-        values = point.values(column)
-        if values:
-            lines.setdefault(series(point), []).append((fmean(place(r) for r in point.done), fmean(values)))
-    label = "stored share of the linears' parameters (retention)" if against == "retention" else "MB of the whole model"
-    return _metric_lines(lines, column, label, sweep.dense(column))
+def quality(sweep: Sweep) -> dict[str, str]:
+    """Drawings of every metric by caption: against retention and bytes, or against a swept number,
+    where two points make a line.
+    """
+    # end of the caption -> label of the axis, key that changes along a line, place of a point
+    axes: dict[str, tuple[str, str, Callable[[Point], float]]] = {}
+    if RATIO in sweep.keys:
+        stored = "stored share of the linears' parameters (retention)"
+        axes["retention"] = stored, RATIO, lambda p: p.retention
+        megabytes = "MB of the whole model"
+        axes["bytes of the model"] = megabytes, RATIO, lambda p: p.model_bytes / 1e6
+    numeric = [k for k in sweep.keys if all(_is_number(p.keys[k]) for p in sweep.points)]
+    if numeric:
+        key = numeric[-1]
+        axes["the swept number"] = key, key, lambda p: float(p.keys[key])
+    drawn = {}
+    for column in sweep.columns:
+        for caption, (label, swept, place) in axes.items():
+            found: dict[str, list[tuple[float, float]]] = {}
+            for point in sweep.points:
+                if (value := point.mean(column)) is not None:
+                    found.setdefault(point.series(swept), []).append((place(point), value))
+            if all(len(line) < 2 for line in found.values()):
+                continue
+            drawn[f"{column.label} against {caption}"] = _lines(
+                {name: sorted(line) for name, line in found.items()},
+                label,
+                column.label,
+                [POINTS],
+                dense=sweep.dense(column) if swept == RATIO else None,
+                plain_ticks=column.lower_is_better,
+                yscale="log" if column.lower_is_better else "linear",
+            )
+    return drawn
 
 
-def steps(sweep: Sweep, column: Column) -> str | None:
-    """One metric against a swept number (iterations, gap, ...), a line per value of the other keys. None when no key is a number."""
-    numeric = next((k for k in reversed(sweep.keys) if all(_number(p.keys[k]) is not None for p in sweep.points)), None)
-    if numeric is None:
-        return None
-    lines: dict[str, list[tuple[float, float]]] = {}
-    for point in sweep.points:
-        x = _number(point.keys[numeric])
-        if x is not None and (values := point.values(column)):
-            name = ", ".join(v for k, v in point.keys.items() if k != numeric) or point.models
-            lines.setdefault(name, []).append((x, fmean(values)))
-    return _metric_lines(lines, column, numeric)
+def layer_profile(found: Frames) -> str:
+    """Stored share of decoder layers, a line per record: the bowl that importances make."""
+    lines = {}
+    for name, linears in found.items():
+        sums = linears.groupby("layer")[["stored", "whole"]].sum()
+        lines[name] = (sums["stored"] / sums["whole"]).items()
+    return _lines(lines, "decoder layer", "stored share", ylim=(0, 1.05))
 
 
-def _metric_lines(
-    lines: Mapping[str, Sequence[tuple[float, float]]], column: Column, xlabel: str, dense: float | None = None
-) -> str | None:
-    """Named lines of (x, metric), with the dense model's as a level. None when no two points make a line."""
-    if not any(len(line) > 1 for line in lines.values()):
-        return None
-    figure, axes = _new()
-    for name, line in lines.items():
-        axes.plot(*zip(*sorted(line), strict=True), marker="o", markersize=4, linewidth=1.5, label=name)
-    if dense is not None:
-        axes.axhline(dense, color="0.5", linewidth=1, linestyle=":", label="dense")
-    axes.set(xlabel=xlabel, ylabel=column.label, yscale="log" if column.lower_is_better else "linear")
-    if column.lower_is_better:
-        _plain_ticks(axes.yaxis)
-        if axes.get_ylim()[1] > BEYOND_USE:  # lines of collapsed models leave the figure
-            axes.set_ylim(top=BEYOND_USE)
-    axes.legend(fontsize="small", frameon=False)
-    return svg(figure)
+def error_profile(found: Frames) -> str:
+    """Relative output error in the norm of the inputs, mean over the linears of a decoder layer."""
+    lines = {k: x.groupby("layer")["norm_error"].agg(fmean).items() for k, x in found.items()}
+    return _lines(lines, "decoder layer", "relative error in the method's norm", ylim=(0, None))
 
 
-def rank_map(linears: Linears) -> str:
+def importances(found: Mapping[str, Sequence[float]]) -> str:
+    """Importance of decoder layers over the mean, a line per model: AdaSVD's Figure 4."""
+    lines = {f"{k} ({len(x)} decoder layers)": _against_depth(x) for k, x in found.items()}
+    depth = "depth (0: first decoder layer, 1: last)"
+    return _lines(lines, depth, "importance over the mean", plain_ticks=True, yscale="log")
+
+
+def histograms(centres: Sequence[float], found: Mapping[str, Sequence[float]], xlabel: str) -> str:
+    """Shares of the same bins, a line per distribution."""
+    lines = {name: zip(centres, shares, strict=True) for name, shares in found.items()}
+    styles = [PLAIN | {"linestyle": x} for x in ("-", "--", ":", "-.")]
+    return _lines(lines, xlabel, "share of the outputs", styles, ylim=(0, None))
+
+
+def spectra(linears: pandas.DataFrame) -> str:
+    """Singular values over the largest, a line per type: geometric mean over decoder layers."""
+    values = linears["spectrum"].str.split(expand=True).astype(float).clip(lower=1e-6)
+    means = values.groupby(linears["kind"], sort=False).agg(geometric_mean)
+    lines = {kind: _against_depth(means.loc[kind]) for kind in means.index}
+    label = "singular value over the largest"
+    return _lines(lines, "component / number of components", label, ncols=2, yscale="log")
+
+
+def gate_profiles(
+    profiles: Mapping[str, Mapping[str, Sequence[float]]], what: str, label: str
+) -> str:
+    """A trained spectrum by component index, a line per type of linear. what: gate, or kept."""
+    lines = {}
+    for kind, profile in profiles.items():
+        values = profile[what]
+        places = [(i + 0.5) / len(values) for i in range(len(values))]
+        lines[kind.rpartition(".")[2]] = zip(places, values, strict=True)
+    xlabel = "component / number of components, largest singular value first"
+    return _lines(lines, xlabel, label, [PLAIN], ncols=2, ylim=(0, None))
+
+
+def rank_map(linears: pandas.DataFrame) -> str:
     """Stored share of every linear: types by decoder layer."""
-    kinds, layers, share = by_kind(linears, lambda x: int(x["stored"]) / (int(x["m"]) * int(x["n"])))
-    figure = Figure(figsize=(SIZE[0], 0.9 + 0.28 * len(kinds)), layout="constrained")
+    share = (linears["stored"] / linears["whole"]).groupby([linears["kind"], linears["layer"]])
+    table = share.last().unstack().reindex(linears["kind"].unique())
+    figure = Figure(figsize=(SIZE[0], 0.9 + 0.28 * len(table)), layout="constrained")
     axes = figure.subplots()
-    image = axes.imshow([[share.get((kind, layer), float("nan")) for layer in layers] for kind in kinds], aspect="auto", vmin=0, vmax=1)
-    axes.set_yticks(range(len(kinds)), kinds)
+    image = axes.imshow(table, aspect="auto", vmin=0, vmax=1)
+    axes.set_yticks(range(len(table)), table.index)
     axes.set(xlabel="decoder layer")
     figure.colorbar(image, ax=axes, label="stored share")
     return svg(figure)
 
 
-def layer_profile(found: Mapping[str, Linears]) -> str:
-    """Stored share of whole decoder layers, a line per record: the bowl of an importance-based allocation."""
-    figure, axes = _new()
-    for name, linears in found.items():
-        stored: dict[int, list[int]] = {}
-        for x in linears:
-            pair = stored.setdefault(_layer(x["name"]), [0, 0])
-            pair[0] += int(x["stored"])
-            pair[1] += int(x["m"]) * int(x["n"])
-        layers = sorted(stored)
-        axes.plot(layers, [stored[i][0] / stored[i][1] for i in layers], marker=".", linewidth=1.2, label=name)
-    axes.set(xlabel="decoder layer", ylabel="stored share", ylim=(0, 1.05))
-    axes.legend(fontsize="small", frameon=False)
-    return svg(figure)
-
-
-def error_profile(found: Mapping[str, Linears]) -> str:
-    """Relative output error in the norm of the inputs, mean over the linears of a decoder layer."""
-    figure, axes = _new()
-    for name, linears in found.items():
-        errors: dict[int, list[float]] = {}
-        for x in linears:
-            errors.setdefault(_layer(x["name"]), []).append(float(x["norm_error"]))
-        layers = sorted(errors)
-        axes.plot(layers, [fmean(errors[i]) for i in layers], marker=".", linewidth=1.2, label=name)
-    axes.set(xlabel="decoder layer", ylabel="relative error in the method's norm", ylim=(0, None))
-    axes.legend(fontsize="small", frameon=False)
-    return svg(figure)
-
-
-def importances(found: Mapping[str, Sequence[float]]) -> str:
-    """Importance of each decoder layer over the mean, a line per model, against depth: AdaSVD's Figure 4."""
-    figure, axes = _new()
-    for name, values in found.items():
-        depth = [i / max(1, len(values) - 1) for i in range(len(values))]
-        axes.plot(depth, values, marker=".", linewidth=1.2, label=f"{name} ({len(values)} decoder layers)")
-    axes.set(xlabel="depth (0: first decoder layer, 1: last)", ylabel="importance over the mean", yscale="log")
-    _plain_ticks(axes.yaxis)
-    axes.legend(fontsize="small", frameon=False)
-    return svg(figure)
-
-
-def histograms(centres: Sequence[float], found: Mapping[str, Sequence[float]], xlabel: str) -> str:
-    """Shares of the same bins, a line per distribution."""
-    figure, axes = _new()
-    for (name, shares), style in zip(found.items(), ("-", "--", ":", "-."), strict=False):
-        axes.plot(centres, shares, linestyle=style, linewidth=1.2, label=name)
-    axes.set(xlabel=xlabel, ylabel="share of the outputs", ylim=(0, None))
-    axes.legend(fontsize="small", frameon=False)
-    return svg(figure)
-
-
-def spectra(linears: Linears) -> str:
-    """Singular values over the largest, a line per type of linear: geometric mean over decoder layers."""
-    found: dict[str, list[list[float]]] = {}
-    for x in linears:
-        found.setdefault(x["name"].rpartition(".")[2], []).append([max(float(v), 1e-6) for v in x["spectrum"].split()])
-    figure, axes = _new()
-    for kind, rows in found.items():
-        values = [geometric_mean(column) for column in zip(*rows, strict=True)]
-        axes.plot([i / (len(values) - 1) for i in range(len(values))], values, marker=".", linewidth=1.2, label=kind)
-    axes.set(xlabel="component / number of components", ylabel="singular value over the largest", yscale="log")
-    axes.legend(fontsize="small", frameon=False, ncols=2)
-    return svg(figure)
-
-
-def gate_profiles(profiles: Mapping[str, Mapping[str, Sequence[float]]], what: str, label: str) -> str:
-    """A trained spectrum by component index, a line per type of linear. what: gate, or kept."""
-    figure, axes = _new()
-    for kind, profile in profiles.items():
-        values = profile[what]
-        axes.plot([(i + 0.5) / len(values) for i in range(len(values))], values, linewidth=1.2, label=kind.rpartition(".")[2])
-    axes.set(xlabel="component / number of components, largest singular value first", ylabel=label, ylim=(0, None))
-    axes.legend(fontsize="small", frameon=False, ncols=2)
-    return svg(figure)
-
-
 def stage_times(found: Mapping[str, Record]) -> str:
-    """Seconds of every stage of the run that made a record; what came from the cache cost nothing."""
+    """Seconds of every stage of the run that made a record; the cache costs nothing."""
     figure = Figure(figsize=(SIZE[0], 1.2 + 0.3 * len(found)), layout="constrained")
     axes = figure.subplots()
     left = [0.0] * len(found)
@@ -180,41 +142,36 @@ def stage_times(found: Mapping[str, Record]) -> str:
     return svg(figure)
 
 
-def training_curve(rows: Sequence[Mapping[str, str]]) -> str:
+def training_curve(rows: pandas.DataFrame) -> str:
     """KL of a training, step by step; of a spectrum training the retention too."""
     figure, axes = _new()
-    step = [int(x["step"]) for x in rows]
-    axes.plot(step, [float(x["kl"]) for x in rows], color="0.4", linewidth=0.8, label="KL per token")
+    axes.plot(rows["step"], rows["kl"], color="0.4", linewidth=0.8, label="KL per token")
     axes.set(xlabel="optimizer step", ylabel="KL per token", yscale="log")
-    if "soft" not in rows[0]:
+    if "soft" not in rows:
         return svg(figure)
     right = axes.twinx()
     for name, style in (("soft", "--"), ("hard", "-")):
-        right.plot(step, [float(x[name]) for x in rows], style, color="tab:blue", linewidth=1, label=f"{name} retention")
+        label = f"{name} retention"
+        right.plot(rows["step"], rows[name], style, color="tab:blue", linewidth=1, label=label)
     right.set(ylabel="retention", ylim=(0, None))
-    handles, labels = (a + b for a, b in zip(axes.get_legend_handles_labels(), right.get_legend_handles_labels(), strict=True))
-    axes.legend(handles, labels, fontsize="small", frameon=False)
+    handles = [*axes.get_legend_handles_labels()[0], *right.get_legend_handles_labels()[0]]
+    axes.legend(handles=handles, fontsize="small", frameon=False)
     return svg(figure)
 
 
-def series(point: Point) -> str:
-    """What a line of a figure is called: the swept values besides the ratio."""
-    return ", ".join(v for k, v in point.keys.items() if k != RATIO) or point.models
-
-
-def by_kind(linears: Linears, value: Callable[[Mapping[str, str]], float]) -> tuple[list[str], list[int], dict[tuple[str, int], float]]:
-    """(types, decoder layers, value by both)."""
-    found = {(x["name"].rpartition(".")[2], _layer(x["name"])): value(x) for x in linears}
-    return list(dict.fromkeys(kind for kind, _ in found)), sorted({layer for _, layer in found}), found
-
-
-def read_csv(paths: Iterable[Path]) -> list[dict[str, str]]:
-    """Rows of the first file that exists; none where none does."""
+def read_csv(paths: Iterable[Path]) -> pandas.DataFrame:
+    """The first file that exists; an empty frame where none does. Of a csv of linears each row has
+    its kind, decoder layer and number of weights too.
+    """
     path = next((p for p in paths if p.exists()), None)
     if path is None:
-        return []
-    with path.open(newline="") as file:
-        return list(csv.DictReader(file))
+        return pandas.DataFrame()
+    frame = pandas.read_csv(path, float_precision="round_trip")
+    if "name" in frame:
+        frame["kind"] = frame["name"].str.rpartition(".")[2]
+        frame["layer"] = frame["name"].str.extract(r"\.(\d+)\.", expand=False).astype(int)
+        frame["whole"] = frame["m"] * frame["n"]
+    return frame
 
 
 def svg(figure: Figure) -> str:
@@ -230,7 +187,38 @@ def svg(figure: Figure) -> str:
 def numbered(page: str) -> str:
     """The page with the ids of every figure made its own: matplotlib counts from 1 in each."""
     before, *drawings = page.split("<svg")
-    return before + "".join("<svg" + re.sub(r'(\bid="|url\(#|href="#)', rf"\g<1>f{i}-", x) for i, x in enumerate(drawings))
+    ids = re.compile(r'(\bid="|url\(#|href="#)')
+    return before + "".join("<svg" + ids.sub(rf"\g<1>f{i}-", x) for i, x in enumerate(drawings))
+
+
+def _lines(
+    found: Mapping[str, Iterable[tuple[Any, float]]],
+    xlabel: str,
+    ylabel: str,
+    styles: Sequence[Mapping[str, Any]] = (DOTS,),
+    *,
+    dense: float | None = None,
+    plain_ticks: bool = False,
+    ncols: int = 1,
+    **settings: Any,
+) -> str:
+    """Named lines of places and values. dense: the dense model's value, as a level; plain_ticks:
+    20, 50, 100 and not 10^2, for a range that is often less than a decade.
+    """
+    figure, axes = _new()
+    for (name, line), style in zip(found.items(), cycle(styles)):
+        axes.plot(*zip(*line, strict=True), **style, label=name)
+    if dense is not None:
+        axes.axhline(dense, color="0.5", linewidth=1, linestyle=":", label="dense")
+    axes.set(xlabel=xlabel, ylabel=ylabel, **settings)
+    if plain_ticks:
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+        axes.yaxis.set_minor_formatter(NullFormatter())
+        if axes.get_ylim()[1] > BEYOND_USE:  # lines of collapsed models leave the figure
+            axes.set_ylim(top=BEYOND_USE)
+    axes.legend(fontsize="small", frameon=False, ncols=ncols)
+    return svg(figure)
 
 
 def _new() -> tuple[Figure, Any]:
@@ -240,19 +228,14 @@ def _new() -> tuple[Figure, Any]:
     return figure, axes
 
 
-def _plain_ticks(axis: Any) -> None:
-    """20, 50, 100 and not 10^2: the range is often less than a decade."""
-    axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-    axis.set_minor_formatter(NullFormatter())
+def _against_depth(values: Sequence[float]) -> list[tuple[float, float]]:
+    """Values at equal distances from 0 to 1."""
+    return [(i / max(1, len(values) - 1), x) for i, x in enumerate(values)]
 
 
-def _layer(name: str) -> int:
-    return next(int(part) for part in name.split(".") if part.isdigit())
-
-
-def _number(text: str) -> float | None:
+def _is_number(text: str) -> bool:
     try:
-        return float(text)
+        float(text)
     except ValueError:
-        return None
+        return False
+    return True

@@ -1,211 +1,184 @@
-"""python -m specomp.tables.report EXPERIMENT [overrides ...]: the sweep as one HTML file that needs no network.
+"""python -m specomp.tables.report EXPERIMENT [overrides ...]: the sweep as one HTML file that needs
+no network.
 
-The table with the paper's numbers, curves against retention and bytes, ranks per linear, time per stage, provenance.
+The table with the paper's numbers, curves against retention and bytes, ranks per linear, time per
+stage, provenance.
 """
 
 import argparse
 import html
 import json
-import logging
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from specomp.errors import UserError
+import pandas
+from jinja2 import Environment, PackageLoader
+
 from specomp.experiment.record import Record, RecordStore, companions, stored, stores
 from specomp.tables import charts
+from specomp.tables.charts import Frames
+from specomp.tables.command import command, sweep_parser
 from specomp.tables.paper import facts, grid
-from specomp.tables.render import Bold, Cell
-from specomp.tables.sweep import ROOT, Point, Sweep, load_sweep
+from specomp.tables.sweep import ROOT, Sweep, load_sweep
 
-STYLE = """
-:root { color-scheme: light; }
-body { font: 16px/1.5 system-ui, sans-serif; color: #1a1a1a; margin: 0 auto; max-width: 62rem; padding: 1rem; }
-h1 { font-size: 1.6rem; line-height: 1.2; } h2 { font-size: 1.2rem; margin-top: 2.2rem; border-bottom: 1px solid #ddd; }
-.wide { overflow-x: auto; } table { border-collapse: collapse; font-size: .85rem; font-variant-numeric: tabular-nums; }
-th, td { padding: .25rem .6rem; text-align: right; white-space: nowrap; border-bottom: 1px solid #eee; }
-th:first-child, td:first-child { text-align: left; } thead th { border-bottom: 2px solid #888; }
-tr.paper td { color: #777; border-bottom: none; } tr.difference td { color: #777; font-style: italic; }
-figure { margin: 1rem 0; } figure svg { max-width: 100%; height: auto; } figcaption { font-size: .9rem; color: #444; }
-.figures { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 26rem), 1fr)); gap: 1rem; }
-code, pre { font: .8rem/1.4 ui-monospace, monospace; overflow-wrap: anywhere; white-space: pre-wrap; }
-@media print {
-  body { max-width: none; font-size: 10pt; } .wide { overflow: visible; } table { font-size: .7rem; }
-  figure, tr { break-inside: avoid; }
-}
-"""
+Table = tuple[list[str], list[list[str]]]
 
 
 def report(sweep: Sweep, folders: Sequence[RecordStore]) -> str:
     """The page."""
-    parts = [f"<h1>{html.escape(sweep.caption)}</h1>", _list(facts(sweep)), *_notes(sweep.notes()), "<h2>Table</h2>", _table(*grid(sweep))]
-    if drawings := quality(sweep):
-        drawn = "".join(_figure(drawing, caption) for caption, drawing in drawings.items())
-        parts += ["<h2>Quality</h2>", f'<div class="figures">{drawn}</div>']
-    named = labels(sweep)
-    linears = {name: rows for name, r in named.items() if (rows := charts.read_csv(companions(folders, r.key, "linears.csv")))}
-    if linears:
-        profiles = _figure(charts.layer_profile(linears), "Stored share of each decoder layer")
-        profiles += _figure(charts.error_profile(linears), "What the factors lose, in the norm each method minimizes")
-        maps = "".join(_figure(charts.rank_map(rows), f"Stored share of every linear: {name}") for name, rows in linears.items())
-        parts += ["<h2>Where the parameters are</h2>", f'<div class="figures">{profiles}{_importance(sweep)}</div>']
-        parts.append(f'<details><summary>All {len(linears)} maps</summary><div class="figures">{maps}</div></details>')
-    parts += _spectra(sweep, linears)
-    trained = {name: rows for name, r in named.items() if (rows := charts.read_csv(companions(folders, r.key, "training.csv")))}
-    if trained:
-        parts += ["<h2>Training</h2>", f'<div class="figures">{"".join(_training(x, named[x], rows) for x, rows in trained.items())}</div>']
-    if named:
-        parts += ["<h2>Cost</h2>", _figure(charts.stage_times(named), "Seconds by stage; what the cache held cost nothing"), _costs(named)]
-        parts += ["<h2>Provenance</h2>", _provenance(sweep.records)]
-    missing = sweep.missing()
-    if missing:
-        parts += [f"<h2>Missing: {len(missing)} runs</h2>", "<pre>" + html.escape("\n".join(missing)) + "</pre>"]
-    title = f"<title>{html.escape(sweep.caption)}</title>"
-    head = f'<meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">{title}<style>{STYLE}</style>'
-    return f'<!doctype html>\n<html lang="en"><head>{head}</head>\n<body>\n' + charts.numbered("\n".join(parts)) + "\n</body></html>\n"
-
-
-def quality(sweep: Sweep) -> dict[str, str]:
-    """Drawings of every metric by caption: against retention and bytes, or against a swept number."""
-    found = {}
-    for column in sweep.columns:
-        for what, drawing in (
-            ("retention", charts.curves(sweep, column, against="retention")),
-            ("bytes of the model", charts.curves(sweep, column, against="bytes")),
-            ("the swept number", charts.steps(sweep, column)),
-        ):
-            if drawing:
-                found[f"{column.label} against {what}"] = drawing
-    return found
+    named = {p.label: p.done[0] for p in sweep.points if p.done}  # of several seeds the first
+    linears = _beside(named, folders, "linears.csv")
+    training: dict[str, str] = {}
+    for name, rows in _beside(named, folders, "training.csv").items():
+        training |= _training(name, named[name], rows)
+    notes = {r.key[:12]: r.notes for r in sweep.records if r.notes}
+    pages = Environment(
+        loader=PackageLoader("specomp.tables", "."),
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+    )
+    pages.filters |= {"e": html.escape, "marked": _marked, "kind": _kind}
+    maps = {f"Stored share of every linear: {k}": charts.rank_map(x) for k, x in linears.items()}
+    return charts.numbered(
+        pages.get_template("report.html.jinja").render(
+            sweep=sweep,
+            facts=facts(sweep),
+            grid=grid(sweep),
+            quality=charts.quality(sweep),
+            where=_where(sweep, linears) if linears else {},
+            maps=maps,
+            spectra=_spectra(sweep, linears),
+            training=training,
+            times=charts.stage_times(named) if named else "",
+            costs=_costs(named),
+            provenance=_provenance(sweep.records),
+            record_notes=json.dumps(notes, indent=1) if notes else "",
+        )
+    )
 
 
 def write(sweep: Sweep, folders: Sequence[RecordStore], folder: Path) -> list[Path]:
     """report.html, and each figure of quality as an svg file of its own."""
     folder.mkdir(parents=True, exist_ok=True)
-    files = {folder / "report.html": report(sweep, folders)}
-    files |= {folder / f"{re.sub('[^a-z0-9]+', '-', caption.lower())}.svg": f"{drawing}\n" for caption, drawing in quality(sweep).items()}
-    for path, text in files.items():
-        path.write_text(text)
-    return list(files)
+    files = {"report.html": report(sweep, folders)}
+    for caption, drawing in charts.quality(sweep).items():
+        files[re.sub("[^a-z0-9]+", "-", caption.lower()) + ".svg"] = f"{drawing}\n"
+    for name, text in files.items():
+        (folder / name).write_text(text)
+    return [folder / name for name in files]
 
 
-def _importance(sweep: Sweep) -> str:
-    """AdaSVD's Figure 4 for the sweep's models, where their importances have been measured (experiments/adasvd_figure4)."""
-    models = dict.fromkeys(p.models for p in sweep.points)
-    found = {x: rows for x in models if (rows := charts.read_csv([ROOT / "experiments" / "adasvd_figure4" / f"{x}.csv"]))}
-    drawn = {x: [float(row["importance"]) for row in rows] for x, rows in found.items()}
-    return _figure(charts.importances(drawn), "Importance of each decoder layer, as adaCR sees it") if drawn else ""
+def _marked(text: str) -> str:
+    """Escaped text. Of markdown only what `facts` and cells use: `code`, **bold**, *emphasis*."""
+    marks = {r"`([^`]+)`": "code", r"\*\*(.+?)\*\*": "b", r"\*(\w+)\*": "em"}
+    text = html.escape(text)
+    for pattern, tag in marks.items():
+        text = re.sub(pattern, rf"<{tag}>\1</{tag}>", text)
+    return text
 
 
-def _spectra(sweep: Sweep, linears: dict[str, list[dict[str, str]]]) -> list[str]:
-    """One figure per series, since a spectrum knows no ratio: of the point in which most linears were factorized."""
-    best: dict[str, list[dict[str, str]]] = {}
+def _kind(line: Sequence[str]) -> str:
+    """Of a row of a table: whose values it has."""
+    kinds = ("paper", "difference")
+    return next((x for x in kinds if any(c.startswith(x) for c in line)), "measured")
+
+
+def _beside(named: Mapping[str, Record], folders: Sequence[RecordStore], suffix: str) -> Frames:
+    """The files of that kind beside records, where there are some."""
+    found = {k: charts.read_csv(companions(folders, r.key, suffix)) for k, r in named.items()}
+    return {name: rows for name, rows in found.items() if not rows.empty}
+
+
+def _where(sweep: Sweep, linears: Frames) -> dict[str, str]:
+    """Where the parameters are; and AdaSVD's Figure 4 of the models that it has been made of."""
+    drawn = {
+        "Stored share of each decoder layer": charts.layer_profile(linears),
+        "What the factors lose, in the norm each method minimizes": charts.error_profile(linears),
+    }
+    measured = {}
+    for model in sweep.models:
+        rows = charts.read_csv([ROOT / "experiments" / "adasvd_figure4" / f"{model}.csv"])
+        if not rows.empty:
+            measured[model] = rows["importance"].tolist()
+    if measured:
+        caption = "Importance of each decoder layer, as adaCR sees it"
+        drawn[caption] = charts.importances(measured)
+    return drawn
+
+
+def _spectra(sweep: Sweep, linears: Frames) -> dict[str, str]:
+    """One figure per series, for a spectrum knows no ratio: where most linears were factorized."""
+    best: dict[str, pandas.DataFrame] = {}
     for point in sweep.points:
-        rows, name = [x for x in linears.get(label(point), []) if x.get("spectrum")], charts.series(point)
+        rows, name = linears.get(point.label), point.series()
+        if rows is None or "spectrum" not in rows:
+            continue
+        rows = rows.dropna(subset="spectrum")
         if len(rows) > len(best.get(name, [])):
             best[name] = rows
     first: dict[str, str] = {}
     for name, rows in best.items():
-        first.setdefault(charts.spectra(rows), name)
-    drawn = "".join(_figure(drawing, f"Singular values in the norm of: {name}") for drawing, name in first.items())
-    return ["<h2>Singular spectra</h2>", f'<div class="figures">{drawn}</div>'] if drawn else []
+        first.setdefault(charts.spectra(rows), f"Singular values in the norm of: {name}")
+    return {caption: drawing for drawing, caption in first.items()}
 
 
-def _training(name: str, record: Record, rows: list[dict[str, str]]) -> str:
+def _training(name: str, record: Record, rows: pandas.DataFrame) -> dict[str, str]:
     """Curve of a training, and what became of the gates."""
-    drawn = _figure(charts.training_curve(rows), f"Training: {name}")
+    drawn = {f"Training: {name}": charts.training_curve(rows)}
     if profiles := record.training.get("profiles"):
-        drawn += _figure(charts.gate_profiles(profiles, "gate", "gate S, pruned: 0"), f"Gates, mean over decoder layers: {name}")
-        drawn += _figure(charts.gate_profiles(profiles, "kept", "share kept"), f"What is kept; a step if in singular-value order: {name}")
+        gates = charts.gate_profiles(profiles, "gate", "gate S, pruned: 0")
+        drawn[f"Gates, mean over decoder layers: {name}"] = gates
+        kept = charts.gate_profiles(profiles, "kept", "share kept")
+        drawn[f"What is kept; a step if in singular-value order: {name}"] = kept
     return drawn
 
 
-def labels(sweep: Sweep) -> dict[str, Record]:
-    """Complete points by their swept values; of several seeds the first."""
-    return {label(p): p.done[0] for p in sweep.points if p.done}
-
-
-def label(point: Point) -> str:
-    """What a point is called in figures and tables."""
-    return " ".join(point.keys.values()) or point.models
-
-
-def _list(lines: Sequence[str]) -> str:
-    return "<ul>" + "".join(f"<li>{_marked(x)}</li>" for x in lines) + "</ul>"
-
-
-def _marked(text: str) -> str:
-    """Of markdown only what `facts` and cells use: `code` and *emphasis*."""
-    return re.sub(r"\*(\w+)\*", r"<em>\1</em>", re.sub(r"`([^`]+)`", r"<code>\1</code>", html.escape(text)))
-
-
-def _notes(notes: Sequence[str]) -> list[str]:
-    return ["<p>On the paper's numbers:</p>", _list(notes)] if notes else []
-
-
-def _table(header: Sequence[str], body: Sequence[Sequence[Cell]]) -> str:
-    def text(cell: Cell) -> str:
-        return f"<b>{_marked(cell.text)}</b>" if isinstance(cell, Bold) else _marked(cell)
-
-    head = "".join(f"<th>{html.escape(x)}</th>" for x in header)
-    rows = []
-    for line in body:
-        kind = next((x for x in ("paper", "difference") if any(isinstance(c, str) and c.startswith(x) for c in line)), "measured")
-        rows.append(f'<tr class="{kind}">' + "".join(f"<td>{text(c)}</td>" for c in line) + "</tr>")
-    return f'<div class="wide"><table><thead><tr>{head}</tr></thead><tbody>{"".join(rows)}</tbody></table></div>'
-
-
-def _figure(drawing: str, caption: str) -> str:
-    return f"<figure>{drawing}<figcaption>{html.escape(caption)}</figcaption></figure>"
-
-
-def _costs(named: dict[str, Record]) -> str:
+def _costs(named: Mapping[str, Record]) -> Table:
     stages = [x for x in charts.STAGES if any(x in r.seconds for r in named.values())]
     header = ["", *(f"{x} s" for x in stages), "peak MiB", "cache hits", "cache misses"]
-    body: list[list[Cell]] = []
+    body = []
     for name, r in named.items():
         counts = [str(sum((r.cache.get(k) or {}).values())) for k in ("hits", "misses")]
         peak = f"{max(r.peak_memory_mib.values(), default=0):.0f}"
         body.append([name, *(f"{r.seconds.get(x, 0):.1f}" for x in stages), peak, *counts])
-    return _table(header, body)
+    return header, body
 
 
-def _provenance(records: Sequence[Record]) -> str:
+def _provenance(records: Sequence[Record]) -> Table:
     header = ["record", "made", "commit", "device", "threads", "torch", "transformers", "notes"]
-    body: list[list[Cell]] = []
+    body = []
     for r in records:
-        p, packages = r.provenance, r.provenance.get("packages") or {}
-        commit = str(p.get("git") or "")[:10] + (" (changed)" if p.get("git_dirty") else "")
-        told = [p.get("time"), commit, p.get("device"), p.get("threads"), packages.get("torch"), packages.get("transformers"), len(r.notes)]
+        made, packages = r.provenance, r.provenance.get("packages") or {}
+        commit = str(made.get("git") or "")[:10] + (" (changed)" if made.get("git_dirty") else "")
+        told = [made.get("time"), commit, made.get("device"), made.get("threads")]
+        told += [packages.get("torch"), packages.get("transformers"), len(r.notes)]
         body.append([r.key[:12], *("" if x is None else str(x) for x in told)])
-    notes = {r.key[:12]: r.notes for r in records if r.notes}
-    detail = f"<details><summary>Notes</summary><pre>{html.escape(json.dumps(notes, indent=1))}</pre></details>" if notes else ""
-    return _table(header, body) + detail
+    return header, body
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Command line; returns the exit code."""
-    parser = argparse.ArgumentParser(prog="python -m specomp.tables.report", description=__doc__)
-    parser.add_argument("experiment")
-    parser.add_argument("overrides", nargs="*", help="what was typed after experiment=NAME")
-    parser.add_argument("--records", nargs="*", type=Path, help="folders of records (default: yours and the committed ones)")
-    parser.add_argument("--output", type=Path, help="file to write (default: EXPERIMENT.html)")
-    parser.add_argument("--write", type=Path, metavar="FOLDER", help="write report.html there, and the figures of quality as svg files")
-    options = parser.parse_intermixed_args(arguments)
-    try:
-        sweep = load_sweep(options.experiment, options.overrides, stored(options.records))
-        if options.write is not None:
-            paths = write(sweep, stores(options.records), options.write)
-        else:
-            paths = [options.output or Path(f"{options.experiment}.html")]
-            paths[0].parent.mkdir(parents=True, exist_ok=True)
-            paths[0].write_text(report(sweep, stores(options.records)))
-    except UserError as error:
-        logging.getLogger("specomp").error("%s", error)
-        return 1
-    sys.stdout.write("".join(f"{path}\n" for path in paths))
-    return 0
+    parser = sweep_parser("report", __doc__)
+    output = "file to write (default: EXPERIMENT.html)"
+    parser.add_argument("--output", type=Path, help=output)
+    folder = "write report.html there, and the figures of quality as svg files"
+    parser.add_argument("--write", type=Path, metavar="FOLDER", help=folder)
+    return command(parser, arguments, _written)
+
+
+def _written(options: argparse.Namespace) -> str:
+    """Write what was asked for, and say where it is."""
+    sweep = load_sweep(options.experiment, options.overrides, stored(options.records))
+    folders = stores(options.records)
+    if options.write is not None:
+        return "".join(f"{path}\n" for path in write(sweep, folders, options.write))
+    path = options.output or Path(f"{options.experiment}.html")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(report(sweep, folders))
+    return f"{path}\n"
 
 
 if __name__ == "__main__":

@@ -1,19 +1,22 @@
-"""A paper's table as a sweep: which points `conf/experiment/NAME.yaml` has, which record each one has, and what the paper prints.
+"""A paper's table as a sweep: which points `conf/experiment/NAME.yaml` has, which record each one
+has, and what the paper prints.
 
-A point finds its record by what its command line says (Record.points), not by the record's key: so tables can be made where
-neither the model nor the texts are, from committed records alone.
+A point finds its record by what its command line says (Record.points), not by the record's key: so
+tables can be made where neither the model nor the texts are, from committed records alone.
 """
 
-import csv
 import math
 import shlex
-import statistics
-from collections.abc import Iterable, Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
+from statistics import fmean, stdev
 from typing import Any, Literal
 
+import pandas
 from hydra import compose, initialize_config_dir
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
@@ -26,13 +29,15 @@ from specomp.rows import CONF
 
 ROOT = Path(__file__).resolve().parents[2]
 SEED = "seed"
+RATIO = "ratio"
 LEDGER = "ledger"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Column:
-    """One metric of one benchmark. protocol: its id, or where that ends with the hash of a text, all before it (with the colon);
-    "ledger" for what is counted on the compressed model itself (Record.ledger)."""
+    """One metric of one benchmark. protocol: its id, or where that ends with the hash of a text,
+    all before it (with the colon); "ledger" for what is counted on the compressed model itself.
+    """
 
     label: str
     protocol: str
@@ -47,7 +52,8 @@ class Column:
 
     def matches(self, benchmark: str) -> bool:
         """Whether a benchmark's id is of this column's protocol."""
-        return benchmark == self.protocol or (self.protocol.endswith(":") and benchmark.startswith(self.protocol))
+        known = self.protocol
+        return benchmark == known or (known.endswith(":") and benchmark.startswith(known))
 
     def of(self, record: Record, *, dense: bool = False) -> float | None:
         """The value in a record, of the compressed model or of its dense reference."""
@@ -60,28 +66,71 @@ class Column:
         metrics = record.dense_metrics if dense else record.metrics
         found = [v for k, v in metrics.items() if self.matches(k)]
         if len(found) > 1:
-            raise UserError(f"Record {record.key[:12]} has {self.protocol} of {len(found)} different texts: keep one data root per table.")
+            raise UserError(
+                f"Record {record.key[:12]} has {self.protocol} of {len(found)} different texts: "
+                "keep one data root per table."
+            )
         return found[0] if found else {}
+
+    def collapsed(self, record: Record) -> bool:
+        """Whether a record's perplexity means nothing any more."""
+        value = self.of(record)
+        if self.metric != "ppl" or value is None:
+            return False
+        return not math.isfinite(value) or bool(self.result(record).get("collapsed"))
 
 
 @dataclass(frozen=True, kw_only=True)
 class Point:
-    """One job of a sweep. keys: swept key -> value, without the seed; records: one per seed that has run."""
+    """One job of a sweep, for every seed."""
 
-    keys: dict[str, str]
+    keys: dict[str, str]  # swept key -> value, without the seed
     commands: tuple[str, ...]  # one per seed
     models: str
-    records: tuple[Record | None, ...]
+    records: tuple[Record | None, ...]  # one per seed, None before it has run
+
+    @property
+    def label(self) -> str:
+        """What the point is called in figures and tables."""
+        return " ".join(self.keys.values()) or self.models
+
+    def series(self, swept: str = RATIO) -> str:
+        """What a line of a figure is called: the values besides the one that changes along it."""
+        return ", ".join(v for k, v in self.keys.items() if k != swept) or self.models
 
     @property
     def done(self) -> list[Record]:
         """Records that are there and complete."""
         return [r for r in self.records if r is not None and r.status == "ok"]
 
+    @property
+    def retention(self) -> float:
+        """Of the linears, as counted; mean over the seeds that have run."""
+        return fmean(r.counted.measured_retention for r in self.done)
+
+    @property
+    def model_bytes(self) -> float:
+        """Of the whole model; mean over the seeds that have run."""
+        return fmean(r.counted.compressed.model_bytes for r in self.done)
+
     def values(self, column: Column) -> list[float]:
         """One value per seed; fewer where some are missing."""
         found = [column.of(r) for r in self.done]
         return [x for x in found if x is not None]
+
+    def mean(self, column: Column) -> float | None:
+        """Over the seeds that have run."""
+        values = self.values(column)
+        return fmean(values) if values else None
+
+    def std(self, column: Column) -> float | None:
+        """Over seeds where there are several (with n - 1)."""
+        values = self.values(column)
+        return stdev(values) if len(values) > 1 and all(map(math.isfinite, values)) else None
+
+    def collapsed(self, column: Column) -> bool:
+        """Whether any seed's value means nothing."""
+        return any(column.collapsed(r) for r in self.done)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,6 +143,11 @@ class Quote:
     value: float
     source: str
     note: str
+
+    def is_of(self, point: Point, column: Column) -> bool:
+        """Whether the cell has its place at a point, whatever the model."""
+        places = (_same(point.keys.get(k, v), v) for k, v in self.keys.items())
+        return self.metric == column.label and all(places)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -112,22 +166,30 @@ class Sweep:
         """Complete records of the points, each once."""
         return list({r.key: r for point in self.points for r in point.done}.values())
 
+    @property
+    def models(self) -> list[str]:
+        """Every model of the points, each once."""
+        return list(dict.fromkeys(p.models for p in self.points))
+
     def dense(self, column: Column) -> float | None:
         """The dense model's value, from whichever record has it."""
-        return next((x for r in self.records if (x := column.of(r, dense=True)) is not None), None)
+        found = (column.of(r, dense=True) for r in self.records)
+        return next((x for x in found if x is not None), None)
 
     def missing(self) -> list[str]:
-        """Commands that fill what is missing: a job that did not run, or ran without some benchmark."""
+        """Commands that fill what is missing: a job, or a benchmark of it, that did not run."""
         return [
             command
             for point in self.points
             for command, record in zip(point.commands, point.records, strict=True)
-            if record is None or record.status != "ok" or any(c.of(record) is None for c in self.columns)
+            if record is None
+            or record.status != "ok"
+            or any(c.of(record) is None for c in self.columns)
         ]
 
     def quote(self, point: Point, column: Column) -> Quote | None:
-        """The published cell for a point: of its own model where there is one, else of the first model that is quoted."""
-        found = [q for q in self.quotes if q.metric == column.label and all(_same(point.keys.get(k, v), v) for k, v in q.keys.items())]
+        """The published cell for a point: of its own model, else of the first that is quoted."""
+        found = [q for q in self.quotes if q.is_of(point, column)]
         return next((q for q in found if q.model == point.models), found[0] if found else None)
 
     def notes(self) -> list[str]:
@@ -149,69 +211,78 @@ def names() -> list[str]:
     return sorted(path.stem for path in (CONF / "experiment").glob("[!_]*.yaml"))
 
 
-def load_sweep(name: str, overrides: Sequence[str], records: Iterable[Record]) -> Sweep:
-    """Compose every point of an experiment, as `python run.py -m experiment=name overrides...` would, and find their records."""
-    if name not in names():
-        raise UserError(f"No experiment {name}: there are {', '.join(names())}.")
-    by_point: dict[str, list[Record]] = {}
-    for record in records:
-        for mark in record.points:
-            by_point.setdefault(mark, []).append(record)
+@contextmanager
+def configured(asked: str) -> Iterator[None]:
+    """Hydra in conf/; what it refuses of the asked is a UserError."""
     try:
         with initialize_config_dir(str(CONF), version_base="1.3"):
-            return _load(name, overrides, by_point)
+            yield
     except HydraException as error:
-        raise UserError(f"experiment={name} {' '.join(overrides)}: {str(error).splitlines()[0]}") from error
+        raise UserError(f"{asked}: {str(error).splitlines()[0]}") from error
 
 
-def _load(name: str, overrides: Sequence[str], by_point: Mapping[str, list[Record]]) -> Sweep:
+def load_sweep(name: str, overrides: Sequence[str], records: Iterable[Record]) -> Sweep:
+    """Every point that `python run.py -m experiment=name overrides...` would run, with its records
+    among the given.
+    """
+    if name not in names():
+        raise UserError(f"No experiment {name}: there are {', '.join(names())}.")
+    with configured(f"experiment={name} {' '.join(overrides)}"):
+        return _load(f"experiment={name}", overrides, records)
+
+
+def _load(name: str, overrides: Sequence[str], records: Iterable[Record]) -> Sweep:
+    marked = defaultdict(list)
+    for record in records:
+        for mark in record.points:
+            marked[mark].append(record)
     parser = OverridesParser.create()
-    typed = parser.parse_overrides(list(overrides))
-    base = compose("config", overrides=[f"experiment={name}"], return_hydra_config=True)
+    base = compose("config", overrides=[name], return_hydra_config=True)
     swept = {str(k): f"{k}={v}" for k, v in base.hydra.sweeper.params.items()}
     fixed = []
-    for x in typed:  # as Hydra's sweeper does: what is typed replaces what the file sweeps
+    for x in parser.parse_overrides(list(overrides)):
+        # As Hydra's sweeper does: what is typed replaces what the file sweeps.
         if x.is_sweep_override() or x.get_key_element() in swept:
             swept[x.get_key_element()] = x.input_line or ""
         else:
             fixed.append(x.input_line or "")
-    base = compose("config", overrides=[f"experiment={name}", *fixed])
-    axes = {key: _values(parser, line) for key, line in swept.items()}
-    shared = ["python", "run.py", f"experiment={name}", "hydra.mode=RUN"]
-    keys = [key for key in axes if key != SEED]
+    axes = {key: _values(parser.parse_override(line)) for key, line in swept.items()}
+    seeds = [[f"{SEED}={x}"] for x in axes.pop(SEED)] if SEED in axes else [[]]
+    command = ["python", "run.py", name, "hydra.mode=RUN"]
     points = []
-    for chosen in product(*(axes[key] for key in keys)):
-        here = dict(zip(keys, chosen, strict=True))
-        lines = [[*fixed, *(f"{k}={v}" for k, v in here.items()), *([f"{SEED}={s}"] if s else [])] for s in axes.get(SEED, [""])]
-        configs = [compose("config", overrides=[f"experiment={name}", *line]) for line in lines]
-        marks = [point_of(_container(cfg)) for cfg in configs]
+    for chosen in product(*axes.values()):
+        keys = dict(zip(axes, chosen, strict=True))
+        lines = [[*fixed, *(f"{k}={v}" for k, v in keys.items()), *seed] for seed in seeds]
+        configs = [compose("config", overrides=[name, *line]) for line in lines]
+        marks = [_point_of(cfg) for cfg in configs]
         points.append(
             Point(
-                keys=here,
+                keys=keys,
                 models=str(configs[0].model.name),
-                commands=tuple(shlex.join([*shared, *line]) for line in lines),
-                records=tuple(_one(by_point.get(mark, []), line) for mark, line in zip(marks, lines, strict=True)),
+                commands=tuple(shlex.join([*command, *line]) for line in lines),
+                records=tuple(_one(marked[x], line) for x, line in zip(marks, lines, strict=True)),
             )
         )
+    base = compose("config", overrides=[name, *fixed])
     return Sweep(
         caption=str(base.table.caption),
-        command=shlex.join(["python", "run.py", "-m", f"experiment={name}", *overrides]),
-        keys=keys,
+        command=shlex.join(["python", "run.py", "-m", name, *overrides]),
+        keys=list(axes),
         columns=columns_of(base),
         points=points,
-        quotes=quotes(ROOT / "experiments" / name / "expected.csv"),
+        quotes=quotes(ROOT / "experiments" / name.partition("=")[2] / "expected.csv"),
     )
 
 
-def _values(parser: Any, line: str) -> list[str]:
-    override = parser.parse_overrides([line])[0]
-    return list(override.sweep_string_iterator()) if override.is_sweep_override() else [override.get_value_element_as_str()]
+def _values(override: Any) -> list[str]:
+    if override.is_sweep_override():
+        return list(override.sweep_string_iterator())
+    return [override.get_value_element_as_str()]
 
 
-def _container(cfg: DictConfig) -> dict[str, Any]:
-    kept = {key: value for key, value in cfg.items_ex(resolve=False) if key != "hydra"}
-    plain: Any = OmegaConf.to_container(OmegaConf.create(kept), resolve=True)
-    return plain
+def _point_of(cfg: DictConfig) -> str:
+    plain: Any = OmegaConf.to_container(cfg, resolve=True)
+    return point_of(plain)
 
 
 def _one(found: Sequence[Record], line: Sequence[str]) -> Record | None:
@@ -219,20 +290,23 @@ def _one(found: Sequence[Record], line: Sequence[str]) -> Record | None:
     found = list({record.key: record for record in found}.values())
     if len(found) > 1:
         raise UserError(
-            f"{' '.join(line)}: records {', '.join(r.key[:12] for r in found)} answer to the same command, made on different texts or "
-            "tokenizers: remove all but one, or name one folder with --records."
+            f"{' '.join(line)}: records {', '.join(r.key[:12] for r in found)} answer to the same "
+            "command, made on different texts or tokenizers: remove all but one, or name one "
+            "folder with --records."
         )
     return found[0] if found else None
 
 
 def columns_of(cfg: DictConfig) -> list[Column]:
-    """One column per part of the benchmark suite, in its order, after those of the ledger that the experiment asks for."""
-    suite = instantiate(cfg.benchmark)
-    counted = [Column(label=name.replace("_", " "), protocol=LEDGER, metric=name) for name in cfg.table.get("ledger") or []]
-    return counted + [
-        Column(label=f"{label} {part.metric}", protocol=part.protocol, metric=part.metric, **vars(part.metrics[part.metric]))
-        for label, part in suite.parts.items()
-    ]
+    """What the experiment counts on the ledger, then a column per part of the benchmark suite."""
+    columns = []
+    for metric in cfg.table.get("ledger") or []:
+        columns.append(Column(label=metric.replace("_", " "), protocol=LEDGER, metric=metric))
+    for name, part in instantiate(cfg.benchmark).parts.items():
+        metric, label = part.metric, f"{name} {part.metric}"
+        meaning = vars(part.metrics[metric])
+        columns.append(Column(label=label, protocol=part.protocol, metric=metric, **meaning))
+    return columns
 
 
 def quotes(path: Path) -> list[Quote]:
@@ -240,15 +314,9 @@ def quotes(path: Path) -> list[Quote]:
     if not path.exists():
         return []
     found = []
-    with path.open(newline="") as file:
-        for row in csv.DictReader(file):
-            fixed = {name: row.pop(name) for name in ("model", "metric", "value", "source", "note")}
-            keys = {key: value for key, value in row.items() if value}
-            found.append(Quote(keys=keys, **fixed | {"value": float(fixed["value"])}))  # type: ignore[arg-type]
+    for row in pandas.read_csv(path, dtype=str, keep_default_na=False).to_dict("records"):
+        value = float(row.pop("value"))
+        told = {name: row.pop(name) for name in ("model", "metric", "source", "note")}
+        keys = {key: typed for key, typed in row.items() if typed}
+        found.append(Quote(keys=keys, value=value, **told))
     return found
-
-
-def mean_std(values: Sequence[float]) -> tuple[float, float | None]:
-    """Mean, and the standard deviation over seeds where there are several (with n - 1)."""
-    spread = statistics.stdev(values) if len(values) > 1 and all(map(math.isfinite, values)) else None
-    return statistics.fmean(values), spread
