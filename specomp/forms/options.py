@@ -5,7 +5,7 @@ And what allocations share: turning wished-for retentions into options that meet
 retention is a share of what the dense unit costs in the budget's currency.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -14,7 +14,7 @@ from torch import Tensor
 
 from specomp.errors import UserError
 from specomp.forms.dense import Dense
-from specomp.forms.prices import Budget
+from specomp.forms.prices import Budget, Parts
 from specomp.models.family import Unit
 from specomp.numerics.grid import GridSpec
 from specomp.slots import Choice, Evidence, Form
@@ -24,8 +24,6 @@ BISECTIONS = 60
 # fifth in binary
 ROUNDING = 1e-9
 DENSE = Dense()
-# What to change, in whichever currency the budget is.
-KEEP_MORE = "lower ratio.compression, or raise ratio.bits"
 
 
 @dataclass(frozen=True)
@@ -48,12 +46,18 @@ class Options(Sequence[Option]):
         self,
         unit: Unit,
         forms: Sequence[Form],
-        price: Callable,
+        budget: Budget,
+        dtype: torch.dtype,
         evidence: Evidence,
         grid: GridSpec | None,
     ) -> None:
-        """price: of parts; grid: what the method rounds to."""
-        self.unit, self.evidence, self.forms = unit, evidence, (*forms, DENSE)
+        """dtype: of the model; grid: what the method rounds to."""
+
+        def price(parts: Parts) -> int:
+            return budget.price(parts, dtype)
+
+        self.unit, self.budget, self.evidence = unit, budget, evidence
+        self.forms = (*forms, DENSE)
         self.dense = float(price(DENSE.parts(unit, 0)))
         self._sizes = [torch.tensor(form.sizes(unit), dtype=torch.int64) for form in forms]
         prices = [
@@ -126,10 +130,12 @@ def options(
     grid: GridSpec | None,
 ) -> dict[Unit, Options]:
     """The options of every unit of a model of this dtype."""
-    return {
-        unit: Options(unit, forms, lambda parts: budget.price(parts, dtype), evidence, grid)
-        for unit in units
-    }
+    return {unit: Options(unit, forms, budget, dtype, evidence, grid) for unit in units}
+
+
+def priced_in(menu: Menu) -> Budget:
+    """What all of a menu is priced in: the words of a message."""
+    return next(iter(menu.values())).budget
 
 
 def chosen(menu: Menu, at: Mapping[Unit, int]) -> dict[Unit, Choice]:
@@ -147,8 +153,9 @@ def floor(menu: Menu, retention: Mapping[Unit, float]) -> dict[Unit, int]:
         if found[unit] < 0:
             sizes = ", ".join(f"{x.m} x {x.n}" for x in unit.linears)
             raise UserError(
-                f"{unit.name} ({sizes}): a retention of {retention[unit]:.4g} leaves rank 0:"
-                f" {KEEP_MORE}, or choose an allocation with a higher minimum retention."
+                f"{unit.name} ({sizes}): a retention of {retention[unit]:.4g} leaves rank 0;"
+                f" {options.budget.remedy}, or choose an allocation with a higher minimum"
+                " retention."
             )
     return found
 
@@ -201,8 +208,8 @@ def water_fill(
         bottom *= 2
     if mean(top) < target or mean(bottom) > most:
         raise UserError(
-            f"No allocation with retentions in [{low:.3g}, 1] averages {target:.4g}: change the"
-            " ratio or the minimum retention."
+            f"No allocation with retentions in [{low:.3g}, 1] averages {target:.4g}: change"
+            f" {priced_in(menu).setting} or the minimum retention."
         )
     for _ in range(BISECTIONS):
         middle = (bottom + top) / 2

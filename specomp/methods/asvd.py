@@ -15,7 +15,7 @@ from typing import Annotated, ClassVar
 from pydantic import Field
 
 from specomp.errors import UserError
-from specomp.forms.options import Menu, chosen, floor
+from specomp.forms.options import Menu, chosen, floor, priced_in
 from specomp.models.family import Unit
 from specomp.numerics.factors import GramNorm, Norm
 from specomp.numerics.linalg import SolveDtype
@@ -79,7 +79,8 @@ def cut(trials: Sequence[tuple[float, Unit, int]], menu: Menu, share: float) -> 
         log.debug("cut %s to option %d (loss alone %.4f)", unit.name, lower, loss)
     if used > budget:
         raise UserError(
-            f"The deepest candidates keep {used / budget * share:.3f} of the linears, the target is"
-            f" {share:.3f}: add lower values to method.allocation.candidates."
+            f"The deepest candidates keep {used / budget * share:.3f} of the"
+            f" {priced_in(menu).currency}, the target is {share:.3f}: add lower values to"
+            " method.allocation.candidates."
         )
     return at

@@ -21,7 +21,7 @@ from pydantic import Field
 from torch import Tensor
 
 from specomp.errors import UserError
-from specomp.forms.options import KEEP_MORE, Menu, Options
+from specomp.forms.options import Menu, Options, priced_in
 from specomp.models.family import Unit
 from specomp.numerics.statistics import Statistic
 from specomp.settings import configurable
@@ -50,9 +50,11 @@ class GlobalLossAllocation:
         budget = int(share * sum(x.dense for x in menu.values()) + 1e-6)
         least = sum(x.cheapest for x in curves.values())
         if least > budget:
+            paid = priced_in(menu)
             raise UserError(
                 f"The smallest ranks in multiples of method.allocation.round_to={self.round_to}"
-                f" take {least}, the budget is {budget}: lower round_to, or {KEEP_MORE}."
+                f" take {least} {paid.currency}, the budget is {budget}: lower round_to, or"
+                f" {paid.remedy}."
             )
         return {
             unit: menu[unit].choice(index) for unit, index in least_loss(curves, budget).items()

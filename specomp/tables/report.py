@@ -26,8 +26,10 @@ from specomp.tables.sweep import ROOT, Sweep, load_sweep
 Table = tuple[list[str], list[list[str]]]
 
 
-def report(sweep: Sweep, folders: Sequence[RecordStore]) -> str:
-    """The page."""
+def report(
+    sweep: Sweep, folders: Sequence[RecordStore], quality: Mapping[str, str] | None = None
+) -> str:
+    """The page. quality: `charts.quality` of the sweep, where it is drawn already."""
     named = {p.label: p.done[0] for p in sweep.points if p.done}  # of several seeds the first
     linears = _beside(named, folders, "linears.csv")
     training: dict[str, str] = {}
@@ -47,7 +49,7 @@ def report(sweep: Sweep, folders: Sequence[RecordStore]) -> str:
             sweep=sweep,
             facts=facts(sweep),
             grid=grid(sweep),
-            quality=charts.quality(sweep),
+            quality=charts.quality(sweep) if quality is None else quality,
             where=_where(sweep, linears) if linears else {},
             maps=maps,
             spectra=_spectra(sweep, linears),
@@ -63,8 +65,9 @@ def report(sweep: Sweep, folders: Sequence[RecordStore]) -> str:
 def write(sweep: Sweep, folders: Sequence[RecordStore], folder: Path) -> list[Path]:
     """report.html, and each figure of quality as an svg file of its own."""
     folder.mkdir(parents=True, exist_ok=True)
-    files = {"report.html": report(sweep, folders)}
-    for caption, drawing in charts.quality(sweep).items():
+    quality = charts.quality(sweep)
+    files = {"report.html": report(sweep, folders, quality)}
+    for caption, drawing in quality.items():
         files[re.sub("[^a-z0-9]+", "-", caption.lower()) + ".svg"] = f"{drawing}\n"
     for name, text in files.items():
         (folder / name).write_text(text)

@@ -218,7 +218,7 @@ def test_rounded_ranks(round_to):
 
 
 def test_a_budget_below_the_smallest_rounded_ranks_says_what_to_change():
-    said = r"round_to=64 take 27904, the budget is 6000: lower round_to"
+    said = r"round_to=64 take 27904 parameters, the budget is 6000: lower round_to"
     with pytest.raises(UserError, match=said):
         allocate([unit("x", 300, 200)], {"x": torch.ones(200)}, 0.9, FORMS["pivoted"], round_to=64)
 

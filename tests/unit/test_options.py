@@ -177,7 +177,7 @@ def test_several_forms_compete_by_their_price():
     x = unit("x", 10, 10)
     budget = Numbers(compression=0.0)
     forms = [PAIRS, PIVOTED]
-    options = Options(x, forms, lambda parts: budget.price(parts, torch.float32), Known(), None)
+    options = Options(x, forms, budget, torch.float32, Known(), None)
     found = [(float(price), options.choice(i)) for i, price in enumerate(options.prices)]
     pairs = [(20.0 * r, Choice(PAIRS, r)) for r in range(1, 5)]
     pivots = [(r * (20.0 - r), Choice(PIVOTED, r)) for r in range(1, 10)]
@@ -257,7 +257,7 @@ def test_floor_of_the_wish_or_dense():
 
 def test_rank_zero_is_refused_by_name():
     units = [unit("layers.2.q", 64, 64), unit("layers.3.k", 8, 64)]
-    said = r"layers\.3\.k \(8 x 64\): a retention of 0\.1 leaves rank 0: lower ratio\.compression"
+    said = r"layers\.3\.k \(8 x 64\): a retention of 0\.1 leaves rank 0; lower ratio\.compression"
     with pytest.raises(UserError, match=said) as caught:
         floor(menu(units), dict.fromkeys(units, 0.1))
     assert "\n" not in str(caught.value)
@@ -344,7 +344,7 @@ def test_a_floor_at_the_target_itself_is_uniform(compression):
 
 def test_water_filling_without_a_solution_is_refused():
     a, b = units = [unit("a", 50, 50), unit("b", 50, 50)]
-    said = r"No allocation with retentions in \[0\.6, 1\] averages 0\.5: change the ratio"
+    said = r"No allocation with retentions in \[0\.6, 1\] averages 0\.5: change ratio\.compression"
     with pytest.raises(UserError, match=said):
         water_fill(menu(units), {a: 0.6, b: 0.6}, {a: 1.0, b: 1.0}, 0.5, 0.6)
     with pytest.raises(UserError, match="averages 0.9"):
@@ -582,7 +582,7 @@ def test_cut_tries_broken_models_last():
 
 
 def test_cut_out_of_reach_is_refused_with_the_numbers():
-    said = r"keep 0\.200 of the linears, the target is 0\.100: .*allocation\.candidates"
+    said = r"keep 0\.200 of the parameters, the target is 0\.100: .*allocation\.candidates"
     with pytest.raises(UserError, match=said):
         cut(TRIALS, menu(PAIR), 0.1)
 
@@ -601,3 +601,11 @@ def test_sensitivity_allocation_probes_each_candidate_once():
     assert probed == [("a", 25), ("a", 45), ("b", 25), ("b", 45)]
     # Losses 1/45, 1/25, 10/45 leave 0.95, 0.75, 0.7 of the parameters.
     assert ranks == {"a": 25, "b": 45}
+
+
+def test_messages_speak_the_currency_of_the_budget():
+    found = menu(decoder({"k": (8, 64)}, 2), budget=Bits(bits=0.1))
+    with pytest.raises(UserError, match=r"leaves rank 0; raise ratio\.bits"):
+        floor(found, dict.fromkeys(found, 0.003))
+    with pytest.raises(UserError, match=r"change ratio\.bits=0\.1 or"):
+        water_fill(found, dict.fromkeys(found, 0.5), dict.fromkeys(found, 1.0), 0.1, 0.6)
