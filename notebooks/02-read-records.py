@@ -37,7 +37,7 @@ OVERRIDES = [
     "calibration.num_samples=256",
     "calibration.precision=bfloat16",
 ]
-sweep = load_sweep("soco_starts", OVERRIDES, records)
+sweep = load_sweep(["soco_starts", *OVERRIDES], records)
 column = sweep.columns[-1]
 for point in sweep.points:
     print(point.keys, point.values(column))

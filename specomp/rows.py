@@ -9,28 +9,19 @@ import difflib
 import importlib
 from collections.abc import Mapping
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 from pydantic import ValidationError
 
 from specomp.errors import UserError
+from specomp.settings import CONF, choices
 from specomp.slots import Method, check_slots
-
-HERE = Path(__file__).parent
-# in a wheel, in the repository
-CONF = HERE / "conf" if (HERE / "conf").is_dir() else HERE.parent / "conf"
 
 
 def method_names() -> list[str]:
     """Every row of conf/method."""
     return choices("method")
-
-
-def choices(group: str) -> list[str]:
-    """The files of a group."""
-    return sorted(path.stem for path in (CONF / group).glob("[!_]*.yaml"))
 
 
 def method(name: str = "adasvd", **slots: Any) -> Method:

@@ -1,14 +1,25 @@
-"""Typed settings: every class a yaml names in `_target_` checks its types and ranges when it is
-built, before anything is loaded.
+"""Settings: where the yamls are, and the check that every class they name in `_target_` makes of
+types and ranges when it is built, before anything is loaded.
 """
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, TypeVar, dataclass_transform
 
 from pydantic import ConfigDict
 from pydantic.dataclasses import dataclass
 
 C = TypeVar("C")
+HERE = Path(__file__).parent
+# in a wheel, in the repository
+INSTALLED = (HERE / "conf").is_dir()
+CONF = HERE / "conf" if INSTALLED else HERE.parent / "conf"
+PROGRAM = "specomp" if INSTALLED else "python run.py"  # as it is typed there
+
+
+def choices(group: str) -> list[str]:
+    """The files of a group."""
+    return sorted(path.stem for path in (CONF / group).glob("[!_]*.yaml"))
 
 
 @dataclass_transform(frozen_default=True, kw_only_default=True)

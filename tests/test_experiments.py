@@ -22,14 +22,15 @@ from specomp.errors import UserError
 from specomp.experiment.checks import make
 from specomp.experiment.pipeline import run
 from specomp.experiment.record import COMMITTED, RecordStore, companions, point_of, publish, stored
+from specomp.settings import choices
 from specomp.tables.paper import grid, paper_table, write
 from specomp.tables.render import render
 from specomp.tables.report import main as report
 from specomp.tables.report import write as report_files
-from specomp.tables.sweep import Sweep, load_sweep, names
+from specomp.tables.sweep import Sweep, load_sweep
 from specomp.tables.table import main
 
-EXPERIMENTS = names()
+EXPERIMENTS = choices("experiment")
 PAPER_MODELS = ("llama2_7b", "opt_6_7b", "mistral_7b", "vicuna_7b")
 TINY = ["debug=tiny", "ratio=cr40", "benchmark=tiny", "save=false"]
 
@@ -47,9 +48,7 @@ def test_opens_with_what_it_is(name):
     assert lines[0] == "# @package _global_"
     head = "\n".join(lines[: lines.index("defaults:")])
     assert all(x.startswith("# ") for x in lines[1 : lines.index("defaults:")])
-    assert (
-        f"python run.py -m experiment={name} " in head and f"specomp.tables.table {name} " in head
-    )
+    assert f"python run.py -m experiment={name} " in head and f"specomp table {name} " in head
     assert "# Expect: " in head
 
 
@@ -58,7 +57,7 @@ def test_every_point_is_a_valid_experiment_of_its_own(name):
     """Method, ratio, quantizer and benchmark of every point pass their own checks, and no two
     points are the same.
     """
-    sweep = load_sweep(name, [], [])
+    sweep = load_sweep([name], [])
     marks = set()
     with initialize_config_dir(str(CONF), version_base="1.3"):
         for point in sweep.points:
@@ -85,14 +84,12 @@ def test_every_point_is_a_valid_experiment_of_its_own(name):
 @pytest.mark.parametrize("name", EXPERIMENTS)
 def test_every_experiment_composes_for_every_model(name, overrides):
     narrow = [] if name == "soco_ablation" else ["ratio=cr60"]
-    assert load_sweep(name, [*overrides, *narrow], []).missing()
+    assert load_sweep([name, *overrides, *narrow], []).missing()
 
 
-@pytest.mark.parametrize(
-    "path", sorted((ROOT / "experiments").glob("*/expected.csv")), ids=lambda p: p.parent.name
-)
+@pytest.mark.parametrize("path", sorted((CONF / "experiment").glob("*.csv")), ids=lambda p: p.stem)
 def test_published_cells_belong_to_the_sweep(path):
-    sweep = load_sweep(path.parent.name, [], [])
+    sweep = load_sweep([path.stem], [])
     with path.open(newline="") as file:
         header = next(csv.reader(file))
     keys = [x for x in header if x not in {"model", "metric", "value", "source", "note"}]
@@ -131,7 +128,7 @@ def folder(tmp_path_factory) -> Path:
 
 
 def swept(folder: Path, *overrides: str) -> Sweep:
-    return load_sweep("adasvd_table3a", [*TINY, *overrides], store(folder).all())
+    return load_sweep(["adasvd_table3a", *TINY, *overrides], store(folder).all())
 
 
 def test_a_sweep_becomes_a_table(folder):
@@ -165,7 +162,8 @@ def test_what_is_missing_is_a_command_that_fills_it(folder, tmp_path):
     assert all("ratio=cr60" in x for x in missing)
     run(compose_config(tmp_path, *shlex.split(missing[0])[2:]))
     after = load_sweep(
-        "adasvd_table3a", [*TINY, "ratio=cr40,cr60"], [*store(folder).all(), *store(tmp_path).all()]
+        ["adasvd_table3a", *TINY, "ratio=cr40,cr60"],
+        [*store(folder).all(), *store(tmp_path).all()],
     )
     assert after.missing() == missing[1:]
 
@@ -206,7 +204,7 @@ def test_two_records_in_one_cell_are_refused(folder):
         next(r for r in records if r.points and r.choices["method"] != "dense"), key="e" * 64
     )
     with pytest.raises(UserError, match="answer to the same command"):
-        load_sweep("adasvd_table3a", TINY, [*records, twin])
+        load_sweep(["adasvd_table3a", *TINY], [*records, twin])
 
 
 def test_published_records_give_the_same_table(folder, tmp_path):
@@ -218,7 +216,7 @@ def test_published_records_give_the_same_table(folder, tmp_path):
         assert str(folder) not in text
         assert json.loads(text)["model_folder"] is None
         assert path.with_suffix(".linears.csv").exists()
-    again = load_sweep("adasvd_table3a", TINY, RecordStore(tmp_path / "records").all())
+    again = load_sweep(["adasvd_table3a", *TINY], RecordStore(tmp_path / "records").all())
     for form in ("markdown", "csv", "latex"):
         assert paper_table(again, form) == paper_table(sweep, form)
     assert {p.name for p in write(again, tmp_path / "table")} == {
@@ -397,10 +395,7 @@ def test_committed_tables_and_reports_come_from_committed_records(path, tmp_path
     words = shlex.split(
         re.findall(r"made by `python run\.py -m ([^`]+)`", path.with_suffix(".md").read_text())[0]
     )
-    name = next(x.partition("=")[2] for x in words if x.startswith("experiment="))
-    sweep = load_sweep(
-        name, [x for x in words if not x.startswith("experiment=")], stored([COMMITTED])
-    )
+    sweep = load_sweep(words, stored([COMMITTED]))
     for suffix, form in ((".md", "markdown"), (".csv", "csv"), (".tex", "latex")):
         assert path.with_suffix(suffix).read_text() == paper_table(sweep, form), (
             f"made again by --write {path.parent}"

@@ -21,13 +21,15 @@ FLOORS = {
     "methods": 4,
     **dict.fromkeys(("rows", "pricing", "api"), 5),
     "experiment": 6,
-    **dict.fromkeys(("tables", "results"), 7),
-    "run": 8,
+    "tables": 7,
+    "cli": 8,
+    **dict.fromkeys(("__main__", "run"), 9),
 }
 # Besides the standard library, torch and pydantic.
 THIRD_PARTY = {
     "hydra": {
-        "run.py",
+        "specomp/cli.py",
+        "specomp/experiment/pipeline.py",
         "specomp/experiment/checks.py",
         "specomp/experiment/config.py",
         "specomp/experiment/logs.py",
@@ -35,10 +37,11 @@ THIRD_PARTY = {
         "specomp/tables/sweep.py",
     },
     "omegaconf": {
-        "run.py",
+        "specomp/cli.py",
         "specomp/rows.py",
         "specomp/experiment/checks.py",
         "specomp/experiment/config.py",
+        "specomp/experiment/label.py",
         "specomp/experiment/logs.py",
         "specomp/experiment/pipeline.py",
         "specomp/tables/sweep.py",

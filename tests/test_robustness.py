@@ -124,7 +124,7 @@ def test_killed_experiment_ends_with_the_same_table(tmp_path):
     after = finished(killed)
     assert len(after) == 4 and before.items() <= after.items(), "finished points are not run again"
     tables = [
-        paper_table(load_sweep("adasvd_table3a", typed, store(x).all()), "csv")
+        paper_table(load_sweep(["adasvd_table3a", *typed], store(x).all()), "csv")
         for x in (killed, whole_run)
     ]
     assert tables[0] == tables[1]

@@ -26,7 +26,7 @@ from specomp.experiment.record import RecordStore
 from specomp.experiment.tracking import Tracking
 from specomp.forms.prices import Budget
 from specomp.models.sources import Source
-from specomp.rows import CONF
+from specomp.settings import CONF
 from specomp.slots import Method, describe
 
 

@@ -1,5 +1,6 @@
-"""The folder that Hydra writes its logs into, made before Hydra does: it would answer one that
-cannot be written with a traceback.
+"""What Hydra calls at the start of a run and of a sweep (hydra.callbacks in conf/config.yaml): the
+folder of its logs, made before Hydra does, which would answer one that cannot be written with a
+traceback; and the sweep is remembered, for its table at the end.
 """
 
 from pathlib import Path
@@ -11,11 +12,11 @@ from omegaconf import DictConfig
 from specomp.cache import make_folder
 from specomp.errors import UserError
 
+sweeps: list[DictConfig] = []  # that were started in this process
+
 
 class LogsFolder(Callback):
-    """Called by Hydra at the start of a run and of a sweep (hydra.callbacks in
-    conf/config.yaml).
-    """
+    """Makes it."""
 
     def on_run_start(self, config: DictConfig, **kwargs: Any) -> None:
         """Raises SystemExit: Hydra makes a warning of any other exception here."""
@@ -24,4 +25,7 @@ class LogsFolder(Callback):
         except UserError as error:
             raise SystemExit(f"specomp: {error}") from error
 
-    on_multirun_start = on_run_start
+    def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
+        """The same, once for all jobs."""
+        self.on_run_start(config)
+        sweeps.append(config)

@@ -11,6 +11,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
 from omegaconf import DictConfig
 
 from specomp.cache import digest, waiting
@@ -99,7 +101,7 @@ def run(cfg: DictConfig) -> float | None:
             with profiles.into(
                 experiment.outputs / "profiles" / key[:12] if experiment.options.profile else None
             ):
-                execute(experiment, record)
+                done = execute(experiment, record)
             record.status, record.error = "ok", None
         except KeyboardInterrupt:
             # Unfinished, which is not a failure of the experiment; anything else is, and the record
@@ -114,7 +116,8 @@ def run(cfg: DictConfig) -> float | None:
             raise
         finally:
             experiment.records.save(record)
-    show(record)
+    if done or HydraConfig.get().mode != RunMode.MULTIRUN:
+        show(record)
     return next((value for values in record.metrics.values() for value in values.values()), None)
 
 
@@ -139,9 +142,9 @@ def resume(experiment: Experiment, key: str) -> Record:
     )
 
 
-def execute(experiment: Experiment, record: Record) -> None:
+def execute(experiment: Experiment, record: Record) -> bool:
     """Bring a record up to what was asked: compressed, saved, evaluated; whatever it already has is
-    not done again.
+    not done again. Whether there was anything to do.
     """
     missing = [b for b in experiment.suite.benchmarks if b.id not in record.metrics]
     folder = model_folder(experiment, record)
@@ -149,7 +152,7 @@ def execute(experiment: Experiment, record: Record) -> None:
     lost = experiment.options.save and folder is not None and not usable
     if record.ledger and not missing and not lost:
         log.info("Record %s is complete.", record.key[:12])
-        return
+        return False
     linears: list[LinearReport] = []
     if record.ledger and folder is not None and usable:
         if experiment.options.reference and any(
@@ -179,6 +182,7 @@ def execute(experiment: Experiment, record: Record) -> None:
             name: before.get(name, 0) + count for name, count in counted.items()
         }
     experiment.tracking.publish(record, [x.as_dict() for x in linears])
+    return True
 
 
 def load_dense(experiment: Experiment, record: Record) -> LoadedModel:

@@ -29,6 +29,7 @@ from filelock import FileLock
 from specomp.cache import atomic_path, digest, make_folder
 from specomp.compression.ledger import Ledger
 from specomp.errors import UserError
+from specomp.experiment.label import changes
 from specomp.experiment.names import portable
 
 log = logging.getLogger(__name__)
@@ -83,6 +84,15 @@ class Record:
         """The ledger of a record that has come so far."""
         assert self.ledger is not None, f"record {self.key[:12]} has no ledger"
         return self.ledger
+
+    def label(self, group: str) -> str:
+        """What its model or method is called: the `name` of the choice, which anyone may set."""
+        return str(self.config.get(group, {}).get("name") or self.choices.get(group))
+
+    @property
+    def changes(self) -> list[str]:
+        """What differs from the method's row."""
+        return changes(self.choices, self.config.get("overrides") or [])
 
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
@@ -206,8 +216,13 @@ class RecordStore:
 
 def stores(folders: Sequence[Path] | None) -> list[RecordStore]:
     """The given folders, or where runs write theirs and then the committed ones."""
-    own = Path(os.environ.get("SPECOMP_OUTPUTS", "outputs")) / "records"
-    return [RecordStore(x) for x in (folders or [own, COMMITTED]) if Path(x).is_dir()]
+    own = [own_records(), COMMITTED]
+    return [RecordStore(x) for x in (folders or own) if Path(x).is_dir()]
+
+
+def own_records() -> Path:
+    """Where runs write theirs."""
+    return Path(os.environ.get("SPECOMP_OUTPUTS", "outputs")) / "records"
 
 
 def stored(folders: Sequence[Path] | None) -> list[Record]:

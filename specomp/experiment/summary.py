@@ -16,13 +16,8 @@ FILE_WIDTH = 110  # columns where the output is no terminal
 def show(record: Record, *, console: Console | None = None) -> None:
     """Print the comparison table of one record, its folder and its notes."""
     console = console or Console(width=None if sys.stdout.isatty() else FILE_WIDTH)
-    choice = record.choices
-    ledger = record.counted
-    title = f"{choice['model']}, {choice['method']}, {asked_for(ledger)}"
-    if choice.get("quantizer", "none") != "none":
-        title += f", {choice['quantizer']}"
-    if (packing := ledger.packing) != "factors":
-        title += f", {packing} packing"
+    method = " ".join([record.label("method"), *record.changes])
+    title = f"{record.label('model')}, {method}, {asked_for(record.counted)}"
     table = Table(title=title, box=SIMPLE, title_justify="left")
     table.add_column("")
     for column in ("dense", "compressed", "compressed / dense"):

@@ -13,9 +13,9 @@ RECORDS = "folders of records (default: yours and the committed ones)"
 
 def sweep_parser(name: str, about: str | None, also: str = "") -> ArgumentParser:
     """Of a command about one sweep. also: what more than overrides of run.py may be typed."""
-    parser = ArgumentParser(prog=f"python -m specomp.tables.{name}", description=about)
-    parser.add_argument("experiment")
-    typed = f"what was typed after experiment=NAME{also}"
+    parser = ArgumentParser(prog=f"specomp {name}", description=about)
+    parser.add_argument("experiment", help="its name, or the first of what was typed after -m")
+    typed = f"what else was typed{also}"
     parser.add_argument("overrides", nargs="*", help=typed)
     parser.add_argument("--records", nargs="*", type=Path, help=RECORDS)
     return parser

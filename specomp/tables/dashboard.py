@@ -1,4 +1,4 @@
-"""python -m specomp.tables.dashboard EXPERIMENT [overrides ...]: the sweep on W&B, beside the runs
+"""specomp dashboard EXPERIMENT [overrides ...]: the sweep on W&B, beside the runs
 of its records.
 
 One more run of the sweep's group with the HTML report (shown, and as an artifact), its points as a
@@ -9,7 +9,6 @@ a file only.
 """
 
 import json
-import sys
 from argparse import Namespace
 from collections.abc import Sequence
 from pathlib import Path
@@ -32,7 +31,7 @@ AXES = {RETENTION: "retention", BYTES: "bytes"}
 TRAINING = ("train/kl", "train/soft", "train/hard")  # as training/distill.py logs them
 
 
-def sweep_report(name: str, sweep: Sweep, html: str) -> SweepReport:
+def sweep_report(sweep: Sweep, html: str) -> SweepReport:
     """What a run shows of a whole sweep; its id is the sweep's: a later call continues the run."""
     points: list[dict[str, Any]] = [
         {"series": point.series(), **point.keys, "record": point.done[0].key[:12]}
@@ -47,9 +46,9 @@ def sweep_report(name: str, sweep: Sweep, html: str) -> SweepReport:
         for axis in AXES
         if sum(p[c.label] is not None for p in points) > 1
     }
-    key = "sweep-" + digest([name, [p.commands for p in sweep.points]])[:12]
+    key = "sweep-" + digest([sweep.name, [p.commands for p in sweep.points]])[:12]
     return SweepReport(
-        key=key, name=name, caption=sweep.caption, html=html, points=points, curves=curves
+        key=key, name=sweep.name, caption=sweep.caption, html=html, points=points, curves=curves
     )
 
 
@@ -155,11 +154,11 @@ def tracking_of(overrides: Sequence[str]) -> WandbTracking:
 
 def publish(options: Namespace) -> str:
     """Upload what can be, store the rest, and say what happened. Raises UserError."""
-    name, overrides = options.experiment, options.overrides
+    overrides = [options.experiment, *options.overrides]
     tracking = tracking_of(overrides)
     about_points = [x for x in overrides if not about_tracking(x)]
-    sweep = load_sweep(name, about_points, stored(options.records))
-    shown = sweep_report(name, sweep, report(sweep, stores(options.records)))
+    sweep = load_sweep(about_points, stored(options.records))
+    shown = sweep_report(sweep, report(sweep, stores(options.records)))
     entity = tracking.publish_sweep(shown)
     made = view(
         sweep,
@@ -168,7 +167,7 @@ def publish(options: Namespace) -> str:
         entity=entity or tracking.entity or "",
         group=tracking.group or sweep.caption,
     )
-    path = Path(tracking.folder).expanduser() / "wandb" / f"{name}-view.json"
+    path = Path(tracking.folder).expanduser() / "wandb" / f"{sweep.name}-view.json"
     stored_view = made._to_model().model_dump(by_alias=True, exclude_none=True)
     with atomic_path(path) as temporary:
         temporary.write_text(json.dumps(stored_view, indent=1) + "\n")
@@ -190,7 +189,3 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Command line; returns the exit code."""
     parser = sweep_parser("dashboard", __doc__, also=", and tracking.KEY=VALUE")
     return command(parser, arguments, publish)
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -1,4 +1,4 @@
-"""python -m specomp.tables.report EXPERIMENT [overrides ...]: the sweep as one HTML file that needs
+"""specomp report EXPERIMENT [overrides ...]: the sweep as one HTML file that needs
 no network.
 
 The table with the paper's numbers, curves against retention and bytes, ranks per linear, time per
@@ -9,19 +9,18 @@ import argparse
 import html
 import json
 import re
-import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import pandas
 from jinja2 import Environment, PackageLoader
 
-from specomp.experiment.record import Record, RecordStore, companions, stored, stores
+from specomp.experiment.record import COMMITTED, Record, RecordStore, companions, stored, stores
 from specomp.tables import charts
 from specomp.tables.charts import Frames
 from specomp.tables.command import command, sweep_parser
 from specomp.tables.paper import facts, grid
-from specomp.tables.sweep import ROOT, Sweep, load_sweep
+from specomp.tables.sweep import Sweep, load_sweep
 
 Table = tuple[list[str], list[list[str]]]
 
@@ -103,7 +102,7 @@ def _where(sweep: Sweep, linears: Frames) -> dict[str, str]:
     }
     measured = {}
     for model in sweep.models:
-        rows = charts.read_csv([ROOT / "experiments" / "adasvd_figure4" / f"{model}.csv"])
+        rows = charts.read_csv([COMMITTED.parent / "adasvd_figure4" / f"{model}.csv"])
         if not rows.empty:
             measured[model] = rows["importance"].tolist()
     if measured:
@@ -174,15 +173,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _written(options: argparse.Namespace) -> str:
     """Write what was asked for, and say where it is."""
-    sweep = load_sweep(options.experiment, options.overrides, stored(options.records))
+    sweep = load_sweep([options.experiment, *options.overrides], stored(options.records))
     folders = stores(options.records)
     if options.write is not None:
         return "".join(f"{path}\n" for path in write(sweep, folders, options.write))
-    path = options.output or Path(f"{options.experiment}.html")
+    path = options.output or Path(f"{sweep.name}.html")
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(report(sweep, folders))
     return f"{path}\n"
-
-
-if __name__ == "__main__":
-    sys.exit(main())

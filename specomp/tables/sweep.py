@@ -5,6 +5,7 @@ A point finds its record by what its command line says (Record.points), not by t
 tables can be made where neither the model nor the texts are, from committed records alone.
 """
 
+import difflib
 import math
 import shlex
 from collections import defaultdict
@@ -25,9 +26,9 @@ from omegaconf import DictConfig, OmegaConf
 
 from specomp.errors import UserError
 from specomp.experiment.record import Record, point_of
-from specomp.rows import CONF
+from specomp.settings import CONF, PROGRAM, choices
 
-ROOT = Path(__file__).resolve().parents[2]
+EXPERIMENT = "experiment="
 SEED = "seed"
 RATIO = "ratio"
 LEDGER = "ledger"
@@ -87,6 +88,7 @@ class Point:
     keys: dict[str, str]  # swept key -> value, without the seed
     commands: tuple[str, ...]  # one per seed
     models: str
+    columns: tuple[Column, ...]  # of its benchmarks
     records: tuple[Record | None, ...]  # one per seed, None before it has run
 
     @property
@@ -154,8 +156,10 @@ class Quote:
 class Sweep:
     """Everything one table is made of."""
 
+    name: str  # of its experiment, or "sweep"
     caption: str
-    command: str
+    command: str  # that runs it
+    asked: str  # what its table, report and dashboard are asked for by
     keys: list[str]
     columns: list[Column]
     points: list[Point]
@@ -184,7 +188,7 @@ class Sweep:
             for command, record in zip(point.commands, point.records, strict=True)
             if record is None
             or record.status != "ok"
-            or any(c.of(record) is None for c in self.columns)
+            or any(c.of(record) is None for c in point.columns)
         ]
 
     def quote(self, point: Point, column: Column) -> Quote | None:
@@ -206,11 +210,6 @@ def _same(typed: str, printed: str) -> bool:
         return typed == printed
 
 
-def names() -> list[str]:
-    """Every experiment there is."""
-    return sorted(path.stem for path in (CONF / "experiment").glob("[!_]*.yaml"))
-
-
 @contextmanager
 def configured(asked: str) -> Iterator[None]:
     """Hydra in conf/; what it refuses of the asked is a UserError."""
@@ -221,26 +220,28 @@ def configured(asked: str) -> Iterator[None]:
         raise UserError(f"{asked}: {str(error).splitlines()[0]}") from error
 
 
-def load_sweep(name: str, overrides: Sequence[str], records: Iterable[Record]) -> Sweep:
-    """Every point that `python run.py -m experiment=name overrides...` would run, with its records
-    among the given.
+def load_sweep(asked: Sequence[str], records: Iterable[Record]) -> Sweep:
+    """Every point that `python run.py -m asked...` would run, with its records among the given.
+    The first of the asked may be the name of an experiment alone.
     """
-    if name not in names():
-        raise UserError(f"No experiment {name}: there are {', '.join(names())}.")
-    with configured(f"experiment={name} {' '.join(overrides)}"):
-        return _load(f"experiment={name}", overrides, records)
+    typed = [x if "=" in x or x.startswith("~") else f"{EXPERIMENT}{x}" for x in asked]
+    with configured(" ".join(typed)):
+        return _load(typed, records)
 
 
-def _load(name: str, overrides: Sequence[str], records: Iterable[Record]) -> Sweep:
+def _load(asked: Sequence[str], records: Iterable[Record]) -> Sweep:
     marked = defaultdict(list)
     for record in records:
         for mark in record.points:
             marked[mark].append(record)
+    named = [x for x in asked if x.startswith(EXPERIMENT)]
+    overrides = [x for x in asked if x not in named]
+    name = _experiment(named)
     parser = OverridesParser.create()
-    base = compose("config", overrides=[name], return_hydra_config=True)
-    swept = {str(k): f"{k}={v}" for k, v in base.hydra.sweeper.params.items()}
+    base = compose("config", overrides=named, return_hydra_config=True)
+    swept = {str(k): f"{k}={v}" for k, v in (base.hydra.sweeper.params or {}).items()}
     fixed = []
-    for x in parser.parse_overrides(list(overrides)):
+    for x in parser.parse_overrides(overrides):
         # As Hydra's sweeper does: what is typed replaces what the file sweeps.
         if x.is_sweep_override() or x.get_key_element() in swept:
             swept[x.get_key_element()] = x.input_line or ""
@@ -248,30 +249,51 @@ def _load(name: str, overrides: Sequence[str], records: Iterable[Record]) -> Swe
             fixed.append(x.input_line or "")
     axes = {key: _values(parser.parse_override(line)) for key, line in swept.items()}
     seeds = [[f"{SEED}={x}"] for x in axes.pop(SEED)] if SEED in axes else [[]]
-    command = ["python", "run.py", name, "hydra.mode=RUN"]
-    points = []
+    command = [*PROGRAM.split(), *named, *(["hydra.mode=RUN"] if named else [])]
+    points: list[Point] = []
+    measured: dict[str, tuple[Column, ...]] = {}  # by what is asked of a benchmark suite
     for chosen in product(*axes.values()):
         keys = dict(zip(axes, chosen, strict=True))
         lines = [[*fixed, *(f"{k}={v}" for k, v in keys.items()), *seed] for seed in seeds]
-        configs = [compose("config", overrides=[name, *line]) for line in lines]
+        configs = [compose("config", overrides=[*named, *line]) for line in lines]
         marks = [_point_of(cfg) for cfg in configs]
+        suite = OmegaConf.to_yaml(configs[0].benchmark)
+        if suite not in measured:
+            measured[suite] = tuple(columns_of(configs[0]))
         points.append(
             Point(
                 keys=keys,
                 models=str(configs[0].model.name),
+                columns=measured[suite],
                 commands=tuple(shlex.join([*command, *line]) for line in lines),
                 records=tuple(_one(marked[x], line) for x, line in zip(marks, lines, strict=True)),
             )
         )
-    base = compose("config", overrides=[name, *fixed])
+    base = compose("config", overrides=[*named, *fixed])
     return Sweep(
-        caption=str(base.table.caption),
-        command=shlex.join(["python", "run.py", "-m", name, *overrides]),
+        name=name or "sweep",
+        caption=str(OmegaConf.select(base, "table.caption") or f"Sweep of {', '.join(axes)}"),
+        command=shlex.join([*PROGRAM.split(), "-m", *named, *overrides]),
+        asked=shlex.join([*([name] if name else []), *overrides]),
         keys=list(axes),
-        columns=columns_of(base),
+        columns=list(dict.fromkeys(c for found in measured.values() for c in found)),
         points=points,
-        quotes=quotes(ROOT / "experiments" / name.partition("=")[2] / "expected.csv"),
+        quotes=quotes(CONF / "experiment" / f"{name}.csv"),
     )
+
+
+def _experiment(named: Sequence[str]) -> str:
+    """The one experiment that was named, or "". Raises UserError."""
+    found = [x.removeprefix(EXPERIMENT) for x in named]
+    name = found[0] if found else ""
+    known = choices("experiment")
+    if len(found) > 1 or "," in name:
+        raise UserError(f"{' '.join(named)}: a table is of one experiment.")
+    if name and name not in known:
+        close = difflib.get_close_matches(name, known, n=1)
+        hint = f"; did you mean {close[0]}?" if close else f": there are {', '.join(known)}."
+        raise UserError(f"No experiment {name}{hint}")
+    return name
 
 
 def _values(override: Any) -> list[str]:
@@ -300,7 +322,7 @@ def _one(found: Sequence[Record], line: Sequence[str]) -> Record | None:
 def columns_of(cfg: DictConfig) -> list[Column]:
     """What the experiment counts on the ledger, then a column per part of the benchmark suite."""
     columns = []
-    for metric in cfg.table.get("ledger") or []:
+    for metric in OmegaConf.select(cfg, "table.ledger") or []:
         columns.append(Column(label=metric.replace("_", " "), protocol=LEDGER, metric=metric))
     for name, part in instantiate(cfg.benchmark).parts.items():
         metric, label = part.metric, f"{name} {part.metric}"
@@ -310,7 +332,7 @@ def columns_of(cfg: DictConfig) -> list[Column]:
 
 
 def quotes(path: Path) -> list[Quote]:
-    """expected.csv: model, one column per swept key, metric, value, source, note."""
+    """An experiment's csv: model, one column per swept key, metric, value, source, note."""
     if not path.exists():
         return []
     found = []

@@ -1,43 +1,48 @@
-"""python -m specomp.tables.table EXPERIMENT [overrides ...]: the table of a sweep, with the paper's
-numbers beside it. python -m specomp.tables.table [FOLDER] [--where key=value ...] [--columns ...]:
-every record of a folder as a row, sorted by model, ratio and method. Both: --format
-markdown|csv|latex. Only what was measured: a missing cell is --.
+"""specomp table EXPERIMENT [overrides ...]: the table of a sweep, with the paper's numbers beside
+it; without an experiment, of any sweep, by what was typed after -m. specomp table [FOLDER] [--where
+key=value ...] [--columns ...]: every record of a folder as a row, sorted by model, ratio and
+method. Both: --format markdown|csv|latex. Only what was measured: a missing cell is --.
 """
 
 import argparse
 import math
-import sys
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from specomp.errors import UserError
-from specomp.experiment.record import Record, RecordStore, publish, stored, stores
+from specomp.experiment.record import (
+    Record,
+    RecordStore,
+    own_records,
+    publish,
+    stored,
+    stores,
+)
+from specomp.settings import PROGRAM, choices
 from specomp.tables.command import RECORDS, command
 from specomp.tables.paper import paper_table, write
 from specomp.tables.render import FORMS, MISSING, Form, render
-from specomp.tables.sweep import load_sweep, names
+from specomp.tables.sweep import load_sweep
 
-FOLDER = "outputs/records"
 METRICS = ("ppl", "acc")
 COSTS = ("calibrate", "allocate", "train", "compress")  # stages that a method is priced by
-TYPED = ("method.", "method/", "calibration.", "quantizer.", "seed=")
 Row = Mapping[str, Any]
 
 
 def flatten(record: Record) -> dict[str, Any]:
     """One record as a flat row; metrics are called `<benchmark id> <metric>`."""
-    choices, ledger = record.choices, record.ledger
+    ledger = record.ledger
     row: dict[str, Any] = {
-        "model": choices.get("model"),
-        "method": choices.get("method"),
-        "variant": variant(record),
+        "model": record.label("model"),
+        "method": record.label("method"),
+        "variant": " ".join(record.changes),
         "packing": ledger.packing if ledger else "factors",
         "compression": ledger and ledger.target_compression,
         "target": ledger and ledger.target_retention,
         "measured": ledger and ledger.measured_retention,
         "bytes": ledger and ledger.compressed.model_bytes,
-        "calibration": choices.get("calibration"),
+        "calibration": record.choices.get("calibration"),
         "status": record.status,
         "record": record.key[:12],
     }
@@ -50,16 +55,6 @@ def flatten(record: Record) -> dict[str, Any]:
         row["train seconds"] = training.get("seconds")
         row["train tokens"] = training.get("tokens")
     return row
-
-
-def variant(record: Record) -> str:
-    """What was typed about the inside of the method, and the quantizer where there is one."""
-    overrides = [x.lstrip("+") for x in record.config.get("overrides") or []]
-    changed = [x for x in overrides if x.startswith(TYPED)]
-    quantizer = record.choices.get("quantizer", "none")
-    if quantizer != "none" and record.choices.get("method") != "dense":
-        changed.insert(0, f"quantizer={quantizer}")
-    return " ".join(changed)
 
 
 def select(rows: Sequence[Row], where: Mapping[str, str]) -> list[Row]:
@@ -126,17 +121,17 @@ def listing(rows: Sequence[Row], columns: Sequence[str], form: Form) -> str:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Command line; returns the exit code."""
-    parser = argparse.ArgumentParser(prog="python -m specomp.tables.table", description=__doc__)
+    parser = argparse.ArgumentParser(prog="specomp table", description=__doc__)
     add = parser.add_argument
-    what = f"experiment, or folder of records (default: {FOLDER})"
-    add("what", nargs="?", default=FOLDER, help=what)
-    add("overrides", nargs="*", help="of an experiment: what was typed after experiment=NAME")
+    what = f"experiment, override, or folder of records (default: {own_records()})"
+    add("what", nargs="?", default=str(own_records()), help=what)
+    add("overrides", nargs="*", help="of a sweep: what else was typed")
     add("--format", choices=FORMS, default="markdown")
     add = parser.add_argument_group("of a folder").add_argument
     where, columns = "keep rows with these values", "columns to print (default: the most asked for)"
     add("--where", nargs="*", default=[], metavar="COLUMN=VALUE", help=where)
     add("--columns", nargs="*", help=columns)
-    add = parser.add_argument_group("of an experiment").add_argument
+    add = parser.add_argument_group("of a sweep").add_argument
     add("--records", nargs="*", type=Path, help=RECORDS)
     files = "write table.md, table.csv and table.tex there"
     copies = "copy the records there, without paths of this machine"
@@ -144,12 +139,33 @@ def main(arguments: Sequence[str] | None = None) -> int:
     add("--publish", type=Path, metavar="FOLDER", help=copies)
     missing = "print only the commands that fill what is missing"
     add("--missing", action="store_true", help=missing)
-    return command(parser, arguments, lambda x: (experiment if x.what in names() else folder)(x))
+    return command(parser, arguments, lambda x: (sweep if _is_sweep(x) else folder)(x))
 
 
-def experiment(options: argparse.Namespace) -> str:
-    """The table of an experiment, or where it was written."""
-    sweep = load_sweep(options.what, options.overrides, stored(options.records))
+def after(hydra: Any, outputs: str) -> str:
+    """The table of a sweep that has just ended, and how to ask for it again. hydra: its own part of
+    the sweep's config; empty where another sweeper than Hydra's own chose the points.
+    """
+    if not str(hydra.sweeper["_target_"]).endswith(".BasicSweeper"):
+        return ""
+    asked = [x for x in hydra.overrides.task if not x.startswith("paths.")]
+    made = load_sweep(asked, stored([Path(outputs) / "records"]))
+    again = f"specomp table {made.asked}"
+    if outputs != str(own_records().parent):
+        again += f" --records {outputs}/records"
+    page = again.replace("table", "report", 1)
+    return f"\n{paper_table(made, 'markdown')}\nThis table again: {again}\nAs a page: {page}\n"
+
+
+def _is_sweep(options: argparse.Namespace) -> bool:
+    """A folder may be called like an experiment; only a path can have a slash or be there."""
+    what = options.what
+    return what in choices("experiment") or "=" in what or not (Path(what).is_dir() or "/" in what)
+
+
+def sweep(options: argparse.Namespace) -> str:
+    """The table of a sweep, or where it was written."""
+    sweep = load_sweep([options.what, *options.overrides], stored(options.records))
     lines = []
     if options.publish is not None:
         copies = publish(sweep.records, stores(options.records), options.publish)
@@ -168,21 +184,15 @@ def folder(options: argparse.Namespace) -> str:
     place = Path(options.what)
     if not place.is_dir():
         raise UserError(
-            f"No folder of records at {place}: run `python run.py` first, or name one; "
-            f"experiments: {', '.join(names())}."
+            f"No folder of records at {place}: run `{PROGRAM}` first, or name one; "
+            f"experiments: {', '.join(choices('experiment'))}."
         )
     rows = [flatten(record) for record in RecordStore(place).all()]
     if not rows:
-        raise UserError(
-            f"No records in {place}: run `python run.py` first, or name another folder."
-        )
+        raise UserError(f"No records in {place}: run `{PROGRAM}` first, or name another folder.")
     for typed in options.where:
         if "=" not in typed:
             raise UserError(f"--where {typed}: expected COLUMN=VALUE.")
     chosen = select(rows, dict(x.split("=", 1) for x in options.where))
     check("--columns", options.columns or [], rows)
     return listing(chosen, options.columns or default_columns(rows), options.format)
-
-
-if __name__ == "__main__":
-    sys.exit(main())

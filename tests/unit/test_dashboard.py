@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -47,6 +48,7 @@ def point(ratio: str, method: str, *records: Record | None) -> Point:
         keys={"ratio": ratio, "method": method},
         commands=commands,
         models="tiny_llama",
+        columns=(PPL, PIQA, LOSS),
         records=records,
     )
 
@@ -63,8 +65,10 @@ def sweep() -> Sweep:
         point("cr60", "adasvd", None, None),
     ]
     return Sweep(
+        name="table1",
         caption="Table 1: a test",
         command="",
+        asked="",
         keys=["ratio", "method"],
         columns=[PPL, PIQA, LOSS],
         points=points,
@@ -73,7 +77,7 @@ def sweep() -> Sweep:
 
 
 def test_points_are_means_over_seeds(sweep):
-    shown = sweep_report("table1", sweep, "<p>")
+    shown = sweep_report(sweep, "<p>")
     assert [
         (p["ratio"], p["series"], p["wikitext2 ppl"], p["measured_retention"]) for p in shown.points
     ] == [
@@ -87,7 +91,7 @@ def test_points_are_means_over_seeds(sweep):
 
 
 def test_every_measured_column_is_a_curve_against_retention_and_bytes(sweep):
-    shown = sweep_report("table1", sweep, "<p>")
+    shown = sweep_report(sweep, "<p>")
     assert shown.curves == {
         "curves/wikitext2 ppl against retention": ("measured_retention", "wikitext2 ppl"),
         "curves/wikitext2 ppl against bytes": ("model_bytes", "wikitext2 ppl"),
@@ -97,7 +101,7 @@ def test_every_measured_column_is_a_curve_against_retention_and_bytes(sweep):
 
 
 def test_the_run_of_a_sweep_is_found_again(sweep):
-    first = sweep_report("table1", sweep, "<p>")
+    first = sweep_report(sweep, "<p>")
     later = Sweep(
         **vars(sweep)
         | {
@@ -107,19 +111,14 @@ def test_the_run_of_a_sweep_is_found_again(sweep):
             ]
         }
     )
-    assert sweep_report("table1", later, "<p>").key == first.key, (
-        "what has run since does not matter"
-    )
-    assert sweep_report("table2", sweep, "<p>").key != first.key
-    assert (
-        sweep_report("table1", Sweep(**vars(sweep) | {"points": sweep.points[:2]}), "<p>").key
-        != first.key
-    )
+    assert sweep_report(later, "<p>").key == first.key, "what has run since does not matter"
+    assert sweep_report(replace(sweep, name="table2"), "<p>").key != first.key
+    assert sweep_report(Sweep(**vars(sweep) | {"points": sweep.points[:2]}), "<p>").key != first.key
 
 
 def test_an_empty_sweep_has_nothing_to_draw(sweep):
     empty = Sweep(**vars(sweep) | {"points": [point("cr40", "svd", None)]})
-    shown = sweep_report("table1", empty, "<p>")
+    shown = sweep_report(empty, "<p>")
     assert (list(shown.points), dict(shown.curves)) == ([], {})
 
 
@@ -134,7 +133,7 @@ def made(sweep):
     pytest.importorskip("wandb_workspaces", reason="wandb-workspaces is the extra `dashboard`")
     return view(
         sweep,
-        sweep_report("table1", sweep, "<p>"),
+        sweep_report(sweep, "<p>"),
         project="specomp",
         entity="someone",
         group="Table 1: a test",
@@ -197,7 +196,7 @@ def test_the_view_shows_the_group_and_records_shared_with_other_tables(made):
 def test_without_the_package_the_extra_is_named(sweep, monkeypatch):
     monkeypatch.setitem(sys.modules, "wandb_workspaces.reports.v2", None)
     with pytest.raises(UserError, match=r"\[dashboard\]"):
-        view(sweep, sweep_report("table1", sweep, "<p>"), project="p", entity="e", group="g")
+        view(sweep, sweep_report(sweep, "<p>"), project="p", entity="e", group="g")
 
 
 def test_tracking_is_the_yaml_with_what_was_typed(tmp_path):
@@ -234,7 +233,7 @@ def test_the_command(sweep, tmp_path, monkeypatch, capsys, place):
 
     seen, saved = [], []
     monkeypatch.setattr(
-        dashboard, "load_sweep", lambda name, overrides, records: (seen.append(overrides), sweep)[1]
+        dashboard, "load_sweep", lambda asked, records: (seen.append(asked), sweep)[1]
     )
     monkeypatch.setattr(
         dashboard.WandbTracking, "publish_sweep", lambda self, shown: (seen.append(shown), place)[1]
@@ -253,8 +252,8 @@ def test_the_command(sweep, tmp_path, monkeypatch, capsys, place):
         )
         == 0
     )
-    overrides, shown = seen
-    assert overrides == ["ratio=cr40,cr60", f"paths.outputs={tmp_path}"], (
+    asked, shown = seen
+    assert asked == ["table1", "ratio=cr40,cr60", f"paths.outputs={tmp_path}"], (
         "no point depends on where it is shown"
     )
     assert "<h1>Table 1: a test</h1>" in shown.html
@@ -299,7 +298,8 @@ def test_with_the_real_package_and_a_server(tmp_path):
         command = [
             sys.executable,
             "-m",
-            "specomp.tables.dashboard",
+            "specomp",
+            "dashboard",
             "adasvd_table3c",
             "debug=tiny",
             *point,

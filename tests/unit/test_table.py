@@ -5,7 +5,6 @@ import io
 import math
 import subprocess
 import sys
-from importlib import import_module
 
 import pytest
 from ledgers import made_ledger
@@ -21,7 +20,6 @@ from specomp.tables.table import (
     listing,
     main,
     select,
-    variant,
 )
 
 
@@ -113,19 +111,30 @@ def test_packings_are_never_beside_each_other_without_a_label():
     assert "packing" not in default_columns(rows[:1])
 
 
-def test_variant_is_what_was_changed_inside_the_method():
+def test_what_differs_from_the_row_is_named():
     overrides = [
         "method=adasvd",
+        "method.name=mine",
         "method.allocation.budget=raw",
         "+method/whitening=none",
         "ratio=cr40",
         "calibration.upstream=compressed",
     ]
-    assert (
-        variant(record(overrides=overrides))
-        == "method.allocation.budget=raw method/whitening=none calibration.upstream=compressed"
-    )
-    assert variant(record()) == ""
+    made = record(overrides=overrides)
+    made.choices |= {"method": "adasvd", "method/whitening": "none", "method/packing": "factors"}
+    whole = "method/whitening=none method.allocation.budget=raw calibration.upstream=compressed"
+    assert " ".join(made.changes) == whole
+    assert record().changes == []
+    made.choices["method"] = "of_another"  # no row of ours: what was typed is all that is known
+    assert made.changes[0] == "method/whitening=none"
+    made.choices |= {"quantizer": "gptq_int4"}
+    assert made.changes[0] == "quantizer=gptq_int4"
+
+
+def test_models_and_methods_are_called_what_their_names_say():
+    made = record()
+    made.config |= {"model": {"name": "mine"}, "method": {"name": "ours"}}
+    assert (flatten(made)["model"], flatten(made)["method"]) == ("mine", "ours")
 
 
 def test_rows_are_sorted_by_model_compression_and_method(folder):
@@ -301,19 +310,13 @@ def test_render_of_nothing_has_a_header():
     )
 
 
-@pytest.mark.parametrize("command", ["table", "report", "dashboard"])
-def test_committed_commands_name_the_first_place(command):
-    first, now = (import_module(f"specomp.{place}.{command}") for place in ("results", "tables"))
-    assert first.main is now.main
-
-
-@pytest.mark.parametrize("place", ["tables", "results"])
-def test_as_a_module(folder, place):
+def test_as_a_command(folder):
     done = subprocess.run(
         [
             sys.executable,
             "-m",
-            f"specomp.{place}.table",
+            "specomp",
+            "table",
             str(folder),
             "--format",
             "csv",
@@ -326,7 +329,7 @@ def test_as_a_module(folder, place):
     )
     assert done.stdout.split() == ["model", "bert_like", "llama", "llama", "llama", "llama"]
     failed = subprocess.run(
-        [sys.executable, "-m", "specomp.tables.table", str(folder / "no")],
+        [sys.executable, "-m", "specomp", "table", str(folder / "no")],
         capture_output=True,
         text=True,
         check=False,
