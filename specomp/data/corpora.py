@@ -12,15 +12,17 @@ from collections.abc import Iterator
 from functools import cached_property
 from itertools import islice
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
 from specomp.data.text import Plain, describe_text
-from specomp.errors import UserError
+from specomp.errors import UserError, one_line
 from specomp.settings import configurable
 
 log = logging.getLogger(__name__)
+# of a file of one's own: where a split begins and ends
+PARTS = {"train": (0.0, 0.8), "validation": (0.8, 0.9), "test": (0.9, 1.0), "all": (0.0, 1.0)}
 
 
 @configurable
@@ -196,18 +198,80 @@ class Corpus:
             yield document
 
 
+@configurable
+class TextFile:
+    """A file of one's own: .txt or .md is one text, a line of .jsonl(.gz) a document. A split is a
+    part of it that no other has: train the first 80 %, validation and test 10 % each, cut at ends
+    of lines.
+    """
+
+    name: str
+    path: Path
+    field: str
+    joiner: str
+    split: Literal["train", "validation", "test", "all"]
+    max_documents: Annotated[int, Field(ge=1)] | None
+
+    def text(self) -> str:
+        """The split. Raises UserError for a file that cannot be read or has no text there."""
+        return self._text
+
+    @property
+    def fingerprint(self) -> str:
+        """Name, origin, size and hash on one line."""
+        return str(self.describe()["fingerprint"])
+
+    def describe(self) -> dict[str, Any]:
+        """See TextSource.describe."""
+        text = self._text
+        return describe_text(
+            self.name,
+            split=self.split,
+            origin=f"file {self.path.name}",
+            documents=self._documents,
+            text=text,
+        )
+
+    @cached_property
+    def _documents(self) -> list[str]:
+        path = self.path.expanduser()
+        try:
+            return list(islice(read_documents(path, self.field), self.max_documents))
+        except (OSError, UnicodeDecodeError) as error:
+            raise UserError(f"Corpus {self.name}: {path}: {one_line(error)}.") from error
+
+    @cached_property
+    def _text(self) -> str:
+        whole = self.joiner.join(self._documents)
+        first, last = PARTS[self.split]
+        text = whole[_line_end(whole, first) : _line_end(whole, last)]
+        if not text.strip():
+            raise UserError(
+                f"Corpus {self.name}: the {self.split} part of {self.path} holds no text (of"
+                f" {len(whole)} characters in all): give a longer file, or split=all."
+            )
+        return text
+
+
+def _line_end(text: str, share: float) -> int:
+    """Where a share of a text ends: after the line that it falls into."""
+    place = int(share * len(text))
+    end = text.find("\n", max(place - 1, 0))
+    return place if place in (0, len(text)) else len(text) if end < 0 else end + 1
+
+
 def read_documents(path: Path, field: str) -> Iterator[str]:
-    """Documents of a .jsonl or .jsonl.gz file (one field of each line), or a .txt file as one
-    document.
+    """Documents of a .jsonl or .jsonl.gz file (one field of each line), or a .txt or .md file as
+    one document.
 
     Raises UserError for another suffix, a line that is not JSON or a line without the field.
     """
-    if path.suffix == ".txt":
+    if path.suffix in (".txt", ".md"):
         yield path.read_text(encoding="utf-8")
         return
     if not path.name.endswith((".jsonl", ".jsonl.gz")):
         raise UserError(
-            f"{path}: cannot read text from this kind of file; use .jsonl, .jsonl.gz or .txt."
+            f"{path}: cannot read text from this kind of file; use .jsonl, .jsonl.gz, .txt or .md."
         )
     with (
         gzip.open(path, "rt", encoding="utf-8")

@@ -6,6 +6,21 @@ from typing import Literal
 FRACTION = "fraction"  # a unit: of documents, printed in percent
 
 
+# What a number was measured on, or the same number said another way; in records, not in summaries.
+DETAILS = {"nll", "ppl_finite", "tokens", "windows", "window", "collapsed", "n"}
+SECOND = {"nonfinite_windows", "acc_norm"}  # beside a first one that tables have a column for
+
+
+def is_detail(metric: str) -> bool:
+    """Whether a number of a benchmark is no result of its own."""
+    return metric in DETAILS or metric.endswith("_stderr") or "_bytes" in metric
+
+
+def is_quoted(metric: str) -> bool:
+    """Whether a table of all records has a column for it, unasked: no times of one machine."""
+    return not (is_detail(metric) or metric in SECOND or "_per_s" in metric)
+
+
 @dataclass(frozen=True)
 class Metric:
     """What a number is: its unit ("" for none), and whether more of it is better."""

@@ -17,7 +17,8 @@ def first_line(hydra: Any, cfg: Any) -> str:
     choices, typed = hydra.runtime.choices, hydra.overrides.task
     ratio = [f"ratio={choices['ratio']}", *(x for x in typed if x.startswith("ratio."))]
     named = [cfg.model.name, " ".join([cfg.method.name, *changes(choices, typed)]), " ".join(ratio)]
-    return ", ".join([*named, f"calibrated on {choices['calibration']}"])
+    text = cfg.corpus.name if cfg.get("corpus") else choices["calibration"]
+    return ", ".join([*named, f"calibrated on {text}"])
 
 
 def changes(choices: Mapping[str, str], overrides: Sequence[str]) -> list[str]:

@@ -8,6 +8,7 @@ from rich.table import Table
 
 from specomp.compression.ledger import Ledger
 from specomp.compression.report import size_row, size_rows
+from specomp.evaluation.metric import is_detail
 from specomp.experiment.record import Record
 
 FILE_WIDTH = 110  # columns where the output is no terminal
@@ -31,6 +32,8 @@ def show(record: Record, *, console: Console | None = None) -> None:
     )
     for note in record.notes:
         console.print(f"note: {note}", markup=False)
+    if (same := in_domain(record)) is not None:
+        console.print(f"note: {same}", markup=False)
     if record.model_folder:
         console.print(f"model folder: {record.model_folder}", soft_wrap=True, markup=False)
     console.print(f"record: {record.key[:12]}", markup=False)
@@ -41,7 +44,7 @@ def rows(record: Record) -> list[tuple[str, str, str, str]]:
     lines = size_rows(record.counted)
     for name, values in record.metrics.items():
         for metric, value in values.items():
-            if shown(metric):
+            if not is_detail(metric):
                 reference = record.dense_metrics.get(name, {}).get(metric)
                 lines.append(
                     size_row(
@@ -54,9 +57,19 @@ def rows(record: Record) -> list[tuple[str, str, str, str]]:
     return lines
 
 
-def shown(metric: str) -> bool:
-    """Metrics worth a line on the terminal; the record holds all."""
-    return metric in {"ppl", "acc", "acc_norm", "nonfinite_windows"} or "tokens_per_s" in metric
+def in_domain(record: Record) -> str | None:
+    """What to say of texts that are measured on and, in another part, calibrated on."""
+    read = record.calibration.get("source") or {}
+    parts = read.get("parts", {"": {"source": read}}).values()
+    texts = {str(part["source"]["name"]) for part in parts if part.get("source")}
+    same = sorted(texts & {name.partition("@")[0] for name in record.metrics})
+    if not same:
+        return None
+    other = "domains" if "wikitext2" in same else "wikitext2"
+    return (
+        f"{', '.join(same)} is of the kind of text that this model was calibrated on; how it does"
+        f" on another says the same command with benchmark={other}"
+    )
 
 
 def label(metric: str, values: dict[str, float]) -> str:

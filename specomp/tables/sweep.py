@@ -25,6 +25,7 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
 from specomp.errors import UserError
+from specomp.experiment.config import with_corpus
 from specomp.experiment.record import Record, point_of
 from specomp.settings import CONF, PROGRAM, choices
 
@@ -255,7 +256,7 @@ def _load(asked: Sequence[str], records: Iterable[Record]) -> Sweep:
     for chosen in product(*axes.values()):
         keys = dict(zip(axes, chosen, strict=True))
         lines = [[*fixed, *(f"{k}={v}" for k, v in keys.items()), *seed] for seed in seeds]
-        configs = [compose("config", overrides=[*named, *line]) for line in lines]
+        configs = [with_corpus(compose("config", overrides=[*named, *line])) for line in lines]
         marks = [_point_of(cfg) for cfg in configs]
         suite = OmegaConf.to_yaml(configs[0].benchmark)
         if suite not in measured:
@@ -324,8 +325,8 @@ def columns_of(cfg: DictConfig) -> list[Column]:
     columns = []
     for metric in OmegaConf.select(cfg, "table.ledger") or []:
         columns.append(Column(label=metric.replace("_", " "), protocol=LEDGER, metric=metric))
-    for name, part in instantiate(cfg.benchmark).parts.items():
-        metric, label = part.metric, f"{name} {part.metric}"
+    for part in instantiate(cfg.benchmark).parts.values():
+        metric, label = part.metric, f"{part.protocol.partition('@')[0]} {part.metric}"
         meaning = vars(part.metrics[metric])
         columns.append(Column(label=label, protocol=part.protocol, metric=metric, **meaning))
     return columns

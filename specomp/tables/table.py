@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from specomp.errors import UserError
+from specomp.evaluation.metric import is_quoted
 from specomp.experiment.record import (
     Record,
     RecordStore,
@@ -25,7 +26,6 @@ from specomp.tables.paper import paper_table, write
 from specomp.tables.render import FORMS, MISSING, Form, render
 from specomp.tables.sweep import load_sweep
 
-METRICS = ("ppl", "acc")
 COSTS = ("calibrate", "allocate", "train", "compress")  # stages that a method is priced by
 Row = Mapping[str, Any]
 
@@ -84,7 +84,7 @@ def columns_of(rows: Sequence[Row]) -> list[str]:
 
 def default_columns(rows: Sequence[Row]) -> list[str]:
     """What a reader wants first: who, how much, how good, how long."""
-    metrics = [c for c in columns_of(rows) if c.rpartition(" ")[2] in METRICS]
+    metrics = [c for c in columns_of(rows) if "@" in c and is_quoted(c.rpartition(" ")[2])]
     leading = ["model", "method"]
     if any(row["variant"] for row in rows):
         leading.append("variant")

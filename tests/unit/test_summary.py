@@ -7,8 +7,9 @@ import pytest
 from ledgers import made_ledger
 from rich.console import Console
 
+from specomp.evaluation.metric import is_detail
 from specomp.experiment.record import Record
-from specomp.experiment.summary import label, rows, show, shown
+from specomp.experiment.summary import in_domain, label, rows, show
 
 
 def record(**changes) -> Record:
@@ -107,7 +108,7 @@ def test_the_record_holds_more_than_the_terminal():
             "decode_tokens_per_s_b1",
             "nonfinite_windows",
         )
-        if shown(x)
+        if not is_detail(x)
     ] == [
         "ppl",
         "acc",
@@ -121,3 +122,18 @@ def test_a_run_without_benchmarks_shows_the_sizes():
     out = text(record(metrics={}, seconds={}, peak_memory_mib={}))
     assert "bytes in memory" in out
     assert "peak memory 0 MiB" in out
+
+
+def test_text_of_the_calibrations_own_kind_is_called_so():
+    out = text(record(calibration={"source": {"name": "wikitext2"}}))
+    assert "wikitext2 is of the kind of text that this model was calibrated on" in out
+    assert "benchmark=domains" in out
+    mixed = {"code": {"source": {"name": "code"}}, "none": {"source": None}}
+    assert in_domain(record(calibration={"source": {"name": "mixture", "parts": mixed}})) is None
+    pydocs = record(calibration={"source": {"name": "pydocs"}}, metrics={"pydocs@1": {"ppl": 3.0}})
+    assert "benchmark=wikitext2" in str(in_domain(pydocs))
+
+
+def test_a_metric_of_ones_own_is_shown_and_details_are_not():
+    metrics = {"mine@1": {"surprise": 0.25, "surprise_stderr": 0.1, "n": 12.0, "nll": 2.0}}
+    assert [x for x in by_label(record(metrics=metrics)) if "mine" in x] == ["mine@1 surprise"]
