@@ -20,6 +20,7 @@ from omegaconf import DictConfig
 
 import specomp
 from specomp.errors import UserError
+from specomp.experiment.completed import completed
 from specomp.experiment.label import first_line
 from specomp.settings import CONF, choices
 
@@ -50,10 +51,11 @@ In Python: import specomp; specomp.compress(model, tokens, method="adasvd", rati
 @hydra.main(version_base="1.3", config_path=str(CONF), config_name="config")
 def experiment(cfg: DictConfig) -> float | None:
     """The primary metric of the run (what a sweeper optimizes), or None."""
-    log.info("%s", first_line(HydraConfig.get(), cfg))
-    from specomp.experiment.pipeline import run  # imported here: it needs torch, and seconds
-
     try:
+        cfg = completed(cfg)
+        log.info("%s", first_line(HydraConfig.get(), cfg))
+        from specomp.experiment.pipeline import run  # imported here: it needs torch, and seconds
+
         return run(cfg)
     except Exception as error:
         line = (

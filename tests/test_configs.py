@@ -18,6 +18,7 @@ from running import CONF, compose_config
 from specomp import rows
 from specomp.errors import UserError
 from specomp.experiment.checks import make
+from specomp.experiment.completed import completed
 from specomp.experiment.config import build
 from specomp.forms.prices import Bits, Numbers
 from specomp.slots import Method, describe
@@ -26,6 +27,7 @@ FILES = sorted(CONF.rglob("*.yaml"))
 # What a choice cannot do without on the command line.
 REQUIRED = {
     ("model", "local"): ["model.path=some/folder"],
+    ("model", "hub"): ["model.repo=someone/a-model", "model.revision=main"],
     ("calibration", "token_ids"): ["calibration.path=ids.npy"],
     ("benchmark", "token_ids"): ["benchmark.path=ids.npy"],
 }
@@ -54,7 +56,7 @@ def name(path: Path) -> str:
 
 def composed(*overrides: str) -> DictConfig:
     with initialize_config_dir(str(CONF), version_base="1.3"):
-        return compose("config", overrides=["paths.data=null", *overrides])
+        return completed(compose("config", overrides=["paths.data=null", *overrides]))
 
 
 def made(cfg: DictConfig, group: str) -> Any:
@@ -447,3 +449,35 @@ def test_budgets_replace_the_main_configs_values():
     assert composed("budget=cpu_bf16").options.save is False
     assert composed("budget=cpu", "save=true").save is True
     assert composed().save is True
+
+
+def test_a_model_of_the_hub_needs_its_name_and_commit_only():
+    cfg = composed("model=hub", "model.repo=someone/A-Model", "model.revision=abc")
+    assert made(cfg, "model").name == "A-Model"
+
+
+def test_a_text_of_ones_own_takes_the_place_of_calibration_and_benchmark(tmp_path):
+    text = tmp_path / "mine.txt"
+    text.write_text("".join(f"Line {i} of a text of my own.\n" for i in range(1000)))
+    cfg = composed("debug=tiny", "corpus=text", f"corpus.path={text}")
+    calibration, (part,) = made(cfg, "calibration"), made(cfg, "benchmark").benchmarks
+    assert calibration.corpus.split == "train"
+    assert part.corpus.split == "test"
+    assert part.id.startswith("text@1:32x2:"), "called by its text"
+    read = [calibration.corpus.text(), part.corpus.text()]
+    assert read[0] + read[1] != text.read_text(), "a tenth is for validation"
+    assert text.read_text().startswith(read[0])
+    assert text.read_text().endswith(read[1])
+    assert all(x.startswith("Line") and x.endswith("own.\n") for x in read)
+
+
+@pytest.mark.parametrize(
+    ("typed", "says"),
+    [
+        (["corpus=text"], "corpus=text needs corpus.path=VALUE"),
+        (["corpus=c4", "calibration=mix"], "does not read one text"),
+    ],
+)
+def test_a_text_that_has_no_place_is_refused(typed, says):
+    with pytest.raises(UserError, match=says):
+        composed("debug=tiny", *typed)

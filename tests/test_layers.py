@@ -40,6 +40,7 @@ THIRD_PARTY = {
         "specomp/cli.py",
         "specomp/rows.py",
         "specomp/experiment/checks.py",
+        "specomp/experiment/completed.py",
         "specomp/experiment/config.py",
         "specomp/experiment/label.py",
         "specomp/experiment/logs.py",

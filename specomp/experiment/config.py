@@ -2,7 +2,6 @@
 loaded.
 """
 
-import copy
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -19,9 +18,9 @@ from specomp.cache import Cache
 from specomp.compression.checks import check_method
 from specomp.compression.route import Route
 from specomp.data.calibration import CalibrationSet, CalibrationSpec
-from specomp.errors import UserError
 from specomp.evaluation.suite import Suite
 from specomp.experiment.checks import check_machine, check_packed, check_streamed, make
+from specomp.experiment.completed import completed
 from specomp.experiment.names import method_identity
 from specomp.experiment.options import Options
 from specomp.experiment.record import RecordStore
@@ -82,35 +81,10 @@ class Experiment(Request):
         }
 
 
-def with_corpus(cfg: DictConfig) -> DictConfig:
-    """corpus=NAME: that text in place of the one which the calibration names, and of those which
-    the benchmark measures on; each keeps its split. Raises UserError where there is none.
-    """
-    corpus = cfg.get("corpus")
-    if corpus is None:
-        return cfg
-    missing = [f"corpus.{key}" for key in corpus if OmegaConf.is_missing(corpus, key)]
-    if missing:
-        raise UserError(f"corpus={corpus.name} needs {', '.join(f'{x}=VALUE' for x in missing)}.")
-    cfg = copy.deepcopy(cfg)
-    places = [cfg.calibration, *(cfg.benchmark.get("parts") or {}).values()]
-    if "corpus" not in cfg.calibration:
-        raise UserError(
-            f"corpus={corpus.name}: this calibration does not read one text; choose another, such"
-            " as calibration=pydocs, or replace a part: corpus@calibration.parts.NAME.corpus=..."
-        )
-    with open_dict(cfg):
-        for place in places:
-            if "corpus" in place:
-                place.corpus = OmegaConf.merge(corpus, {"split": place.corpus.split})
-    return cfg
-
-
 def ask(cfg: DictConfig) -> Request:
     """Instantiate every choice, which checks types and ranges, and check what depends on several of
     them. Raises UserError.
     """
-    cfg = with_corpus(cfg)
     options: Options = make(cfg, "options")
     if options.threads:
         torch.set_num_threads(options.threads)
@@ -195,7 +169,7 @@ def composed(*overrides: str) -> DictConfig:
     HydraConfig.instance().set_config(cfg)
     with open_dict(cfg):
         del cfg["hydra"]
-    return cfg
+    return completed(cfg)
 
 
 def typed(*overrides: str) -> Experiment:

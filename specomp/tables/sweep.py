@@ -25,7 +25,7 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
 from specomp.errors import UserError
-from specomp.experiment.config import with_corpus
+from specomp.experiment.completed import completed
 from specomp.experiment.record import Record, point_of
 from specomp.settings import CONF, PROGRAM, choices
 
@@ -256,7 +256,7 @@ def _load(asked: Sequence[str], records: Iterable[Record]) -> Sweep:
     for chosen in product(*axes.values()):
         keys = dict(zip(axes, chosen, strict=True))
         lines = [[*fixed, *(f"{k}={v}" for k, v in keys.items()), *seed] for seed in seeds]
-        configs = [with_corpus(compose("config", overrides=[*named, *line])) for line in lines]
+        configs = [completed(compose("config", overrides=[*named, *line])) for line in lines]
         marks = [_point_of(cfg) for cfg in configs]
         suite = OmegaConf.to_yaml(configs[0].benchmark)
         if suite not in measured:

@@ -27,7 +27,11 @@ RECORDS = RecordStore(COMMITTED).all()
 # By choice: what a point was made of when the first records were made. Classes and settings,
 # without values.
 FIRST = json.loads((Path(__file__).parent / "first_names.json").read_text())
-REQUIRED = {"calibration=token_ids": ["calibration.path=x"], "model=local": ["model.path=x"]}
+REQUIRED = {
+    "calibration=token_ids": ["calibration.path=x"],
+    "model=local": ["model.path=x"],
+    "model=hub": ["model.repo=x/y", "model.revision=z"],
+}
 # A default of method/training=polish has changed since: another command makes it today.
 ANOTHER_DEFAULT = {"f61f6a91e7be"}
 # Made before LoRA had this setting, which their keys do not name: found by their points alone.

@@ -11,6 +11,7 @@ from omegaconf import OmegaConf
 from pydantic import ValidationError
 from tiny import CONFIGS, CONTEXT, tiny_model, tiny_tokenizer
 
+from specomp import rows
 from specomp.errors import UserError
 from specomp.models import gguf
 from specomp.models.gguf import PackagedGGUF
@@ -48,11 +49,12 @@ def message(error) -> str:
 
 @pytest.mark.parametrize("path", sorted(CONF.glob("*.yaml")), ids=lambda path: path.stem)
 def test_every_model_yaml_builds_its_source(path, cache):
-    lines = path.read_text().splitlines()
-    assert lines[0].startswith("# ") and lines[1].startswith("_target_: ")
-    config = OmegaConf.load(path)
-    if OmegaConf.is_missing(config, "path"):
-        config.path = "somewhere"
+    assert path.read_text().startswith("# ")
+    config = rows.load("model", path.stem)
+    given = {"path": "somewhere", "repo": "someone/model", "revision": "a" * 40, "name": "hub"}
+    for key, value in given.items():
+        if OmegaConf.is_missing(config, key) or config.get(key, "") is None:
+            config[key] = value
     source = instantiate(config)
     assert source.name == path.stem
     if isinstance(source, HubModel):

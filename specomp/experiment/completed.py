@@ -1,0 +1,40 @@
+"""What a composed config leaves to be said: whoever composes one has it completed here, so that a
+run, its point in a table and its plan are of the same config.
+"""
+
+import copy
+
+from omegaconf import DictConfig, OmegaConf, open_dict
+
+from specomp.errors import UserError
+
+
+def completed(cfg: DictConfig) -> DictConfig:
+    """The config with the text that corpus=NAME puts in place of others, and with a name for a
+    model of the hub that has none. Raises UserError.
+    """
+    made = copy.deepcopy(cfg)
+    with open_dict(made):
+        if made.model.name is None and not OmegaConf.is_missing(made.model, "repo"):
+            made.model.name = str(made.model.repo).rpartition("/")[2]
+        if made.get("corpus") is not None:
+            put_corpus(made)
+    return made
+
+
+def put_corpus(cfg: DictConfig) -> None:
+    """In place of the text that the calibration names, and of those which the benchmark measures
+    on; each keeps its split.
+    """
+    corpus = cfg.corpus
+    missing = [f"corpus.{key}=VALUE" for key in corpus if OmegaConf.is_missing(corpus, key)]
+    if missing:
+        raise UserError(f"corpus={corpus.name} needs {', '.join(missing)}.")
+    if "corpus" not in cfg.calibration:
+        raise UserError(
+            f"corpus={corpus.name}: this calibration does not read one text; choose another, such"
+            " as calibration=pydocs, or replace a part: corpus@calibration.parts.NAME.corpus=..."
+        )
+    for place in (cfg.calibration, *(cfg.benchmark.get("parts") or {}).values()):
+        if "corpus" in place:
+            place.corpus = OmegaConf.merge(corpus, {"split": place.corpus.split})
