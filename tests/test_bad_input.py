@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from command import command
+from command import typed as as_typed
 from running import compose_config, key_of, store
 from safetensors.torch import save_file
 from tiny import tiny_model, tiny_tokenizer
@@ -435,7 +435,7 @@ HYDRA: list[tuple[list[str], list[str]]] = [
 
 @pytest.mark.parametrize(("typed", "fragments"), HYDRA, ids=[" ".join(x) for x, _ in HYDRA])
 def test_command_with_unknown_names(tmp_path, typed, fragments):
-    done = command(tmp_path, *typed)
+    done = as_typed(tmp_path, "debug=tiny", *typed)
     assert done.returncode == 1
     assert "Traceback" not in done.stderr
     for fragment in fragments:
@@ -453,13 +453,13 @@ def test_command_with_unknown_names(tmp_path, typed, fragments):
 )
 def test_a_number_where_a_name_belongs(tmp_path, typed, said):
     """Hydra itself ends in 25 lines of traceback."""
-    done = command(tmp_path, typed)
+    done = as_typed(tmp_path, "debug=tiny", typed)
     assert done.returncode == 1 and len(done.stderr.splitlines()) == 1
     assert said in done.stderr
 
 
 def test_command_ends_in_one_line(tmp_path):
-    done = command(tmp_path, "ratio.compression=abc")
+    done = as_typed(tmp_path, "debug=tiny", "ratio.compression=abc")
     assert done.returncode == 1
     assert "Traceback" not in done.stderr and "\nspecomp: ratio.compression=abc: " in done.stderr
     assert (
@@ -469,8 +469,13 @@ def test_command_ends_in_one_line(tmp_path):
 
 def test_command_goes_on_after_a_failed_job(tmp_path):
     """A sweep does its other jobs, says at once what failed, and ends with a non-zero status."""
-    done = command(
-        tmp_path, "method=svd", "options.save=false", "ratio.compression=0.9999,0.5", "-m"
+    done = as_typed(
+        tmp_path,
+        "debug=tiny",
+        "method=svd",
+        "options.save=false",
+        "ratio.compression=0.9999,0.5",
+        "-m",
     )
     assert done.returncode == 1
     assert (

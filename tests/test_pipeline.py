@@ -6,12 +6,11 @@ import csv
 import json
 import os
 import shutil
-import subprocess
-import sys
 
 import pytest
 import torch
-from running import ROOT, compose_config, compose_run, key_of, store, stored_record
+from command import typed
+from running import compose_config, compose_run, key_of, store, stored_record
 from transformers import AutoModelForCausalLM
 
 from specomp.errors import UserError
@@ -505,31 +504,10 @@ def test_another_way_to_the_same_tokens_is_the_same_record(tmp_path):
 # --- the command line -----------------------------------------------------------------------------
 
 
-def command(folder, *overrides, check=False):
-    environment = os.environ | {
-        "SPECOMP_CACHE": str(folder / "cache"),
-        "SPECOMP_OUTPUTS": str(folder / "outputs"),
-        "OMP_NUM_THREADS": "1",
-        "HF_HUB_OFFLINE": "1",
-    }
-    environment.pop("SPECOMP_DATA", None)
-    done = subprocess.run(
-        [sys.executable, "run.py", *overrides],
-        cwd=ROOT,
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
-    assert not check or done.returncode == 0, done.stderr
-    return done
-
-
 def test_a_sweep_goes_on_after_a_failing_job_and_then_does_only_what_is_missing(tmp_path):
     """Three methods at 20 %, and at 99.99 %, where not even rank 1 is left."""
     sweep = ["-m", "debug=tiny", "method=svd,svd_llm,adasvd", "ratio.compression=0.2,0.9999"]
-    done = command(tmp_path, *sweep)
+    done = typed(tmp_path, *sweep)
     assert done.returncode != 0
     text = done.stdout + done.stderr
     assert "lower ratio.compression" in text
@@ -555,7 +533,7 @@ def test_a_sweep_goes_on_after_a_failing_job_and_then_does_only_what_is_missing(
     models = {path: path.stat().st_mtime_ns for path in (tmp_path / "outputs" / "models").iterdir()}
     assert len(finished) == 4
     assert len(models) == 3
-    one_more = command(
+    one_more = typed(
         tmp_path, "-m", "debug=tiny", "method=svd,svd_llm,adasvd", "ratio.compression=0.2,0.4"
     )
     assert one_more.returncode == 0, one_more.stderr
@@ -567,7 +545,7 @@ def test_a_sweep_goes_on_after_a_failing_job_and_then_does_only_what_is_missing(
 
 
 def test_a_user_error_is_one_line_and_exit_1(tmp_path):
-    done = command(tmp_path, "debug=tiny", "method=svd", "calibration.length=300")
+    done = typed(tmp_path, "debug=tiny", "method=svd", "calibration.length=300")
     assert done.returncode == 1
     assert "Samples of 300 tokens do not fit the model's context of 256" in done.stderr
     assert "Traceback" not in done.stderr
@@ -577,7 +555,7 @@ def test_a_user_error_is_one_line_and_exit_1(tmp_path):
 def test_a_place_that_cannot_be_written_is_one_line_and_exit_1(tmp_path, mode):
     """Hydra's own logs go there too, before any of our code runs."""
     (tmp_path / "outputs").touch()
-    done = command(tmp_path, *mode, "debug=tiny", "method=svd")
+    done = typed(tmp_path, *mode, "debug=tiny", "method=svd")
     assert done.returncode == 1
     assert "specomp: Cannot write" in done.stderr and "paths.outputs" in done.stderr
     assert "Traceback" not in done.stderr

@@ -5,7 +5,7 @@ nothing else.
 import gzip
 import json
 
-from command import command
+from command import command, typed
 
 
 def test_every_stage_is_traced(tmp_path):
@@ -39,5 +39,5 @@ def test_every_stage_is_traced(tmp_path):
 
 
 def test_nothing_is_traced_unless_asked(tmp_path):
-    assert command(tmp_path, "method=svd_llm").returncode == 0
+    assert typed(tmp_path, "debug=tiny", "method=svd_llm").returncode == 0
     assert not (tmp_path / "outputs" / "profiles").exists()

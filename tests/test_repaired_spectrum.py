@@ -4,7 +4,7 @@ keep their ranks and their price.
 
 import pytest
 import torch
-from command import command
+from command import typed
 from running import compose_config, compose_run, make_run, store
 from test_block_refine import REFINE
 from test_stages import method, ranks_of, run_method
@@ -150,11 +150,11 @@ def test_after_a_closed_form_repair_too_and_rounded_once(tmp_path):
 
 
 def test_the_command_resumes_from_the_cache(tmp_path):
-    first = command(tmp_path, *REFINED, *POLISH)
+    first = typed(tmp_path, "debug=tiny", *REFINED, *POLISH)
     assert first.returncode == 0, first.stderr
     (record,) = store(tmp_path).all()
     store(tmp_path).path(record.key).unlink()
-    again = command(tmp_path, *REFINED, *POLISH)
+    again = typed(tmp_path, "debug=tiny", *REFINED, *POLISH)
     assert again.returncode == 0, again.stderr
     (second,) = store(tmp_path).all()
     assert second.cache["hits"]["trained"] == 1 and second.ledger == record.ledger

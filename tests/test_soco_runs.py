@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 import torch
-from command import command
+from command import command, typed
 from hydra.utils import instantiate
 from omegaconf import OmegaConf
 from running import CONF, compose_config, compose_run, make_run, random_tokens, store, stored_record
@@ -944,7 +944,7 @@ def test_a_killed_sharded_training_goes_on(tmp_path, one_process):
 
 
 def test_a_batch_that_cannot_be_shared_out_is_refused_before_the_model_is_loaded(tmp_path):
-    done = command(tmp_path, "method=soco", "trainer=ddp_cpu")
+    done = typed(tmp_path, "debug=tiny", "method=soco", "trainer=ddp_cpu")
     assert done.returncode != 0
     assert "batch_size=1 is not a multiple of trainer.devices=2" in done.stdout + done.stderr
     assert not (tmp_path / "cache" / "teacher").exists()

@@ -238,17 +238,7 @@ def _load(asked: Sequence[str], records: Iterable[Record]) -> Sweep:
     named = [x for x in asked if x.startswith(EXPERIMENT)]
     overrides = [x for x in asked if x not in named]
     name = _experiment(named)
-    parser = OverridesParser.create()
-    base = compose("config", overrides=named, return_hydra_config=True)
-    swept = {str(k): f"{k}={v}" for k, v in (base.hydra.sweeper.params or {}).items()}
-    fixed = []
-    for x in parser.parse_overrides(overrides):
-        # As Hydra's sweeper does: what is typed replaces what the file sweeps.
-        if x.is_sweep_override() or x.get_key_element() in swept:
-            swept[x.get_key_element()] = x.input_line or ""
-        else:
-            fixed.append(x.input_line or "")
-    axes = {key: _values(parser.parse_override(line)) for key, line in swept.items()}
+    fixed, axes = _axes(named, overrides)
     seeds = [[f"{SEED}={x}"] for x in axes.pop(SEED)] if SEED in axes else [[]]
     command = [*PROGRAM.split(), *named, *(["hydra.mode=RUN"] if named else [])]
     points: list[Point] = []
@@ -270,10 +260,10 @@ def _load(asked: Sequence[str], records: Iterable[Record]) -> Sweep:
                 records=tuple(_one(marked[x], line) for x, line in zip(marks, lines, strict=True)),
             )
         )
-    base = compose("config", overrides=[*named, *fixed])
+    caption = OmegaConf.select(configs[0], "table.caption")
     return Sweep(
         name=name or "sweep",
-        caption=str(OmegaConf.select(base, "table.caption") or f"Sweep of {', '.join(axes)}"),
+        caption=str(caption or f"Sweep of {', '.join(axes)}"),
         command=shlex.join([*PROGRAM.split(), "-m", *named, *overrides]),
         asked=shlex.join([*([name] if name else []), *overrides]),
         keys=list(axes),
@@ -281,6 +271,21 @@ def _load(asked: Sequence[str], records: Iterable[Record]) -> Sweep:
         points=points,
         quotes=quotes(CONF / "experiment" / f"{name}.csv"),
     )
+
+
+def _axes(named: list[str], overrides: list[str]) -> tuple[list[str], dict[str, list[str]]]:
+    """Of what was asked for: overrides that hold for every point, and the values of the others."""
+    parser = OverridesParser.create()
+    base = compose("config", overrides=named, return_hydra_config=True)
+    swept = {str(k): f"{k}={v}" for k, v in (base.hydra.sweeper.params or {}).items()}
+    fixed = []
+    for x in parser.parse_overrides(overrides):
+        # As Hydra's sweeper does: what is typed replaces what the file sweeps.
+        if x.is_sweep_override() or x.get_key_element() in swept:
+            swept[x.get_key_element()] = x.input_line or ""
+        else:
+            fixed.append(x.input_line or "")
+    return fixed, {key: _values(parser.parse_override(line)) for key, line in swept.items()}
 
 
 def _experiment(named: Sequence[str]) -> str:

@@ -1,0 +1,74 @@
+"""What `make test` leaves to `make test-all`: of families of tests that differ in a parameter, so
+many run in both, evenly spaced (a number that does not divide the family's, so that every value of
+every parameter comes up); 0: none, another test of the fast suite fails for the same kind of
+fault. `experiments/benchmarks/faults.py` measures what that costs.
+"""
+
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+
+KEPT = {
+    # processes of their own, which each import everything; one training on two of them is kept
+    "test_soco_runs.py::test_two_processes_train_as_one": 1,
+    "test_soco_runs.py::test_a_killed_sharded_training_goes_on": 0,
+    "test_recovery.py::test_two_processes_train_as_one": 0,
+    "test_sharded_calibration.py::test_two_processes_calibrate_as_one": 0,
+    "test_sharded_calibration.py::test_what_follows_the_order_of_the_samples_is_left_to_one_process": 0,
+    "test_sharded.py::test_two_processes": 1,
+    "test_robustness.py::test_killed_experiment_ends_with_the_same_table": 0,
+    "test_robustness.py::test_killed_while_statistics_are_written": 0,
+    "test_robustness.py::test_three_processes_at_once": 0,
+    "test_profile.py::test_every_stage_is_traced": 0,
+    "test_dashboard.py::test_with_the_real_package_and_a_server": 0,
+    "test_wandb_service.py::test_a_server_that_goes_away_in_the_middle": 0,
+    "test_wandb_service.py::test_without_a_server_a_sweep_waits_once_and_stores_everything": 0,
+    "test_experiments.py::test_a_sweep_in_a_process_of_its_own": 0,
+    "test_export.py::test_import_specomp_is_enough_in_any_order": 1,
+    "test_export.py::test_loads_bit_for_bit_without_specomp_when_the_code_in_the_folder_is_trusted": 1,
+    "test_notebooks.py::test_runs": 0,
+    # the real model: `make demo` runs it too
+    "test_real.py::test_smollm2": 0,
+    # every experiment and every model once; the product in the slow suite
+    "test_experiments.py::test_every_experiment_composes_for_every_model": 19,
+    "test_experiments.py::test_every_swept_value_makes_a_valid_experiment": 6,
+    "test_experiments.py::test_committed_tables_and_reports_come_from_committed_records": 3,
+    "test_experiments.py::test_published_cells_belong_to_the_sweep": 2,
+    # methods x models x forms: some of each
+    "test_methods.py::test_contract": 29,
+    "test_methods.py::test_every_method_can_be_packed_pivoted": 4,
+    "test_methods.py::test_the_same_seed_gives_the_same_ranks_and_weights": 4,
+    "test_methods.py::test_global_allocation_uses_its_budget_and_loses_less_than_uniform_ranks": 2,
+    "test_methods.py::test_our_rows_in_other_architectures": 2,
+    "test_api.py::test_a_run_and_a_call_end_in_the_same_bits": 6,
+    "test_route.py::test_a_run_does_what_its_plan_says": 20,
+    "test_packed.py::test_reloads_bit_for_bit_and_is_as_large_as_counted": 17,
+    "test_export.py::test_factors_reload_bit_for_bit_with_plain_transformers": 33,
+    "test_quantization.py::test_contract": 5,
+    "test_quantization.py::test_the_gram_is_there_for_every_method": 2,
+    "test_streaming.py::test_a_streamed_run_makes_the_same_folder": 7,
+    "test_streaming.py::test_slots": 4,
+    "test_soco_runs.py::test_a_killed_training_goes_on_to_the_same_bits": 4,
+    "test_soco_runs.py::test_the_saved_folder_is_the_model": 1,
+    "test_soco_runs.py::test_what_a_cached_training_depends_on": 4,
+    "test_recovery.py::test_the_model_comes_closer_to_the_dense_one": 2,
+    "test_recovery.py::test_a_killed_recovery_goes_on_to_the_same_bits": 1,
+    "test_pipeline.py::test_the_key_depends_on": 10,
+    "test_pipeline.py::test_the_key_does_not_depend_on": 6,
+    "test_pipeline.py::test_every_activation_method_runs_on_compressed_inputs": 2,
+    "test_plan.py::test_every_method_has_a_plan": 5,
+    "test_plan.py::test_a_hub_model_needs_no_hub": 1,
+    "test_readme.py::test_commands_compose": 20,
+    "test_configs.py::test_every_slot_choice_fits_into_every_method": 14,
+    "test_stages.py::test_any_number_of_layers_at_once_gives_the_same_statistics": 3,
+}
+
+
+def left_out(ids: Sequence[str]) -> Iterator[int]:
+    """Places in a list of test ids, as collected, of those that are not in the fast suite."""
+    families: dict[str, list[int]] = defaultdict(list)
+    for place, name in enumerate(ids):
+        families[name.split("[")[0].rpartition("/")[2]].append(place)
+    for family, kept in KEPT.items():
+        places = families.get(family, [])
+        stay = {(2 * i + 1) * len(places) // (2 * kept) for i in range(kept)}
+        yield from (place for i, place in enumerate(places) if i not in stay)
