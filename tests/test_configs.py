@@ -114,16 +114,19 @@ def test_first_line_says_what_it_is(path):
 
 @pytest.mark.parametrize("path", FILES, ids=name)
 def test_every_parameter_says_what_it_means(path):
-    """In the groups that explain their numbers line by line; values inside `config`, `hub` and the
-    like have a comment of their own.
+    """In the groups that explain their numbers line by line, there or in the file that it starts
+    from; values inside `config`, `hub` and the like have a comment of their own.
     """
     lines = path.read_text().splitlines()
     content = yaml.safe_load(path.read_text()) or {}
+    for base in content.get("defaults", []):
+        if isinstance(base, str) and base != "_self_" and path.parent.name == "model":
+            lines += path.with_name(f"{base}.yaml").read_text().splitlines()
     if path.parent.name in SLOTS or path.parent.name in {"model", "tracking", "ratio"}:
         for key in content:
             if not key.startswith("_") and key != "defaults":
-                line = next(x for x in lines if x.startswith(f"{key}:"))
-                assert " # " in line, f"{name(path)}: {key} has no comment"
+                found = [x for x in lines if x.startswith(f"{key}:")]
+                assert any(" # " in x for x in found), f"{name(path)}: {key} has no comment"
 
 
 @pytest.mark.parametrize(
