@@ -12,19 +12,15 @@ CHECKED = ["numerics.factors", "numerics.gates", "numerics.grid", "numerics.lina
 CHECKED += ["quantization.gptq", "quantization.rtn"]
 install_import_hook([f"specomp.{name}" for name in CHECKED], "beartype.beartype")
 
-import copy
-from functools import cache as remembered
 
+import composing  # noqa: F401  (before anything that composes)
 import pytest
 import torch
 from fast import left_out
-from hydra._internal.core_plugins.file_config_source import FileConfigSource
-from hydra.plugins.config_source import ConfigResult
 from tiny import FAMILY_NAMES, tiny_model, tiny_tokenizer
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
 from specomp.cache import Cache
-from specomp.settings import CONF
 
 torch.set_num_threads(1)
 
@@ -34,24 +30,6 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Mark what only the slow suite runs."""
     for place in left_out([item.nodeid for item in items]):
         items[place].add_marker(pytest.mark.slow)
-
-
-@remembered
-def _first_read(path: str, config_path: str) -> ConfigResult:
-    return READ(FileConfigSource("file", path), config_path)
-
-
-def _read(self: FileConfigSource, config_path: str) -> ConfigResult:
-    """Files of conf/ do not change while tests run: each is read once, which is a third of the time
-    of a composition.
-    """
-    if self.path != str(CONF):
-        return READ(self, config_path)
-    return copy.deepcopy(_first_read(self.path, config_path))
-
-
-READ = FileConfigSource.load_config
-FileConfigSource.load_config = _read
 
 
 @pytest.fixture

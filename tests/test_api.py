@@ -89,6 +89,18 @@ def test_a_cache_is_shared_by_methods_and_ratios(tmp_path, tokens):
     assert len(list((tmp_path / "statistics").rglob("*.safetensors"))) > len(stored)
 
 
+@pytest.mark.parametrize("method", ["svd_llm", "asvd", "two_sided", "adasvd"])
+def test_other_tokens_in_a_shared_cache_are_another_calibration(tmp_path, tokens, method):
+    """The weights that an empty cache gives."""
+    weights = []
+    for seen, folder in ((tokens, "shared"), (tokens.flip(1), "shared"), (tokens.flip(1), "own")):
+        model = tiny_model("llama")
+        specomp.compress(model, seen, method, 0.4, cache=tmp_path / folder)
+        weights.append(model.state_dict())
+    assert all(torch.equal(weights[1][name], weights[2][name]) for name in weights[2])
+    assert any(not torch.equal(weights[0][name], weights[2][name]) for name in weights[2])
+
+
 def test_bits_are_a_budget(tokens):
     from specomp.forms.prices import bits, parts_of
 

@@ -104,6 +104,16 @@ def test_an_interrupted_refinement_goes_on_behind_the_last_finished_decoder_laye
     )
 
 
+def test_other_ranks_in_a_shared_cache_are_refined_anew(tmp_path):
+    """To the weights that an empty cache gives."""
+    weights = []
+    for rank, folder in ((6, "shared"), (4, "shared"), (4, "own")):
+        run = make_run("opt", Cache(tmp_path / folder), num_samples=8, length=32, batch_size=4)
+        run_method(run, method(refinement=REFINE), ranks=ranks_of(run, rank))
+        weights.append(run.model.state_dict())
+    assert all(torch.equal(weights[1][name], weights[2][name]) for name in weights[2])
+
+
 def test_what_is_trained_on_top_shares_the_refined_decoder_layers(tmp_path):
     """Packed as factors too, where a training reads complete spectra that nothing else needs."""
     common = (

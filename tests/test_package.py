@@ -75,8 +75,8 @@ def test_unpacked_beside_the_dependencies(wheel, elsewhere):
     from specomp.cli import run
     assert run(["debug=tiny", "paths.cache=cache"]) == 0
     assert run(["table", "adasvd_table1", "model=smollm2_135m", "budget=cpu_bf16", "ratio=cr40",
-                "--records", {str(RECORDS)!r}]) == 0
-    assert run(["table", "adasvd_table3a", "model=smollm2_135m"]) == 0
+                "method=svd_llm,adasvd", "--records", {str(RECORDS)!r}]) == 0
+    assert run(["table", "adasvd_table3a", "model=smollm2_135m", "ratio=cr40"]) == 0
     """
     script = SCRIPT + textwrap.dedent(more)
     done = python(elsewhere, [sys.executable, "-c", script], PYTHONPATH=str(elsewhere / "unpacked"))

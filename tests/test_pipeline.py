@@ -354,7 +354,7 @@ def test_an_interrupted_benchmark_keeps_the_finished_ones(
     suite = [
         "+corpus@benchmark.parts.{0}.corpus=pydocs",
         "+benchmark/part@benchmark.parts.{0}=perplexity",
-        "+benchmark.parts.{0}.name={0}",
+        "benchmark.parts.{0}.name={0}",
     ]
     overrides = [
         *SVD,

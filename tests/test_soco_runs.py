@@ -687,6 +687,21 @@ def test_a_loss_that_is_no_number_stops_the_training(cache, monkeypatch, value):
     assert torch.load(path, map_location="cpu", weights_only=True)["global_step"] == 4
 
 
+def test_samples_kept_aside_are_never_trained_on(cache, monkeypatch):
+    """But measured on."""
+    original, seen = SpectrumModule.performance_of, {True: set(), False: set()}
+
+    def watched(self, indices):
+        seen[torch.is_grad_enabled()].update(indices)
+        return original(self, indices)
+
+    monkeypatch.setattr(SpectrumModule, "performance_of", watched)
+    run = soco_run("llama_gqa", cache, soco(held_out=2))
+    fit(run)
+    count = run.training_samples.num_samples
+    assert seen[True] == set(range(count - 2)) and seen[False] >= {count - 2, count - 1}
+
+
 def test_too_few_samples_are_refused(cache):
     with pytest.raises(UserError, match=r"held_out=5 .*there are 5 to train on"):
         fit(soco_run("llama_gqa", cache, soco(held_out=5)))

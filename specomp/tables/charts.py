@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import cycle
 from pathlib import Path
 from statistics import fmean, geometric_mean
-from typing import Any
+from typing import Any, Literal
 
 import matplotlib as mpl
 import pandas
@@ -14,10 +14,13 @@ from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
+from specomp.evaluation.metric import FRACTION
 from specomp.experiment.record import Record
 from specomp.tables.sweep import RATIO, Point, Sweep
 
 SIZE = (6.4, 4.0)  # inches
+MANY = 8  # lines: with more, names stand at their ends instead of in a legend
+CHARACTERS = 88  # in a line of a legend
 BEYOND_USE = 1e5  # a perplexity: more than the words that most vocabularies have
 STAGES = ("calibrate", "allocate", "train", "compress", "evaluate")
 PLAIN = {"linewidth": 1.2}
@@ -45,17 +48,23 @@ def quality(sweep: Sweep) -> dict[str, str]:
     for column in sweep.columns:
         for caption, (label, swept, place) in axes.items():
             found: dict[str, list[tuple[float, float]]] = {}
+            errors: dict[str, list[tuple[float, float]]] = {}
+            scale, unit = (100, " (%)") if column.unit == FRACTION else (1, "")
             for point in sweep.points:
                 if (value := point.mean(column)) is not None:
-                    found.setdefault(point.series(swept), []).append((place(point), value))
+                    series, error = point.series(swept), point.error(column) or 0.0
+                    found.setdefault(series, []).append((place(point), scale * value))
+                    errors.setdefault(series, []).append((place(point), scale * error))
             if all(len(line) < 2 for line in found.values()):
                 continue
+            dense = sweep.dense(column) if swept == RATIO else None
             drawn[f"{column.label} against {caption}"] = _lines(
                 {name: sorted(line) for name, line in found.items()},
                 label,
-                column.label,
+                column.label + unit,
                 [POINTS],
-                dense=sweep.dense(column) if swept == RATIO else None,
+                errors={name: [e for _, e in sorted(line)] for name, line in errors.items()},
+                dense=None if dense is None else scale * dense,
                 plain_ticks=column.lower_is_better,
                 yscale="log" if column.lower_is_better else "linear",
             )
@@ -97,7 +106,7 @@ def spectra(linears: pandas.DataFrame) -> str:
     means = values.groupby(linears["kind"], sort=False).agg(geometric_mean)
     lines = {kind: _against_depth(means.loc[kind]) for kind in means.index}
     label = "singular value over the largest"
-    return _lines(lines, "component / number of components", label, ncols=2, yscale="log")
+    return _lines(lines, "component / number of components", label, yscale="log")
 
 
 def gate_profiles(
@@ -110,7 +119,7 @@ def gate_profiles(
         places = [(i + 0.5) / len(values) for i in range(len(values))]
         lines[kind.rpartition(".")[2]] = zip(places, values, strict=True)
     xlabel = "component / number of components, largest singular value first"
-    return _lines(lines, xlabel, label, [PLAIN], ncols=2, ylim=(0, None))
+    return _lines(lines, xlabel, label, [PLAIN], ylim=(0, None))
 
 
 def rank_map(linears: pandas.DataFrame) -> str:
@@ -155,7 +164,7 @@ def training_curve(rows: pandas.DataFrame) -> str:
         right.plot(rows["step"], rows[name], style, color="tab:blue", linewidth=1, label=label)
     right.set(ylabel="retention", ylim=(0, None))
     handles = [*axes.get_legend_handles_labels()[0], *right.get_legend_handles_labels()[0]]
-    axes.legend(handles=handles, fontsize="small", frameon=False)
+    _legend_below(figure, handles, [x.get_label() for x in handles])
     return svg(figure)
 
 
@@ -197,17 +206,24 @@ def _lines(
     ylabel: str,
     styles: Sequence[Mapping[str, Any]] = (DOTS,),
     *,
+    errors: Mapping[str, Sequence[float]] | None = None,
     dense: float | None = None,
     plain_ticks: bool = False,
-    ncols: int = 1,
     **settings: Any,
 ) -> str:
-    """Named lines of places and values. dense: the dense model's value, as a level; plain_ticks:
-    20, 50, 100 and not 10^2, for a range that is often less than a decade.
+    """Named lines of places and values. errors: bars, one per value; dense: the dense model's
+    value, as a level; plain_ticks: 20, 50, 100 and not 10^2, for a range that is often less than a
+    decade. Names stand below the axes, or at the ends of the lines where there are many.
     """
     figure, axes = _new()
+    named = len(found) > MANY
+    colours = mpl.colormaps["tab20" if len(found) > 10 else "tab10"]
+    axes.set_prop_cycle(color=[colours(i) for i in range(colours.N)])
     for (name, line), style in zip(found.items(), cycle(styles)):
-        axes.plot(*zip(*line, strict=True), **style, label=name)
+        (drawn,) = axes.plot(*zip(*line, strict=True), **style, label=name)
+        if errors is not None and any(errors[name]):
+            places, values = zip(*line, strict=True)
+            axes.errorbar(places, values, errors[name], fmt="none", ecolor=drawn.get_color())
     if dense is not None:
         axes.axhline(dense, color="0.5", linewidth=1, linestyle=":", label="dense")
     axes.set(xlabel=xlabel, ylabel=ylabel, **settings)
@@ -217,8 +233,43 @@ def _lines(
         axes.yaxis.set_minor_formatter(NullFormatter())
         if axes.get_ylim()[1] > BEYOND_USE:  # lines of collapsed models leave the figure
             axes.set_ylim(top=BEYOND_USE)
-    axes.legend(fontsize="small", frameon=False, ncols=ncols)
+    if named:
+        _name_ends(axes, [(name, list(line)[-1]) for name, line in found.items()])
+    handles, labels = axes.get_legend_handles_labels()
+    if not named:
+        _legend_below(figure, handles, labels)
     return svg(figure)
+
+
+def _legend_below(figure: Figure, handles: Sequence[Any], labels: Sequence[str]) -> None:
+    """Outside the axes, in as many columns as the names leave room for; the figure grows by it."""
+    columns = max(1, min(len(labels), CHARACTERS // (max(map(len, labels), default=0) + 7)))
+    width, height = figure.get_size_inches()
+    figure.set_size_inches(width, height + 0.19 * -(-len(labels) // columns))
+    place: Literal["outside lower center"] = "outside lower center"
+    style: dict[str, Any] = {"fontsize": "small", "frameon": False}
+    figure.legend(handles, labels, loc=place, ncols=columns, **style)
+
+
+def _name_ends(axes: Any, ends: Sequence[tuple[str, tuple[Any, float]]]) -> None:
+    """Each line's name beside its last value, in its colour, moved apart where they would meet."""
+    colours = {line.get_label(): line.get_color() for line in axes.lines}
+    heights = {}
+    for name, end in ends:
+        _, height = axes.transAxes.inverted().transform(axes.transData.transform(end))
+        heights[name] = min(max(float(height), 0.0), 1.0)
+    free = 0.0
+    for name in sorted(heights, key=lambda x: heights[x]):
+        free = max(heights[name], free)
+        axes.annotate(
+            name,
+            (1.01, free),
+            xycoords="axes fraction",
+            va="center",
+            fontsize="x-small",
+            color=colours[name],
+        )
+        free += 0.042
 
 
 def _new() -> tuple[Figure, Any]:

@@ -8,8 +8,8 @@ from statistics import fmean
 
 from specomp.evaluation.metric import FRACTION
 from specomp.experiment.record import Record
-from specomp.tables.render import MISSING, Form, render
-from specomp.tables.sweep import LEDGER, Column, Point, Sweep
+from specomp.tables.render import MISSING, Form, captioned, render
+from specomp.tables.sweep import LEDGER, RATIO, Column, Point, Sweep
 
 DENSE = "dense"
 FILES: dict[str, Form] = {"table.md": "markdown", "table.csv": "csv", "table.tex": "latex"}
@@ -21,7 +21,7 @@ def paper_table(sweep: Sweep, form: Form) -> str:
         return render(*long_grid(sweep), "csv")
     table = render(*grid(sweep), form)
     if form == "latex":
-        return "".join(f"% {line}\n" for line in facts(sweep)) + table
+        return "".join(f"% {line}\n" for line in facts(sweep)) + captioned(table, sweep.caption)
     parts = [f"# {sweep.caption}", _bullets(facts(sweep)), table.rstrip()]
     if notes := sweep.notes():
         parts += ["On the paper's numbers:", _bullets(notes)]
@@ -143,10 +143,13 @@ def _measured(sweep: Sweep, point: Point, column: Column) -> str:
 
 
 def _best(sweep: Sweep, point: Point, column: Column) -> float | None:
-    """The best mean of points that differ in the last swept key only, where there are several."""
+    """The best mean of points that differ in the last swept key only, or the last but the ratio;
+    where there are several.
+    """
+    compared = next((k for k in reversed(sweep.keys) if k.partition(".")[0] != RATIO), None)
 
     def block(x: Point) -> list[str]:
-        return [x.models, *(x.keys[k] for k in sweep.keys[:-1])]
+        return [x.models, *(v for k, v in x.keys.items() if k != compared)]
 
     rivals = [p for p in sweep.points if block(p) == block(point) and not p.collapsed(column)]
     means = [x for p in rivals if (x := p.mean(column)) is not None]

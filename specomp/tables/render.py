@@ -9,9 +9,14 @@ import pandas
 Form = Literal["markdown", "csv", "latex"]
 FORMS: tuple[Form, ...] = ("markdown", "csv", "latex")
 MISSING = "--"
-ESCAPE = str.maketrans(
-    {"_": r"\_", "%": r"\%", "&": r"\&", "#": r"\#", "±": r"$\pm$", "{": r"\{", "}": r"\}"}
+SPECIAL = {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}"}
+SPECIAL |= {"<": r"\textless{}", ">": r"\textgreater{}", "|": r"\textbar{}", "±": r"$\pm$"}
+ESCAPE = str.maketrans(SPECIAL | {x: f"\\{x}" for x in "_%&#{}$"})
+NUMBER = re.compile(
+    r"(\*\*)?[+-]?[\d.,]+( ?%)?( ± [\d.e+-]+)?(\*\*)?( (\*collapsed\*|\(collapsed\)))?|--|nan|inf|"
 )
+# What a wide table is made as narrow as the text by; a narrow one stays as it is.
+FIT = r"\resizebox{\ifdim\width>\linewidth\linewidth\else\width\fi}{!}{%"
 
 
 def render(header: Sequence[str], body: Sequence[Sequence[str]], form: Form) -> str:
@@ -21,10 +26,19 @@ def render(header: Sequence[str], body: Sequence[Sequence[str]], form: Form) -> 
     frame = pandas.DataFrame(body, columns=list(header))
     if form == "csv":
         return str(frame.to_csv(index=False, lineterminator="\n"))
+    numeric = [all(NUMBER.fullmatch(line[i]) for line in body) for i in range(len(header))]
     text = frame.map(_latex).to_latex(
-        index=False, header=[_latex(x) for x in header], column_format="l" * len(header)
+        index=False,
+        header=[_latex(x) for x in header],
+        column_format="".join("r" if x else "l" for x in numeric),
     )
-    return str(text)
+    return f"% \\usepackage{{booktabs,graphicx}}\n{FIT}\n{text}}}\n"
+
+
+def captioned(tabular: str, caption: str) -> str:
+    """A LaTeX table as a float."""
+    title = f"\\caption{{{_latex(caption)}}}"
+    return f"\\begin{{table}}[t]\n\\centering\n{title}\n{tabular}\\end{{table}}\n"
 
 
 def _markdown(header: Sequence[str], body: Sequence[Sequence[str]]) -> str:
@@ -36,4 +50,5 @@ def _markdown(header: Sequence[str], body: Sequence[Sequence[str]]) -> str:
 
 
 def _latex(cell: str) -> str:
-    return re.sub(r"^\*\*(.*)\*\*$", r"\\textbf{\1}", cell.translate(ESCAPE))
+    text = re.sub(r"^\*\*(.*)\*\*", r"\\textbf{\1}", cell.translate(ESCAPE))
+    return re.sub(r"\*(\w+)\*", r"\\emph{\1}", text)

@@ -131,6 +131,13 @@ class Point:
         values = self.values(column)
         return stdev(values) if len(values) > 1 and all(map(math.isfinite, values)) else None
 
+    def error(self, column: Column) -> float | None:
+        """What a value is uncertain by: over seeds, or of one record by what its benchmark says."""
+        if (spread := self.std(column)) is not None:
+            return spread
+        told = [column.result(r).get(f"{column.metric}_stderr") for r in self.done]
+        return next((float(x) for x in told if x is not None), None)
+
     def collapsed(self, column: Column) -> bool:
         """Whether any seed's value means nothing."""
         return any(column.collapsed(r) for r in self.done)

@@ -414,7 +414,10 @@ def test_the_corpus_can_be_exchanged_in_every_yaml(name: str) -> None:
     """
     place = "calibration.corpus" if name == "c4" else "calibration.parts.c4.corpus"
     for other in sorted(path.stem for path in (CONF / "corpus").glob("*.yaml")):
-        settings = composed(f"+calibration={name}", "+paths.data=null", f"corpus@{place}={other}")
+        more = [f"{place}.path=mine.txt"] if other == "text" else []
+        settings = composed(
+            f"+calibration={name}", "+paths.data=null", f"corpus@{place}={other}", *more
+        )
         chosen = settings.corpus if name == "c4" else settings.parts["c4"].corpus
         assert chosen.name == other and chosen.split == "train"
 

@@ -113,7 +113,7 @@ def test_partial_and_too_few_documents_are_logged(
         ({"field": "words"}, r"line 1: no text field 'words' \(fields: text, sentence\)"),
         ({"local": {"test": "toy/bad.jsonl"}}, "line 2: not JSON"),
         ({"local": {"test": "toy/list.jsonl"}}, r"line 1: no text field 'text' \(fields: none\)"),
-        ({"local": {"test": "toy/test.csv"}}, "use .jsonl, .jsonl.gz or .txt"),
+        ({"local": {"test": "toy/test.csv"}}, "use .jsonl, .jsonl.gz, .txt or .md"),
         ({"local": {"test": "toy/empty.txt"}}, "holds no text"),
     ],
 )
@@ -184,7 +184,7 @@ def test_really_offline(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None
 
 @pytest.mark.parametrize("name", CORPORA)
 def test_yaml(name: str) -> None:
-    source = composed(name)
+    source = composed(name, **({"path": "somewhere.txt"} if name == "text" else {}))
     assert isinstance(source, TextSource)
     assert source.name == name
     if isinstance(source, Corpus):

@@ -3,16 +3,15 @@
 import csv
 import io
 import math
-import subprocess
-import sys
 
 import pytest
+from command import typed
 from ledgers import made_ledger
 
 from specomp.errors import UserError
 from specomp.experiment.record import Record, RecordStore, record_key
+from specomp.tables.render import MISSING, render
 from specomp.tables.table import (
-    MISSING,
     cell,
     columns_of,
     default_columns,
@@ -200,12 +199,26 @@ def test_latex_escapes_and_has_rules(folder, capsys):
         capsys, folder, "--format", "latex", "--columns", "model", "method", "compression"
     )
     assert code == 0
-    assert out.startswith(
-        "\\begin{tabular}{lll}\n\\toprule\nmodel & method & compression \\\\\n\\midrule\n"
-    )
-    assert out.endswith("\\bottomrule\n\\end{tabular}\n")
+    head = "\\begin{tabular}{llr}\n\\toprule\nmodel & method & compression \\\\\n\\midrule\n"
+    assert head in out, "numbers stand under each other"
+    assert "\\resizebox{\\ifdim\\width>\\linewidth" in out, "a wide table fits the page"
+    assert out.endswith("\\bottomrule\n\\end{tabular}\n}\n")
     assert "llama & svd\\_llm & 60\\% \\\\" in out
     assert "svd_llm" not in out.replace("svd\\_llm", "")
+
+
+@pytest.mark.parametrize(
+    ("cell", "says"),
+    [
+        ("a_b 5% & #1 {x} $", r"a\_b 5\% \& \#1 \{x\} \$"),
+        ("x^2 ~ y < z > \\ |", r"x\textasciicircum{}2 \textasciitilde{} y \textless{} z"),
+        ("**14.76**", r"\textbf{14.76}"),
+        ("**1.5 ± 0.2**", r"\textbf{1.5 $\pm$ 0.2}"),
+        ("40043808 *collapsed*", r"40043808 \emph{collapsed}"),
+    ],
+)
+def test_latex_of_any_text(cell, says):
+    assert says in render(["a"], [[cell]], "latex")
 
 
 def test_a_failed_run_is_a_row_without_numbers(folder, capsys):
@@ -310,30 +323,11 @@ def test_render_of_nothing_has_a_header():
     )
 
 
-def test_as_a_command(folder):
-    done = subprocess.run(
-        [
-            sys.executable,
-            "-m",
-            "specomp",
-            "table",
-            str(folder),
-            "--format",
-            "csv",
-            "--columns",
-            "model",
-        ],
-        capture_output=True,
-        text=True,
-        check=True,
-    )
+def test_as_a_command(folder, tmp_path):
+    done = typed(tmp_path, "table", str(folder), "--format", "csv", "--columns", "model")
+    assert done.returncode == 0
     assert done.stdout.split() == ["model", "bert_like", "llama", "llama", "llama", "llama"]
-    failed = subprocess.run(
-        [sys.executable, "-m", "specomp", "table", str(folder / "no")],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    failed = typed(tmp_path, "table", str(folder / "no"))
     assert failed.returncode == 1
-    assert "No folder of records" in failed.stderr
     assert "Traceback" not in failed.stderr
+    assert typed(tmp_path, "tabel").stderr.startswith("specomp: no command tabel; did you mean ta")
