@@ -19,7 +19,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig
 
 import specomp
-from specomp.errors import UserError
+from specomp.errors import UserError, needed
 from specomp.experiment.completed import completed
 from specomp.experiment.label import first_line
 from specomp.settings import CONF, choices
@@ -90,8 +90,7 @@ def run(typed: Sequence[str]) -> int:
     if first == "plan":
         typed = [*rest, "plan=true"]
     elif first in COMMANDS:
-        command: Callable[[Sequence[str]], int] = import_module(f"specomp.tables.{first}").main
-        return command(rest)
+        return tool(first, rest)
     elif first and re.fullmatch(r"\w+", first):
         close = difflib.get_close_matches(first, COMMANDS, n=1)
         hint = f"; did you mean {close[0]}?" if close else f": there are {', '.join(COMMANDS)}."
@@ -113,6 +112,18 @@ def run(typed: Sequence[str]) -> int:
     finally:
         show_sweep()
     return 0
+
+
+def tool(name: str, typed: Sequence[str]) -> int:
+    """A command about results. The exit code."""
+    try:
+        if name != "table":
+            needed("matplotlib", "figures", f"specomp {name}")
+    except UserError as error:
+        log.error("%s", error)
+        return 1
+    command: Callable[[Sequence[str]], int] = import_module(f"specomp.tables.{name}").main
+    return command(typed)
 
 
 def show_sweep() -> None:

@@ -2,11 +2,22 @@
 others are quoted in it.
 """
 
+from importlib.util import find_spec
+
 
 class UserError(ValueError):
     """Input that cannot work. Message: what happened, where, the numbers, what to change; run.py
     prints it as one line and exits 1.
     """
+
+
+def needed(package: str, extra: str, what: str, otherwise: str = "") -> None:
+    """Raises UserError where the package of an extra is not installed. package: as it is imported;
+    otherwise: what to do without it.
+    """
+    if find_spec(package) is None:
+        hint = f"pip install 'specomp[{extra}]'{otherwise}"
+        raise UserError(f"{what} needs {package.replace('_', '-')}: {hint}.")
 
 
 def not_finite(what: str) -> UserError:

@@ -95,6 +95,7 @@ COMMON = {"torch", "pydantic", "jaxtyping"}
 MATHEMATICS = {"torch", "jaxtyping"}  # all that numerics knows
 # What a library that compresses in closed form must not cost.
 EXPERIMENTS_ONLY = {"hydra", "lightning", "lm_eval", "wandb", "matplotlib"}
+EXTRAS = {"matplotlib", "peft", "compressed_tensors", "loguru", "wandb_workspaces"}
 FILES = [ROOT / "run.py", *sorted(PACKAGE.rglob("*.py"))]
 
 
@@ -230,6 +231,17 @@ def test_the_library_imports_none_of_what_experiments_need():
     for path in reached:
         assert not packages(path, deferred=False) & EXPERIMENTS_ONLY, label(path)
         assert FLOORS[room(path)] <= FLOORS["api"]
+
+
+@pytest.mark.parametrize("start", ["experiment/pipeline.py", "tables/table.py", "cli.py"])
+def test_no_run_and_no_table_needs_an_extra(start):
+    """Only when something that needs one is asked for."""
+    reached, left = set(), {PACKAGE / start}
+    while left:
+        reached |= left
+        left = {x for path in left for x in own(path, deferred=False)} - reached
+    for path in reached:
+        assert not packages(path, deferred=False) & EXTRAS, label(path)
 
 
 @pytest.mark.parametrize("path", FILES, ids=label)

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from command import typed as as_typed
 from running import ROOT
 from tiny import tiny_model, tiny_tokenizer
 
@@ -130,6 +131,26 @@ def test_dependencies_and_extras():
     assert {"figures", "lora", "int4", "dashboard", "joblib", "submitit"} <= set(
         own.removeprefix("specomp[").removesuffix("]").split(",")
     )
+
+
+@pytest.mark.parametrize(
+    ("package", "typed", "says"),
+    [
+        ("matplotlib", ["report", "adasvd_table1"], "specomp report needs matplotlib: pip install"),
+        ("peft", ["debug=tiny", "method/training=lora"], "pip install 'specomp[lora]'"),
+        (
+            "compressed_tensors",
+            ["debug=tiny", "quantizer=rtn_int4"],
+            "specomp[int4]', or set save",
+        ),
+    ],
+)
+def test_a_missing_extra_is_named(tmp_path, monkeypatch, caplog, package, typed, says):
+    monkeypatch.setitem(sys.modules, package, None)
+    done = as_typed(tmp_path, *typed)
+    assert done.returncode == 1
+    assert says in done.stderr + caplog.text
+    assert "Traceback" not in done.stderr
 
 
 def test_there_is_one_version():

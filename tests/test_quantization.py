@@ -2,7 +2,6 @@
 specomp, and what is refused.
 """
 
-import importlib.util
 import statistics
 import subprocess
 import sys
@@ -16,8 +15,7 @@ from test_methods import IDS, MODELS, compressed, logits
 
 import specomp
 from specomp.compression.route import Route
-from specomp.errors import UserError
-from specomp.experiment.checks import find_spec
+from specomp.errors import UserError, find_spec
 from specomp.experiment.config import build
 from specomp.methods.adasvd import AdaComp
 from specomp.models.packed import grid_linears
@@ -212,7 +210,7 @@ def test_without_compressed_tensors_saving_is_refused_before_any_work(
     tmp_path, monkeypatch, no_weights_read
 ):
     monkeypatch.setattr(
-        "specomp.experiment.checks.find_spec",
+        "specomp.errors.find_spec",
         lambda name: None if name == "compressed_tensors" else find_spec(name),
     )
     with pytest.raises(UserError, match=r"pip install 'specomp\[int4\]', or set save=false"):
@@ -224,18 +222,6 @@ def test_without_compressed_tensors_saving_is_refused_before_any_work(
         compose_config(tmp_path, "method=svd", "quantizer=gptq_int4", "options.export=dense")
     )
     assert build(compose_config(tmp_path, "method=svd"))
-
-
-def test_nothing_but_int4_needs_compressed_tensors(tmp_path):
-    code = (
-        "import sys; sys.modules['compressed_tensors'] = None; import specomp.experiment.pipeline;"
-        " print('fine')"
-    )
-    done = subprocess.run(
-        [sys.executable, "-c", code], cwd=CONF.parent, capture_output=True, text=True, timeout=120
-    )
-    assert "fine" in done.stdout, done.stderr
-    assert importlib.util.find_spec("compressed_tensors") is not None, "the extra dev brings it"
 
 
 @pytest.mark.parametrize(

@@ -13,6 +13,8 @@ from running import CONF, ROOT, compose_run
 from tiny import tiny_model, tiny_tokenizer
 
 from specomp.experiment.checks import make
+from specomp.experiment.record import COMMITTED, stored
+from specomp.tables.sweep import load_sweep
 
 README = (ROOT / "README.md").read_text()
 CARDS = (ROOT / "specomp" / "methods" / "README.md").read_text()
@@ -24,7 +26,19 @@ COMMANDS = [
     if re.match(r"    python run\.py ", line)
     and not re.search(r"hydra/(launcher|sweeper)=", line)  # those need extras
 ]
-PLACEHOLDERS = {"FOLDER": "folder", "F": "calibration.npy", "G": "test.npy"}
+RESULTS = [
+    shlex.split(line.split("#")[0])[1:]
+    for line in README.splitlines()
+    if re.match(r"    specomp (table|report) \w+ ", line)
+]
+PLACEHOLDERS = {
+    "FILE": "text.txt",
+    "COMMIT": "main",
+    "ORG/NAME": "a/b",
+    "FOLDER": "folder",
+    "F": "calibration.npy",
+    "G": "test.npy",
+}
 
 
 def overrides(command: str) -> list[str]:
@@ -49,8 +63,13 @@ def test_commands_compose(command: str) -> None:
         assert make(cfg, group) is not None
 
 
+@pytest.mark.parametrize("typed", RESULTS, ids=lambda x: " ".join(x[:2]))
+def test_tables_and_reports_show_the_committed_results(typed) -> None:
+    assert not load_sweep(typed[1:], stored([COMMITTED])).missing()
+
+
 def test_commands_were_found() -> None:
-    assert len(COMMANDS) >= 8
+    assert len(COMMANDS) >= 8 and len(RESULTS) == 2
 
 
 def test_methods_table_is_complete() -> None:

@@ -7,7 +7,6 @@ import re
 import warnings
 from collections.abc import Callable
 from functools import partial
-from importlib.util import find_spec
 from typing import Any
 
 import lightning as L
@@ -20,7 +19,7 @@ from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 from pydantic import ValidationError
 
 from specomp.compression.route import Route
-from specomp.errors import UserError, first_line, one_line
+from specomp.errors import UserError, first_line, needed, one_line
 from specomp.evaluation.suite import Suite
 from specomp.experiment.options import Options
 from specomp.models.load import torch_device
@@ -126,11 +125,9 @@ def check_packed(method: Method, options: Options) -> None:
         return
     if method.is_dense:
         log.warning("Nothing is compressed: quantizer is not used.")
-    elif options.save and options.export == "factors" and find_spec("compressed_tensors") is None:
-        raise UserError(
-            f"Saving factors of {grid.bits} bits needs compressed-tensors: pip install"
-            " 'specomp[int4]', or set save=false, which evaluates all the same."
-        )
+    elif options.save and options.export == "factors":
+        otherwise = ", or set save=false, which evaluates all the same"
+        needed("compressed_tensors", "int4", f"Saving factors of {grid.bits} bits", otherwise)
 
 
 def actionable(error: BaseException) -> UserError | None:

@@ -8,6 +8,7 @@ import logging
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,6 @@ from specomp.errors import UserError, first_line
 from specomp.evaluation.suite import Benchmark
 from specomp.experiment.checks import actionable
 from specomp.experiment.config import Experiment, ask, build
-from specomp.experiment.figures import training_figure
 from specomp.experiment.plan import show_plan
 from specomp.experiment.record import Record, point_of, provenance, record_key
 from specomp.experiment.summary import show
@@ -63,7 +63,11 @@ class RecordProgress(Progress):
 
     def trained(self, account: dict[str, Any], figure: Any = None) -> None:
         """Draw what can be drawn of it."""
-        if figure is not None:
+        if figure is not None and find_spec("matplotlib") is None:
+            log.info("No figure of the training: pip install 'specomp[figures]' draws it.")
+        elif figure is not None:
+            from specomp.experiment.figures import training_figure  # an extra
+
             path = self.experiment.records.companion(self.record.key, "training.png")
             linears, gates, kept = figure
             training_figure(path, linears, gates, kept, account)

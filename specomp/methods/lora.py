@@ -14,8 +14,9 @@ are CHOICES.
 
 from typing import Any, ClassVar
 
+from specomp.errors import needed
 from specomp.settings import configurable
-from specomp.slots import Choice
+from specomp.slots import Choice, Method
 from specomp.training.phases import LoRASettings
 from specomp.training.teacher import TeacherStates
 
@@ -27,6 +28,13 @@ class LoRA(LoRASettings):
     chooses: ClassVar[bool] = False
     moves_stored: ClassVar[bool] = True
     adds_bias: ClassVar[bool] = False
+
+    def check(
+        self, method: Method, budget: Any, num_samples: int, processes: int, dtype: str
+    ) -> None:
+        """See Training.check; and whether peft, an extra, is there."""
+        needed("peft", "lora", "method/training=lora")
+        super().check(method, budget, num_samples, processes, dtype)
 
     def forms(
         self,

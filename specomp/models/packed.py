@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from specomp.errors import UserError
+from specomp.errors import UserError, needed
 from specomp.models.modules import GridLinear, replace_linear
 from specomp.numerics.grid import Grid
 
@@ -68,13 +68,9 @@ def unpacking() -> Iterator[None]:
     """Around from_pretrained of a packed folder: no advice about short blocks. Raises UserError
     without compressed-tensors.
     """
-    try:
-        import compressed_tensors  # noqa: F401
-        from loguru import logger
-    except ImportError as error:
-        raise UserError(
-            "This folder holds packed integers: pip install 'specomp[int4]' to read it."
-        ) from error
+    needed("compressed_tensors", "int4", "Reading a folder of packed integers")
+    from loguru import logger
+
     logger.disable("compressed_tensors")
     try:
         yield

@@ -216,10 +216,11 @@ def _lines(
     decade. Names stand below the axes, or at the ends of the lines where there are many.
     """
     figure, axes = _new()
-    named = len(found) > MANY
-    colours = mpl.colormaps["tab20" if len(found) > 10 else "tab10"]
+    lines = {name: list(line) for name, line in found.items()}
+    named = len(lines) > MANY
+    colours = mpl.colormaps["tab20" if len(lines) > 10 else "tab10"]
     axes.set_prop_cycle(color=[colours(i) for i in range(colours.N)])
-    for (name, line), style in zip(found.items(), cycle(styles)):
+    for (name, line), style in zip(lines.items(), cycle(styles)):
         (drawn,) = axes.plot(*zip(*line, strict=True), **style, label=name)
         if errors is not None and any(errors[name]):
             places, values = zip(*line, strict=True)
@@ -234,7 +235,7 @@ def _lines(
         if axes.get_ylim()[1] > BEYOND_USE:  # lines of collapsed models leave the figure
             axes.set_ylim(top=BEYOND_USE)
     if named:
-        _name_ends(axes, [(name, list(line)[-1]) for name, line in found.items()])
+        _name_ends(axes, [(name, line[-1]) for name, line in lines.items()])
     handles, labels = axes.get_legend_handles_labels()
     if not named:
         _legend_below(figure, handles, labels)

@@ -18,7 +18,7 @@ from hydra import compose
 from hydra.utils import instantiate
 
 from specomp.cache import atomic_path, digest
-from specomp.errors import UserError
+from specomp.errors import UserError, needed
 from specomp.experiment import tracking as logged
 from specomp.experiment.record import stored, stores
 from specomp.experiment.tracking import BYTES, RETENTION, SweepReport, WandbTracking
@@ -69,14 +69,10 @@ def metric_key(column: Column, sweep: Sweep) -> str | None:
 
 def view(sweep: Sweep, shown: SweepReport, *, project: str, entity: str, group: str) -> Any:
     """The saved view: a wandb_workspaces Workspace, made without a network; `save()` uploads it."""
-    try:
-        import wandb_workspaces.reports.v2 as panels
-        import wandb_workspaces.workspaces as spaces
-    except ImportError as error:
-        raise UserError(
-            "The run of the sweep is there; its view needs wandb-workspaces: "
-            "pip install -c constraints.txt -e '.[dashboard]'."
-        ) from error
+    needed("wandb_workspaces", "dashboard", "The run of the sweep is there; its view")
+    import wandb_workspaces.reports.v2 as panels
+    import wandb_workspaces.workspaces as spaces
+
     keys = {c: key for c in sweep.columns if (key := metric_key(c, sweep)) is not None}
 
     def scatter(column: Column, axis: str) -> Any:
