@@ -37,6 +37,11 @@ SCHEMA = 1
 COMMITTED = Path(__file__).resolve().parents[2] / "experiments" / "records"
 # Bumped when the same settings would give other weights.
 WEIGHTS_VERSION = 1
+SAID = {
+    "load": "Load the model.",
+    "allocate": "Choose what each linear keeps.",
+    "save": "Save the model folder.",
+}
 COMPANIONS = ("linears.csv", "training.csv")
 PACKAGES = (
     "specomp",
@@ -96,7 +101,11 @@ class Record:
 
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
-        """Time a stage and note the process's peak memory at its end."""
+        """Time a stage and note the process's peak memory at its end. Of stages without a progress
+        bar the log says that they begin.
+        """
+        if name in SAID:
+            log.info("%s", SAID[name])
         start = time.perf_counter()
         try:
             yield

@@ -24,6 +24,7 @@ from specomp.errors import UserError
 from specomp.forms.options import Menu, Options, priced_in
 from specomp.models.family import Unit
 from specomp.numerics.statistics import Statistic
+from specomp.progress import track
 from specomp.settings import configurable
 from specomp.slots import Choice, Reads
 
@@ -45,7 +46,7 @@ class GlobalLossAllocation:
         """Choices. Raises UserError when the budget cannot pay the smallest of them."""
         curves = {
             unit: curve(options, self.round_to, normalize=self.normalize)
-            for unit, options in menu.items()
+            for unit, options in track(menu.items(), "predict losses", len(menu))
         }
         budget = int(share * sum(x.dense for x in menu.values()) + 1e-6)
         least = sum(x.cheapest for x in curves.values())

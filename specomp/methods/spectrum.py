@@ -12,6 +12,7 @@ from specomp.compression.spectra import Spectra, StoredSpectra
 from specomp.errors import UserError
 from specomp.forms.prices import Budget, Numbers
 from specomp.models.family import Unit
+from specomp.progress import track
 from specomp.quantization.none import NoQuantizer
 from specomp.settings import configurable
 from specomp.slots import Choice, Method, describe
@@ -66,7 +67,7 @@ class SpectrumTraining(SpectrumSettings):
         assert isinstance(run.budget, Numbers), "checked"
         components, gains = spectra, {}
         if run.method.repairs:
-            for linear in run.linears:
+            for linear in track(run.linears, "decompose", len(run.linears)):
                 spectra(linear)  # while the model is dense
             with run.progress.stage("compress"):  # what is trained is rounded afterwards
                 bare = replace(run, method=replace(run.method, rounding=NoQuantizer()))

@@ -33,6 +33,7 @@ from specomp.numerics.factors import (
 from specomp.numerics.linalg import SolveDtype
 from specomp.numerics.ratio import retained
 from specomp.numerics.statistics import Gram, Statistic, Stats
+from specomp.progress import track
 from specomp.settings import configurable
 from specomp.slots import Choice, Reads, Upstream
 
@@ -97,8 +98,11 @@ class TypeLossAllocation:
     def __call__(self, menu: Menu, share: float, reads: Reads) -> dict[Unit, Choice]:
         """Choices."""
         groups: dict[tuple[str, ...], dict[Unit, Options]] = defaultdict(dict)
-        for unit, options in menu.items():
+        for unit, options in track(menu.items(), "predict losses", len(menu)):
             groups[tuple(x.kind for x in unit.linears)][unit] = options
+            _ = (
+                options.losses
+            )  # asked for here, where progress is told: it may take a decomposition
         found: dict[Unit, Choice] = {}
         for members in groups.values():
             losses = {
