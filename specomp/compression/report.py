@@ -181,7 +181,7 @@ def explained(
     by = (
         trained.by
         if trained is not None
-        else f"whole ranks, as {describe(run.method.allocation)} gives them"
+        else f"whole ranks, as {typed(run.method.allocation)} gives them"
     )
     for note in [
         *linear_notes(run, report.linears, chosen, trained),
@@ -191,6 +191,13 @@ def explained(
     if abs(balance.deviation) > 1e-3:
         run.progress.note(f"{balance.spent} ({balance.deviation:+.2%}): {by}")
     return replace(report, ledger=balance)
+
+
+def typed(slot: Any) -> str:
+    """A choice of a slot as one would write it."""
+    said = describe(slot)
+    settings = ", ".join(f"{key}={value}" for key, value in said.items() if key != "class")
+    return f"{said['class']}({settings})"
 
 
 def linear_notes(
