@@ -194,7 +194,7 @@ def test_the_view_shows_the_group_and_records_shared_with_other_tables(made):
 
 
 def test_without_the_package_the_extra_is_named(sweep, monkeypatch):
-    monkeypatch.setitem(sys.modules, "wandb_workspaces.reports.v2", None)
+    monkeypatch.setitem(sys.modules, "wandb_workspaces", None)
     with pytest.raises(UserError, match=r"\[dashboard\]"):
         view(sweep, sweep_report(sweep, "<p>"), project="p", entity="e", group="g")
 
