@@ -30,7 +30,7 @@ from specomp.data.pydocs import PyDocs
 from specomp.experiment.config import typed
 
 pd.options.display.float_format = "{:,.4g}".format
-plt.rcParams |= {"figure.dpi": 80, "axes.spines.top": False, "axes.spines.right": False}
+plt.rcParams |= {"figure.dpi": 75, "axes.spines.top": False, "axes.spines.right": False}
 logging.getLogger("specomp").setLevel(
     "ERROR"
 )  # its warnings are the notes of a report, shown below
@@ -50,7 +50,7 @@ dense, tokenizer = loaded.model, loaded.tokenizer
 # %% [markdown]
 # The text is English prose that Python brings along: its help topics and docstrings. It comes in two parts that share no topic, module or
 # paragraph: we calibrate on the first, and measure on the second. So the measured text was not seen, but it is of the same kind: it is
-# *in-domain* text. On other text every compressed model here is further from the dense one ([README](../README.md), "Measured here").
+# *in-domain* text. How much the calibration text matters for other texts is in [specomp_calibration](../experiments/specomp_calibration/README.md).
 
 
 # %%
@@ -174,19 +174,20 @@ frame[["name", "m", "n", "rank", "stored", "dense", "norm_error"]].head(7)
 # %% [markdown]
 # Where the ranks go, at 40 %. `svd_llm` gives every linear of one shape the same rank. `adasvd` shares the budget out among decoder layers by how much each
 # changes its inputs. `specomp` has one budget for all linears, spent where the predicted loss falls most. A full rank is 192 for k and v, and 576 for the others; a
-# linear that would cost more as factors than as it is stays dense.
+# linear that would cost more as factors than as it is stays dense, at its full rank.
 
 # %%
-figure, panels = plt.subplots(1, 3, figsize=(10, 3.4), sharey=True, layout="constrained")
+figure, panels = plt.subplots(1, 3, figsize=(9, 2.6), sharey=True, layout="constrained")
 for axes, name in zip(panels, ("svd_llm", "adasvd", "specomp"), strict=True):
     frame = reports[name, 0.4].to_frame()
     frame["layer"] = frame["name"].str.extract(r"\.(\d+)\.", expand=False).astype(int)
     frame["kind"] = frame["name"].str.rpartition(".")[2]
-    for kind, part in frame.groupby("kind", sort=False):
-        axes.plot(part["layer"], part["rank"], marker=".", linewidth=1, label=kind)
+    frame["share"] = frame["rank"] / frame[["m", "n"]].min(axis=1)
+    shares = frame.pivot(index="kind", columns="layer", values="share").loc[frame["kind"].unique()]
+    image = axes.imshow(shares, aspect="auto", vmin=0, vmax=1)
     axes.set(title=name, xlabel="decoder layer")
-panels[0].set_ylabel("rank")
-figure.legend(*panels[0].get_legend_handles_labels(), loc="outside right center", frameon=False)
+panels[0].set_yticks(range(len(shares)), shares.index)
+figure.colorbar(image, ax=panels, label="rank / full rank")
 plt.show()
 
 # %% [markdown]

@@ -26,7 +26,7 @@ from specomp.tables.sweep import load_sweep
 
 pd.options.display.float_format = "{:,.4g}".format
 pd.options.display.max_colwidth = 60
-plt.rcParams |= {"figure.dpi": 80, "axes.spines.top": False, "axes.spines.right": False}
+plt.rcParams |= {"figure.dpi": 75, "axes.spines.top": False, "axes.spines.right": False}
 
 records = stored([COMMITTED])
 print(f"{len(records)} records")
