@@ -89,6 +89,13 @@ def test_a_cache_is_shared_by_methods_and_ratios(tmp_path, tokens):
     assert len(list((tmp_path / "statistics").rglob("*.safetensors"))) > len(stored)
 
 
+def test_a_report_is_text_in_a_notebook_too(tokens, monkeypatch):
+    """rich writes to the cell, and not into a file, where it finds itself in a kernel."""
+    report = specomp.compress(tiny_model("llama"), tokens, "svd", 0.4)
+    monkeypatch.setattr("rich.console._is_jupyter", lambda: True)
+    assert "retention of the linears" in str(report)
+
+
 @pytest.mark.parametrize("method", ["svd_llm", "asvd", "two_sided", "adasvd"])
 def test_other_tokens_in_a_shared_cache_are_another_calibration(tmp_path, tokens, method):
     """The weights that an empty cache gives."""

@@ -92,7 +92,7 @@ class Report:
 
     def __str__(self) -> str:
         text = io.StringIO()
-        console = Console(file=text, width=110)
+        console = Console(file=text, width=110, force_jupyter=False)
         table = Table(box=SIMPLE)
         table.add_column("")
         for column in ("dense", "compressed", "compressed / dense"):
