@@ -14,7 +14,9 @@ PACKAGE = ROOT / "specomp"
 
 # A file may import what stands on its own floor or a lower one.
 FLOORS = {
-    **dict.fromkeys(("numerics", "cache", "errors", "settings", "progress", "profiling"), 0),
+    **dict.fromkeys(
+        ("numerics", "cache", "disk", "errors", "settings", "progress", "profiling"), 0
+    ),
     "models": 1,
     **dict.fromkeys(("slots", "forms", "quantization", "data"), 2),
     **dict.fromkeys(("compression", "training", "evaluation"), 3),
@@ -80,7 +82,7 @@ THIRD_PARTY = {
         "specomp/experiment/config.py",
         "specomp/experiment/tracking.py",
     },
-    "safetensors": {"specomp/cache.py", "specomp/models/", "specomp/data/"},
+    "safetensors": {"specomp/cache.py", "specomp/disk.py", "specomp/models/", "specomp/data/"},
     "xxhash": {"specomp/cache.py"},
     "filelock": {"specomp/cache.py", "specomp/experiment/record.py"},
     "rich": {
@@ -231,6 +233,17 @@ def test_the_library_imports_none_of_what_experiments_need():
     for path in reached:
         assert not packages(path, deferred=False) & EXPERIMENTS_ONLY, label(path)
         assert FLOORS[room(path)] <= FLOORS["api"]
+
+
+def test_the_first_line_of_a_run_waits_for_no_torch():
+    """Nor do help, completion and refusals: what the command and Hydra's callback import."""
+    reached, left = set(), {PACKAGE / "cli.py", PACKAGE / "experiment" / "logs.py"}
+    while left:
+        reached |= left
+        left = {x for path in left for x in own(path, deferred=False)} - reached
+    for path in reached:
+        slow = packages(path, deferred=False) & {"torch", "transformers", "lightning"}
+        assert not slow, label(path)
 
 
 @pytest.mark.parametrize("start", ["experiment/pipeline.py", "tables/table.py", "cli.py"])

@@ -9,7 +9,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from specomp.cache import atomic_path
+from specomp.disk import atomic_path
 from specomp.models.family import LinearSpec
 from specomp.training.spectrum import BINS
 

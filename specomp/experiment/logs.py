@@ -9,7 +9,7 @@ from typing import Any
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig
 
-from specomp.cache import make_folder
+from specomp.disk import make_folder
 from specomp.errors import UserError
 
 sweeps: list[DictConfig] = []  # that were started in this process

@@ -26,8 +26,9 @@ from typing import Any, Literal
 import torch
 from filelock import FileLock
 
-from specomp.cache import atomic_path, digest, make_folder
+from specomp.cache import digest
 from specomp.compression.ledger import Ledger
+from specomp.disk import atomic_path, make_folder
 from specomp.errors import UserError
 from specomp.experiment.label import changes
 from specomp.experiment.names import portable

@@ -17,7 +17,7 @@ from typing import Annotated, Any, Literal, Protocol
 
 from pydantic import Field
 
-from specomp.cache import make_folder
+from specomp.disk import make_folder
 from specomp.experiment.record import Record
 from specomp.settings import configurable
 

@@ -9,7 +9,8 @@ from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
-from specomp.cache import Cache, atomic_path, digest
+from specomp.cache import Cache, digest
+from specomp.disk import atomic_path
 from specomp.errors import UserError, first_line
 
 PICKLED = ("*.bin", "*.pt", "*.pth", "*.ckpt")

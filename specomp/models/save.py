@@ -32,7 +32,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from specomp import __version__
-from specomp.cache import disk_errors
+from specomp.disk import disk_errors
 from specomp.errors import UserError, first_line
 from specomp.models.families import COMPRESSED_PREFIX, base_model_type, family_of
 from specomp.models.files import checked_folder, safetensors_header

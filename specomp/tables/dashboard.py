@@ -17,7 +17,8 @@ from typing import Any
 from hydra import compose
 from hydra.utils import instantiate
 
-from specomp.cache import atomic_path, digest
+from specomp.cache import digest
+from specomp.disk import atomic_path
 from specomp.errors import UserError, needed
 from specomp.experiment import tracking as logged
 from specomp.experiment.record import stored, stores

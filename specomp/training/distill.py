@@ -18,8 +18,8 @@ import lightning as L
 import torch
 from torch import Tensor, nn
 
-from specomp.cache import atomic_path
 from specomp.compression.run import Run
+from specomp.disk import atomic_path
 from specomp.errors import UserError
 from specomp.progress import track
 from specomp.training.phases import Cosine, Distillation, Phase

@@ -20,9 +20,10 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint as recompute
 
-from specomp.cache import Cache, atomic_path, make_folder, waiting
+from specomp.cache import Cache, waiting
 from specomp.compression.module import lightning_loop
 from specomp.compression.run import Run
+from specomp.disk import atomic_path, make_folder
 from specomp.training.distill import Batches, DistillationModule, write_curve
 from specomp.training.phases import Distillation
 

@@ -17,7 +17,8 @@ import safetensors.torch
 import torch
 
 import specomp.cache
-from specomp.cache import Cache, atomic_path, digest, disk_errors
+from specomp.cache import Cache, digest
+from specomp.disk import atomic_path, disk_errors
 from specomp.errors import UserError
 from specomp.models.load import torch_device
 
