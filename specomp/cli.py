@@ -4,7 +4,6 @@ Nothing here imports torch before the first line is printed: help, completion an
 quick.
 """
 
-import difflib
 import logging
 import re
 import sys
@@ -19,7 +18,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig
 
 import specomp
-from specomp.errors import UserError, needed
+from specomp.errors import UserError, meant, needed
 from specomp.experiment.completed import completed
 from specomp.experiment.label import first_line
 from specomp.settings import CONF, choices
@@ -92,11 +91,9 @@ def run(typed: Sequence[str]) -> int:
     elif first in COMMANDS:
         return tool(first, rest)
     elif first and re.fullmatch(r"\w+", first):
-        close = difflib.get_close_matches(first, COMMANDS, n=1)
-        hint = f"; did you mean {close[0]}?" if close else f": there are {', '.join(COMMANDS)}."
         sys.stderr.write(
-            f"specomp: no command {first}{hint} An experiment is typed as choices, such as "
-            "method=adasvd.\n"
+            f"specomp: no command {first}{meant(first, COMMANDS)} An experiment is typed as"
+            " choices, such as method=adasvd.\n"
         )
         return 1
     check_choices(typed)

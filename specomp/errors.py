@@ -2,6 +2,8 @@
 others are quoted in it.
 """
 
+import difflib
+from collections.abc import Iterable
 from importlib.util import find_spec
 
 
@@ -18,6 +20,13 @@ def needed(package: str, extra: str, what: str, otherwise: str = "") -> None:
     if find_spec(package) is None:
         hint = f"pip install 'specomp[{extra}]'{otherwise}"
         raise UserError(f"{what} needs {package.replace('_', '-')}: {hint}.")
+
+
+def meant(typed: str, known: Iterable[str]) -> str:
+    """How a message about an unknown name ends: with the closest of those there are, or all."""
+    known = list(known)
+    close = difflib.get_close_matches(typed, known, n=1)
+    return f"; did you mean {close[0]}?" if close else f": there are {', '.join(known)}."
 
 
 def not_finite(what: str) -> UserError:

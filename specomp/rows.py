@@ -5,7 +5,6 @@ Only what these files use: a defaults list is a look-up (a slot of a row, or a f
 group to start from).
 """
 
-import difflib
 import importlib
 from collections.abc import Mapping
 from functools import partial
@@ -14,7 +13,7 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 from pydantic import ValidationError
 
-from specomp.errors import UserError
+from specomp.errors import UserError, meant
 from specomp.settings import CONF, choices
 from specomp.slots import Method, check_slots
 
@@ -75,10 +74,7 @@ def load(group: str, choice: str) -> DictConfig:
     """
     path = CONF / group / f"{choice}.yaml"
     if not path.is_file():
-        known = choices(group)
-        close = difflib.get_close_matches(choice, known, n=1)
-        hint = f"; did you mean {close[0]}?" if close else f": there are {', '.join(known)}."
-        raise UserError(f"{group} has no choice {choice!r}{hint}")
+        raise UserError(f"{group} has no choice {choice!r}{meant(choice, choices(group))}")
     own: Any = OmegaConf.load(path)
     merged: Any = OmegaConf.create({})
     defaults = own.pop("defaults", [])

@@ -216,20 +216,11 @@ class TextFile:
         """The split. Raises UserError for a file that cannot be read or has no text there."""
         return self._text
 
-    @property
-    def fingerprint(self) -> str:
-        """Name, origin, size and hash on one line."""
-        return str(self.describe()["fingerprint"])
-
     def describe(self) -> dict[str, Any]:
         """See TextSource.describe."""
-        text = self._text
+        origin, documents = f"file {self.path.name}", self._documents
         return describe_text(
-            self.name,
-            split=self.split,
-            origin=f"file {self.path.name}",
-            documents=self._documents,
-            text=text,
+            self.name, split=self.split, origin=origin, documents=documents, text=self._text
         )
 
     @cached_property

@@ -47,23 +47,21 @@ def quality(sweep: Sweep) -> dict[str, str]:
     drawn = {}
     for column in sweep.columns:
         for caption, (label, swept, place) in axes.items():
-            found: dict[str, list[tuple[float, float]]] = {}
-            errors: dict[str, list[tuple[float, float]]] = {}
+            found: dict[str, list[tuple[float, float, float]]] = {}  # place, value, error
             scale, unit = (100, " (%)") if column.unit == FRACTION else (1, "")
             for point in sweep.points:
                 if (value := point.mean(column)) is not None:
-                    series, error = point.series(swept), point.error(column) or 0.0
-                    found.setdefault(series, []).append((place(point), scale * value))
-                    errors.setdefault(series, []).append((place(point), scale * error))
+                    spot = place(point), scale * value, scale * (point.error(column) or 0.0)
+                    found.setdefault(point.series(swept), []).append(spot)
             if all(len(line) < 2 for line in found.values()):
                 continue
             dense = sweep.dense(column) if swept == RATIO else None
             drawn[f"{column.label} against {caption}"] = _lines(
-                {name: sorted(line) for name, line in found.items()},
+                {name: [(x, y) for x, y, _ in sorted(line)] for name, line in found.items()},
                 label,
                 column.label + unit,
                 [POINTS],
-                errors={name: [e for _, e in sorted(line)] for name, line in errors.items()},
+                errors={name: [e for *_, e in sorted(line)] for name, line in found.items()},
                 dense=None if dense is None else scale * dense,
                 plain_ticks=column.lower_is_better,
                 yscale="log" if column.lower_is_better else "linear",
@@ -217,7 +215,6 @@ def _lines(
     """
     figure, axes = _new()
     lines = {name: list(line) for name, line in found.items()}
-    named = len(lines) > MANY
     colours = mpl.colormaps["tab20" if len(lines) > 10 else "tab10"]
     axes.set_prop_cycle(color=[colours(i) for i in range(colours.N)])
     for (name, line), style in zip(lines.items(), cycle(styles)):
@@ -234,11 +231,10 @@ def _lines(
         axes.yaxis.set_minor_formatter(NullFormatter())
         if axes.get_ylim()[1] > BEYOND_USE:  # lines of collapsed models leave the figure
             axes.set_ylim(top=BEYOND_USE)
-    if named:
+    if len(lines) > MANY:
         _name_ends(axes, [(name, line[-1]) for name, line in lines.items()])
-    handles, labels = axes.get_legend_handles_labels()
-    if not named:
-        _legend_below(figure, handles, labels)
+    else:
+        _legend_below(figure, *axes.get_legend_handles_labels())
     return svg(figure)
 
 

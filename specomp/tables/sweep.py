@@ -5,7 +5,6 @@ A point finds its record by what its command line says (Record.points), not by t
 tables can be made where neither the model nor the texts are, from committed records alone.
 """
 
-import difflib
 import math
 import shlex
 from collections import defaultdict
@@ -24,7 +23,7 @@ from hydra.errors import HydraException
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
-from specomp.errors import UserError
+from specomp.errors import UserError, meant
 from specomp.experiment.completed import completed
 from specomp.experiment.record import Record, point_of
 from specomp.settings import CONF, PROGRAM, choices
@@ -303,9 +302,7 @@ def _experiment(named: Sequence[str]) -> str:
     if len(found) > 1 or "," in name:
         raise UserError(f"{' '.join(named)}: a table is of one experiment.")
     if name and name not in known:
-        close = difflib.get_close_matches(name, known, n=1)
-        hint = f"; did you mean {close[0]}?" if close else f": there are {', '.join(known)}."
-        raise UserError(f"No experiment {name}{hint}")
+        raise UserError(f"No experiment {name}{meant(name, known)}")
     return name
 
 
