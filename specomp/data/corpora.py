@@ -5,14 +5,17 @@ Protocol: the documents of a split joined by one string, as GPTQ and SVD-LLM do 
 differ in the joiner only).
 """
 
+import codecs
 import gzip
 import json
 import logging
-from collections.abc import Iterator
+import zlib
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from functools import cached_property
 from itertools import islice
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import IO, Annotated, Any, Literal
 
 from pydantic import Field
 
@@ -108,7 +111,7 @@ class Corpus:
         documents = (
             self._from_hub() if self.data_root is None else self._from_folder(self.data_root)
         )
-        if not any(documents):
+        if not any(document.strip() for document in documents):
             raise UserError(
                 f"Corpus {self.name}: {self._origin} holds no text; check the file or choose"
                 " another split."
@@ -138,13 +141,14 @@ class Corpus:
                 " paths.data=null to read the hub."
             )
         path = data_root.expanduser() / self.local[self.split]
-        if not path.is_file():
+        try:
+            return list(islice(read_documents(path, self.field), self.max_documents))
+        except FileNotFoundError as error:
             raise UserError(
                 f"Corpus {self.name}, split {self.split!r}: {path} does not exist; set"
                 f" paths.data=FOLDER to a folder with {self.local[self.split]}, or paths.data=null"
                 " to read the hub."
-            )
-        return list(islice(read_documents(path, self.field), self.max_documents))
+            ) from error
 
     def _from_hub(self) -> list[str]:
         # imported here: it takes seconds, and runs on local text do not need it
@@ -186,16 +190,25 @@ class Corpus:
 
     def _hub_documents(self, rows: Any) -> Iterator[str]:
         seen: set[str] = set()
-        for row in rows:
+        for number, row in enumerate(rows):
             if self.hub.template is None:
-                document = row[self.field]
+                document = field_of(row, self.field, f"{self.hub.path}, row {number}")
             else:  # columns put together; MBPP's code has Windows line ends
-                document = self.hub.template.format(**row).replace("\r\n", "\n")
+                document = self._filled(row).replace("\r\n", "\n")
             if self.hub.unique:
                 if document in seen:
                     continue
                 seen.add(document)
             yield document
+
+    def _filled(self, row: Mapping[str, Any]) -> str:
+        try:
+            return str(self.hub.template).format(**row)
+        except (KeyError, IndexError, ValueError, AttributeError) as error:
+            raise UserError(
+                f"Corpus {self.name}: hub.template={self.hub.template!r} does not fit the columns"
+                f" of {self.hub.path} ({_names(row)}): {one_line(error)}."
+            ) from error
 
 
 @configurable
@@ -228,12 +241,17 @@ class TextFile:
         path = self.path.expanduser()
         try:
             return list(islice(read_documents(path, self.field), self.max_documents))
-        except (OSError, UnicodeDecodeError) as error:
-            raise UserError(f"Corpus {self.name}: {path}: {one_line(error)}.") from error
+        except FileNotFoundError as error:
+            raise UserError(
+                f"Corpus {self.name}: {path} does not exist; set the corpus's path to a .txt, .md,"
+                " .jsonl or .jsonl.gz file."
+            ) from error
 
     @cached_property
     def _text(self) -> str:
         whole = self.joiner.join(self._documents)
+        if not whole.strip():
+            raise UserError(f"Corpus {self.name}: {self.path} holds no text; give another file.")
         first, last = PARTS[self.split]
         text = whole[_line_end(whole, first) : _line_end(whole, last)]
         if not text.strip():
@@ -252,35 +270,141 @@ def _line_end(text: str, share: float) -> int:
 
 
 def read_documents(path: Path, field: str) -> Iterator[str]:
-    """Documents of a .jsonl or .jsonl.gz file (one field of each line), or a .txt or .md file as
-    one document.
+    """Documents of a .jsonl or .jsonl.gz file (one field of each line that is not blank), or a .txt
+    or .md file as one document. UTF-8, with or without a byte order mark.
 
-    Raises UserError for another suffix, a line that is not JSON or a line without the field.
+    Raises UserError for what is none of that, with the file and the line; FileNotFoundError, whose
+    remedy only the caller knows.
     """
-    if path.suffix in (".txt", ".md"):
-        yield path.read_text(encoding="utf-8")
-        return
-    if not path.name.endswith((".jsonl", ".jsonl.gz")):
+    name = path.name.lower()
+    if name.endswith((".txt", ".md")):
+        with _readable(path) as text:
+            yield _text_only(text.read(), path)
+    elif name.endswith((".jsonl", ".jsonl.gz")):
+        for where, row in read_rows(path):
+            yield field_of(row, field, where)
+    else:
         raise UserError(
             f"{path}: cannot read text from this kind of file; use .jsonl, .jsonl.gz, .txt or .md."
         )
-    with (
-        gzip.open(path, "rt", encoding="utf-8")
-        if path.suffix == ".gz"
-        else path.open(encoding="utf-8")
-    ) as lines:
+
+
+def read_rows(path: Path) -> Iterator[tuple[str, Any]]:
+    """(file and line, value) of every line of a .jsonl or .jsonl.gz file that is not blank. Raises
+    as `read_documents` does.
+    """
+    with _readable(path) as lines:
         for number, line in enumerate(lines, start=1):
-            try:
-                row = json.loads(line)
-            except json.JSONDecodeError as error:
-                raise UserError(
-                    f"{path}, line {number}: not JSON ({error.msg}); one JSON object a line is"
-                    " needed."
-                ) from error
-            if not isinstance(row, dict) or not isinstance(row.get(field), str):
-                fields = ", ".join(row) if isinstance(row, dict) else "none"
-                raise UserError(
-                    f"{path}, line {number}: no text field {field!r} (fields: {fields}); set the"
-                    " corpus's field."
+            if not line.isspace():
+                where = f"{path}, line {number}"
+                yield where, _parsed(line, where)
+
+
+def field_of(row: Any, field: str, where: str) -> str:
+    """The text in a row's field. Raises UserError where there is none."""
+    if not isinstance(row, Mapping):
+        raise UserError(f"{where} holds {_kind(row)}, needs an object with a text field {field!r}.")
+    if field not in row:
+        raise UserError(
+            f"{where}: no text field {field!r} (fields: {_names(row)}); set the corpus's field."
+        )
+    text = row[field]
+    if not isinstance(text, str):
+        raise UserError(
+            f"{where}: field {field!r} is {_kind(text)}, not text; leave such rows out, or set the"
+            " corpus's field to another one."
+        )
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise UserError(
+            f"{where}: character {error.start} of field {field!r} is half a character"
+            f" (\\u{ord(text[error.start]):04x}, a lone surrogate), which no tokenizer can read;"
+            " leave it out."
+        ) from error
+    return text
+
+
+@contextmanager
+def _readable(path: Path) -> Iterator[IO[str]]:
+    """An open text file, and what can be wrong with its bytes as one line."""
+    try:
+        try:
+            # utf-8-sig drops a byte order mark
+            with _opened(path, "rt", encoding="utf-8-sig") as file:
+                yield file
+        except UnicodeDecodeError as error:
+            raise UserError(_not_utf8(path)) from error
+    except FileNotFoundError:
+        raise
+    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
+        raise UserError(
+            f"{path} is not a whole gzip file ({one_line(error)}); copy or download it again, or"
+            " name it .jsonl if it is not compressed."
+        ) from error
+    except IsADirectoryError as error:
+        raise UserError(f"{path} is a folder; give the file in it.") from error
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror or one_line(error)}.") from error
+
+
+def _opened(path: Path, mode: str, **options: Any) -> IO[Any]:
+    opened: Any = gzip.open if path.suffix.lower() == ".gz" else Path.open
+    return opened(path, mode, **options)  # type: ignore[no-any-return]
+
+
+def _parsed(line: str, where: str) -> Any:
+    try:
+        return json.loads(line)
+    except (ValueError, RecursionError) as error:  # also of integers and depths beyond Python's own
+        reason = error.msg if isinstance(error, json.JSONDecodeError) else one_line(error)
+        raise UserError(
+            f"{where}: not JSON ({reason}); one JSON object a line is needed."
+        ) from error
+
+
+def _text_only(text: str, path: Path) -> str:
+    # UTF-16 without its mark is often valid UTF-8, every other character of it a zero
+    if "\0" in text:
+        raise UserError(
+            f"{path}: character {text.index(chr(0))} is a zero byte, so this is UTF-16 or no text;"
+            " save it as UTF-8."
+        )
+    return text
+
+
+def _not_utf8(path: Path) -> str:
+    """What is wrong with a file that could not be decoded, by a second look at its bytes."""
+    offset = 0
+    with _opened(path, "rb") as lines:
+        for number, line in enumerate(lines, start=1):
+            if number == 1 and line.startswith(b"\x1f\x8b"):
+                return (
+                    f"{path} is gzip; decompress it, or name it .jsonl.gz if it holds JSON lines."
                 )
-            yield row[field]
+            if number == 1 and line.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+                return f"{path} is UTF-16; save it as UTF-8 (iconv -f UTF-16 -t UTF-8)."
+            try:
+                line.decode()
+            except UnicodeDecodeError as error:
+                return (
+                    f"{path}, line {number}: byte {offset + error.start} of the file"
+                    f" (0x{line[error.start]:02x}) is not UTF-8; save it as UTF-8"
+                    " (iconv -f LATIN1 -t UTF-8, if it is Latin-1)."
+                )
+            offset += len(line)
+    return f"{path} is not UTF-8; save it as UTF-8."  # it was changed in between
+
+
+def _kind(value: Any) -> str:
+    """A JSON value, in JSON's words."""
+    if value is None or isinstance(value, bool):
+        return {None: "null", True: "true", False: "false"}[value]
+    named = {dict: "an object", list: "a list", str: "a string", int: "a number", float: "a number"}
+    return named.get(type(value), f"a {type(value).__name__}")
+
+
+def _names(row: Mapping[str, Any]) -> str:
+    """Of the fields of a row, as far as they fit a line."""
+    text = " ".join(", ".join(map(str, row)).split())
+    return (text if len(text) <= 200 else f"{text[:197]}...") or "none"

@@ -12,7 +12,7 @@ from hydra import compose, initialize_config_dir
 from hydra.utils import instantiate
 
 from specomp.data import pydocs
-from specomp.data.corpora import Corpus
+from specomp.data.corpora import Corpus, TextFile, read_documents
 from specomp.data.pydocs import PyDocs
 from specomp.data.text import TextSource
 from specomp.errors import UserError
@@ -112,7 +112,7 @@ def test_partial_and_too_few_documents_are_logged(
         ({"local": {"test": "toy/gone.jsonl"}}, "gone.jsonl does not exist; set paths.data=FOLDER"),
         ({"field": "words"}, r"line 1: no text field 'words' \(fields: text, sentence\)"),
         ({"local": {"test": "toy/bad.jsonl"}}, "line 2: not JSON"),
-        ({"local": {"test": "toy/list.jsonl"}}, r"line 1: no text field 'text' \(fields: none\)"),
+        ({"local": {"test": "toy/list.jsonl"}}, "line 1 holds a list, needs an object with a text"),
         ({"local": {"test": "toy/test.csv"}}, "use .jsonl, .jsonl.gz, .txt or .md"),
         ({"local": {"test": "toy/empty.txt"}}, "holds no text"),
     ],
@@ -125,6 +125,140 @@ def test_local_errors(folder: Path, changes: dict[str, Any], message: str) -> No
     with pytest.raises(UserError, match=message) as error:
         corpus(folder, **changes).describe()
     assert "\n" not in str(error.value)
+
+
+PLAIN = "A line of text.\n"
+ROW = json.dumps({"text": PLAIN}) + "\n"
+TEXTS: list[tuple[str, bytes, list[str]]] = [  # name, content, documents
+    ("a.txt", PLAIN.encode(), [PLAIN]),
+    ("mark.txt", PLAIN.encode("utf-8-sig"), [PLAIN]),
+    ("mark.jsonl", (ROW + ROW).encode("utf-8-sig"), [PLAIN, PLAIN]),
+    ("windows.txt", b"one\r\ntwo\r\n", ["one\ntwo\n"]),
+    ("windows.jsonl", ROW.replace("\n", "\r\n").encode(), [PLAIN]),
+    ("blank.jsonl", f"\n{ROW}\n  \n{ROW}\n\n".encode(), [PLAIN, PLAIN]),
+    ("UPPER.TXT", PLAIN.encode(), [PLAIN]),
+    ("a.jsonl.gz", gzip.compress((ROW + ROW).encode()), [PLAIN, PLAIN]),
+    ("pair.jsonl", b'{"text": "\\ud83d\\ude00"}', ["\U0001f600"]),
+    ("empty.jsonl", b"", []),
+    ("empty.txt", b"", [""]),
+]
+DEEP = "[" * 100_000
+# name, content, what the line says after the file's name
+UNREADABLE: list[tuple[str, bytes, str]] = [
+    (
+        "latin.txt",
+        (PLAIN * 2 + "caf\xe9").encode("latin-1"),
+        ", line 3: byte 35 of the file (0xe9) is not UTF-8; save it as UTF-8",
+    ),
+    (
+        "latin.jsonl",
+        (ROW + '{"text": "caf\xe9"}').encode("latin-1"),
+        f", line 2: byte {len(ROW) + 13} of the file (0xe9) is not UTF-8",
+    ),
+    (
+        "latin.jsonl.gz",
+        gzip.compress((ROW + '{"text": "caf\xe9"}').encode("latin-1")),
+        f", line 2: byte {len(ROW) + 13} of the file (0xe9) is not UTF-8",
+    ),
+    ("utf16.txt", PLAIN.encode("utf-16"), " is UTF-16; save it as UTF-8"),
+    ("utf16.jsonl", ROW.encode("utf-16"), " is UTF-16; save it as UTF-8"),
+    ("unmarked.txt", PLAIN.encode("utf-16-le"), ": character 1 is a zero byte, so this is UTF-16"),
+    ("packed.jsonl", gzip.compress(ROW.encode()), " is gzip; decompress it, or name it .jsonl.gz"),
+    ("packed.txt", gzip.compress(ROW.encode()), " is gzip; decompress it"),
+    ("cut.jsonl.gz", gzip.compress(ROW.encode() * 9)[:-9], " is not a whole gzip file (Compressed"),
+    ("plain.jsonl.gz", ROW.encode(), " is not a whole gzip file (Not a gzipped file"),
+    (
+        "flipped.jsonl.gz",
+        gzip.compress(ROW.encode())[:12] + b"\xff" * 40,
+        " is not a whole gzip file (",
+    ),
+    (
+        "half.jsonl",
+        ROW.encode() + b'{"text": "a \\ud83d b"}',
+        ", line 2: character 2 of field 'text' is half a character (\\ud83d, a lone surrogate)",
+    ),
+    ("null.jsonl", ROW.encode() + b'{"text": null}', ", line 2: field 'text' is null, not text"),
+    ("true.jsonl", b'{"text": true}', ", line 1: field 'text' is true, not text"),
+    ("number.jsonl", b'{"text": 1.5}', ", line 1: field 'text' is a number, not text"),
+    ("list.jsonl", b'{"text": ["a"]}', ", line 1: field 'text' is a list, not text"),
+    ("object.jsonl", b'{"text": {}}', ", line 1: field 'text' is an object, not text"),
+    ("string.jsonl", b'"text"', ", line 1 holds a string, needs an object with a text field"),
+    ("nothing.jsonl", b"null", ", line 1 holds null, needs an object with a text field"),
+    ("other.jsonl", b'{"body": "a"}', ", line 1: no text field 'text' (fields: body); set the"),
+    ("bare.jsonl", b"{}", ", line 1: no text field 'text' (fields: none); set the"),
+    ("cut.jsonl", ROW.encode() + b'{"text": "a', ", line 2: not JSON (Unterminated string"),
+    ("deep.jsonl", DEEP.encode(), ", line 1: not JSON ("),
+    ("digits.jsonl", b"9" * 5000, ", line 1: not JSON ("),
+]
+
+
+@pytest.mark.parametrize(("name", "content", "documents"), TEXTS, ids=[x for x, *_ in TEXTS])
+def test_what_text_files_hold(
+    tmp_path: Path, name: str, content: bytes, documents: list[str]
+) -> None:
+    (tmp_path / name).write_bytes(content)
+    assert list(read_documents(tmp_path / name, "text")) == documents
+
+
+@pytest.mark.parametrize(("name", "content", "said"), UNREADABLE, ids=[x for x, *_ in UNREADABLE])
+def test_text_files_that_cannot_be_read(
+    tmp_path: Path, name: str, content: bytes, said: str
+) -> None:
+    """The same line from a corpus of a data root and from a text of one's own."""
+    (tmp_path / name).write_bytes(content)
+    for source in (corpus(tmp_path, local={"test": name}), text_file(tmp_path / name)):
+        with pytest.raises(UserError) as caught:
+            source.text()
+        assert f"{tmp_path / name}{said}" in str(caught.value)
+        assert "\n" not in str(caught.value) and len(str(caught.value)) < 400
+
+
+def text_file(path: Path) -> TextFile:
+    return TextFile(
+        name="own", path=path, field="text", joiner="\n\n", split="all", max_documents=None
+    )
+
+
+def test_places_that_hold_no_text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "folder.txt").mkdir()
+    (tmp_path / "closed.txt").write_text(PLAIN)
+    (tmp_path / "blank.jsonl").write_text("\n\n")
+    (tmp_path / "blank.txt").write_text(" \n\t\n")
+    for name, said in [
+        ("folder.txt", "folder.txt is a folder; give the file in it"),
+        ("gone.txt", "gone.txt does not exist; set"),
+        ("blank.jsonl", "holds no text"),
+        ("blank.txt", "holds no text"),
+    ]:
+        for source in (corpus(tmp_path, local={"test": name}), text_file(tmp_path / name)):
+            with pytest.raises(UserError, match=said) as caught:
+                source.text()
+            assert "split=all" not in str(caught.value)  # it is refused too
+
+    def closed(*_: Any, **__: Any) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(Path, "open", closed)
+    with pytest.raises(UserError, match=r"closed.txt cannot be read: Permission denied\."):
+        text_file(tmp_path / "closed.txt").text()
+
+
+@pytest.mark.parametrize(
+    ("row", "changes", "said"),
+    [
+        ({"text": None}, {}, "some/toy, row 0: field 'text' is null, not text"),
+        ({"body": "a"}, {}, r"some/toy, row 0: no text field 'text' \(fields: body\)"),
+        ({"a": "x"}, {"template": "{b}"}, r"hub.template='{b}' does not fit .* \(a\): 'b'"),
+        ({"a": "x"}, {"template": "{"}, "hub.template='{' does not fit"),
+    ],
+)
+def test_rows_of_the_hub_that_are_no_documents(
+    monkeypatch: pytest.MonkeyPatch, row: dict[str, Any], changes: dict[str, Any], said: str
+) -> None:
+    monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: [row])
+    hub = {"path": "some/toy", "config": None, "revision": "abc", "data_files": None}
+    with pytest.raises(UserError, match=said):
+        corpus(None, hub=hub | {"template": None, "unique": False} | changes).text()
 
 
 def test_hub_rows_become_documents(monkeypatch: pytest.MonkeyPatch) -> None:
