@@ -1,16 +1,16 @@
-"""Token ids: from text, and from files that somebody else made (safetensors, NumPy, torch). Nothing
-is unpickled.
+"""Token ids: from text, and from files that somebody else made (safetensors, NumPy, torch; also as
+SVD-LLM and GPTQ save theirs). Nothing is unpickled.
 """
 
 import json
-import pickle
 import warnings
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from safetensors import SafetensorError
+from numpy.lib.npyio import NpzFile
 from safetensors.torch import load_file
 from torch import LongTensor, Tensor
 from transformers import PreTrainedTokenizerBase
@@ -19,7 +19,9 @@ from specomp.cache import digest
 from specomp.errors import UserError
 
 NAMES = ("input_ids", "tokens")  # looked for in files with several tensors
-INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
+MASK = "attention_mask"
+LIMIT = 2**31  # more than any vocabulary has
+REMEDY = "save an int64 tensor (samples, length) as .safetensors"
 
 
 def tokenize(text: str, tokenizer: PreTrainedTokenizerBase) -> LongTensor:
@@ -54,35 +56,38 @@ def describe_tokenizer(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
 
 
 def read_token_ids(path: Path) -> LongTensor:
-    """Ids (samples, length) of a .safetensors, .npy or .pt file: a single tensor, or the one called
-    input_ids or tokens.
+    """Ids (samples, length) of a .safetensors, .npy or .pt file: a single tensor, the one called
+    input_ids or tokens, or a list of samples (1, length): tensors, dicts with input_ids (SVD-LLM),
+    pairs of inputs and targets (GPTQ).
 
     Raises UserError for a missing or unreadable file, pickled content, another dtype or shape,
-    negative ids.
+    samples of unequal lengths, padding, ids below 0 or from 2^31.
     """
     path = path.expanduser()
     if not path.is_file():
+        what = "is a folder" if path.is_dir() else "does not exist"
         raise UserError(
-            f"Token file {path} does not exist; set the path to a .safetensors, .npy or .pt file of"
-            " token ids."
+            f"Token file {path} {what}; set the path to a .safetensors, .npy or .pt file of token"
+            " ids."
         )
-    tensor = _pick(_load(path), path)
-    if tensor.dtype not in INTEGERS:
+    array = _pick(_load(path), path)
+    if array.ndim != 2 or array.size == 0:
         raise UserError(
-            f"Token file {path}: dtype {tensor.dtype} is not an integer type; save token ids as"
-            " int64."
+            f"Token file {path}: shape {array.shape} is not (samples, length) with at least one"
+            " token."
         )
-    if tensor.ndim != 2 or tensor.numel() == 0:
+    smallest, largest = int(array.min()), int(array.max())
+    if smallest < 0:
         raise UserError(
-            f"Token file {path}: shape {tuple(tensor.shape)} is not (samples, length) with at least"
-            " one token."
+            f"Token file {path}: smallest id is {smallest}; ids start at 0, and padding is not"
+            " supported."
         )
-    if int(tensor.min()) < 0:
+    if largest >= LIMIT:
         raise UserError(
-            f"Token file {path}: smallest id is {int(tensor.min())}; ids start at 0, and padding is"
-            " not supported."
+            f"Token file {path}: largest id is {largest}, which is no token of any vocabulary; was"
+            " the file written with another dtype or byte order?"
         )
-    return tensor.to(torch.int64)  # type: ignore[return-value]
+    return torch.from_numpy(array.astype(np.int64))  # type: ignore[return-value]
 
 
 def check_vocabulary(tokens: Tensor, vocabulary: int, path: Path) -> None:
@@ -96,56 +101,108 @@ def check_vocabulary(tokens: Tensor, vocabulary: int, path: Path) -> None:
 
 
 def _load(path: Path) -> Any:
+    """What the file holds, tensors in it as tensors or arrays."""
     try:
         if path.suffix == ".safetensors":
             return load_file(path)
         if path.suffix == ".npy":
-            array = np.load(path, allow_pickle=False)
-            # torch cannot compare unsigned types wider than a byte
-            return torch.from_numpy(
-                array.astype(np.int64) if array.dtype.kind == "u" else np.ascontiguousarray(array)
-            )
+            return np.load(path, allow_pickle=False)
         if path.suffix == ".pt":
             with warnings.catch_warnings():
                 # other pickle protocols load or are refused below; the advice to file an issue
                 # helps nobody here
                 warnings.filterwarnings("ignore", message="Detected pickle protocol")
                 return torch.load(path, map_location="cpu", weights_only=True)
-    except (
-        SafetensorError,
-        OSError,
-        EOFError,
-        ValueError,
-        RuntimeError,
-        TypeError,
-        pickle.UnpicklingError,
-    ) as error:
-        # the loaders refuse pickled objects with the same exceptions as damaged files
+    except Exception as error:
+        # the loaders refuse pickled objects with the same exceptions as damaged files, and damaged
+        # ones with whatever their bytes happen to mean
         raise UserError(
             f"Token file {path}: cannot be read as a plain tensor ({type(error).__name__}); it is"
-            " damaged or holds pickled objects, which are never loaded. Save an int64 tensor"
-            " (samples, length) as .safetensors."
+            f" damaged or holds pickled objects, which are never loaded; {REMEDY}."
         ) from error
     raise UserError(
         f"Token file {path}: unknown suffix {path.suffix!r}; use .safetensors, .npy or .pt."
     )
 
 
-def _pick(content: Any, path: Path) -> Tensor:
-    if isinstance(content, Tensor):
-        return content
-    tensors = (
-        {name: value for name, value in content.items() if isinstance(value, Tensor)}
-        if isinstance(content, dict)
-        else {}
-    )
-    for name in NAMES:
-        if name in tensors:
-            return tensors[name]
-    if len(tensors) == 1:
-        return next(iter(tensors.values()))
-    found = ", ".join(map(str, tensors)) or "none"
-    raise UserError(
-        f"Token file {path}: needs a single tensor or one called {' or '.join(NAMES)} (tensors"
-        f" found: {found})."
-    )
+def _pick(content: Any, path: Path) -> np.ndarray:
+    """The ids in what a file holds, as they stand there."""
+    if isinstance(content, list | tuple):
+        return _joined(content, path)
+    if isinstance(content, Mapping) and not isinstance(content, NpzFile):
+        named = {x: y for x, y in content.items() if isinstance(y, Tensor)}
+        ids = [named[name] for name in NAMES if name in named]
+        alone = [y for x, y in named.items() if x != MASK]
+        if not ids and len(alone) != 1:
+            found = ", ".join(map(str, named)) or "none"
+            raise UserError(
+                f"Token file {path}: needs a single tensor or one called {' or '.join(NAMES)}"
+                f" (tensors found: {found})."
+            )
+        array = _integers((ids or alone)[0], path)
+        _check_mask(named.get(MASK), array, path)
+        return array
+    if isinstance(content, Tensor | np.ndarray):
+        return _integers(content, path)
+    kind = "an .npz archive" if isinstance(content, NpzFile) else f"a {type(content).__name__}"
+    raise UserError(f"Token file {path}: holds {kind}, not token ids; {REMEDY}.")
+
+
+def _joined(samples: Sequence[Any], path: Path) -> np.ndarray:
+    """Samples of a list one below the other."""
+    rows: list[np.ndarray] = []
+    for number, sample in enumerate(samples):
+        # GPTQ's pairs of inputs and targets: the targets are the inputs again
+        pair = isinstance(sample, list | tuple) and len(sample) == 2
+        inputs = sample[0] if pair else sample
+        if not isinstance(inputs, Tensor | Mapping):
+            raise UserError(
+                f"Token file {path}: sample {number} is a {type(inputs).__name__}, not a tensor of"
+                f" token ids; {REMEDY}."
+            )
+        row = np.atleast_2d(_pick(inputs, path))
+        if row.ndim != 2 or row.size == 0:
+            raise UserError(
+                f"Token file {path}: sample {number} has shape {row.shape}, needs (1, length) with"
+                " at least one token."
+            )
+        if rows and row.shape[1] != rows[0].shape[1]:
+            raise UserError(
+                f"Token file {path}: sample 0 has {rows[0].shape[1]} tokens, sample {number} has"
+                f" {row.shape[1]}; cut all to one length, padding is not supported."
+            )
+        rows.append(row)
+    if not rows:
+        raise UserError(f"Token file {path}: an empty list; {REMEDY}.")
+    return np.concatenate(rows)
+
+
+def _integers(ids: Tensor | np.ndarray, path: Path) -> np.ndarray:
+    """The values of a tensor of integers, in the byte order of this machine."""
+    if isinstance(ids, Tensor):
+        plain = ids.layout is torch.strided and not ids.is_meta and not ids.is_quantized
+        # bfloat16 has no name in NumPy; what is refused needs no values
+        wrong = not plain or ids.dtype.is_floating_point or ids.dtype.is_complex
+        array = np.empty(0, dtype=np.float32) if wrong else ids.numpy()
+    else:
+        array = ids
+    if array.dtype.kind not in "iu":
+        raise UserError(
+            f"Token file {path}: dtype {ids.dtype} is not an integer type; save token ids as int64."
+        )
+    return array.astype(array.dtype.newbyteorder("="))
+
+
+def _check_mask(mask: Tensor | None, ids: np.ndarray, path: Path) -> None:
+    if mask is None:
+        return
+    if tuple(mask.shape) != ids.shape:
+        raise UserError(
+            f"Token file {path}: {MASK} has shape {tuple(mask.shape)}, the ids have {ids.shape};"
+            f" {REMEDY}."
+        )
+    if unread := int((mask == 0).sum()):
+        raise UserError(
+            f"Token file {path}: {MASK} is 0 at {unread} of {ids.size} tokens; padding is not"
+            " supported, cut all samples to one length."
+        )

@@ -47,9 +47,124 @@ def test_token_file_containers(tmp_path: Path) -> None:
         match=r"needs a single tensor or one called input_ids or tokens \(tensors found: a, b\)",
     ):
         read_token_ids(tmp_path / "two.safetensors")
-    torch.save([IDS], tmp_path / "list.pt")
-    with pytest.raises(UserError, match="tensors found: none"):
-        read_token_ids(tmp_path / "list.pt")
+    save_file({"attention_mask": IDS}, tmp_path / "mask.safetensors")
+    with pytest.raises(UserError, match=r"tensors found: attention_mask\)"):
+        read_token_ids(tmp_path / "mask.safetensors")
+
+
+ROWS = list(IDS.split(1))  # (1, 6) each
+
+
+def masked(ids: torch.Tensor, mask: torch.Tensor | None = None) -> dict[str, torch.Tensor]:
+    return {
+        "input_ids": ids,
+        "attention_mask": torch.ones_like(ids) if mask is None else mask,
+    }
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        [masked(row) for row in ROWS],  # SVD-LLM, ASVD
+        [masked(rows) for rows in IDS.split(3)],  # SVD-LLM with a batch size: 3 samples, then 1
+        [(row, row.clone().index_fill(1, torch.arange(5), -100)) for row in ROWS],  # GPTQ
+        [[row, row] for row in ROWS],
+        ROWS,
+        tuple(ROWS),
+        list(IDS),  # (6,) each
+        [row.to(torch.int32) for row in ROWS],
+    ],
+    ids=["svd_llm", "svd_llm_batches", "gptq", "pairs", "rows", "tuple", "flat", "int32"],
+)
+def test_calibration_files_of_others(tmp_path: Path, content: Any) -> None:
+    torch.save(content, tmp_path / "theirs.pt")
+    ids = read_token_ids(tmp_path / "theirs.pt")
+    assert torch.equal(ids, IDS) and ids.dtype == torch.int64
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        ([IDS[:1], IDS[1:2], IDS[2:3, :4]], "sample 0 has 6 tokens, sample 2 has 4; cut all"),
+        ([masked(IDS[:1]), masked(IDS[:1, 1:])], "sample 0 has 6 tokens, sample 1 has 5"),
+        ([], "an empty list"),
+        ([IDS[:1], "text"], "sample 1 is a str, not a tensor of token ids"),
+        ([[1, 2, 3], [4, 5, 6]], "sample 0 is a list, not a tensor"),
+        ([IDS[None]], r"sample 0 has shape \(1, 4, 6\), needs \(1, length\)"),
+        ([IDS[:0]], r"sample 0 has shape \(0, 6\), needs"),
+        ([IDS.float()], "dtype torch.float32 is not an integer type"),
+        (
+            [{"attention_mask": IDS}],
+            r"needs .* input_ids or tokens \(tensors found: attention_mask",
+        ),
+        ([masked(IDS, (IDS > 1).long())], "attention_mask is 0 at 2 of 24 tokens; padding is not"),
+        (masked(IDS, IDS > 0), "attention_mask is 0 at 1 of 24 tokens"),
+        (masked(IDS, IDS[:, :2]), r"attention_mask has shape \(4, 2\), the ids have \(4, 6\)"),
+        ([-ROWS[1]], "smallest id is -11"),
+        ({"input_ids": [[1, 2]]}, r"tensors found: none\)"),
+        ("text", "holds a str, not token ids"),
+        (None, "holds a NoneType, not token ids"),
+        (IDS.to_sparse(), "is not an integer type"),
+        (IDS.bfloat16(), "dtype torch.bfloat16 is not an integer type"),
+        (IDS.to(torch.complex64), "dtype torch.complex64 is not an integer type"),
+    ],
+)
+def test_lists_and_tensors_that_are_no_samples(tmp_path: Path, content: Any, said: str) -> None:
+    torch.save(content, tmp_path / "theirs.pt")
+    with pytest.raises(UserError, match=said) as caught:
+        read_token_ids(tmp_path / "theirs.pt")
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("dtype", ["<i8", ">i8", ">i4", ">u2", ">u4", "<u8", ">u8", "u1", "i1"])
+def test_byte_orders_and_widths(tmp_path: Path, dtype: str) -> None:
+    np.save(tmp_path / "ids.npy", IDS.numpy().astype(dtype))
+    assert torch.equal(read_token_ids(tmp_path / "ids.npy"), IDS)
+
+
+@pytest.mark.parametrize("dtype", [torch.uint16, torch.uint32, torch.uint64])
+def test_unsigned_tensors(tmp_path: Path, dtype: torch.dtype) -> None:
+    for name in ("ids.pt", "ids.safetensors"):
+        assert torch.equal(read_token_ids(write(tmp_path / name, IDS.to(dtype))), IDS)
+
+
+@pytest.mark.parametrize(
+    ("array", "said"),
+    [
+        (np.full((2, 3), 2**31), "largest id is 2147483648"),
+        (np.full((2, 3), 2**63, dtype=np.uint64), "largest id is 9223372036854775808"),
+        (np.array([["a"]]), "dtype <U1 is not an integer type"),
+        (np.array([["2026-01-01"]], dtype="datetime64[D]"), "is not an integer type"),
+        (np.zeros((2, 3), dtype=np.longdouble), "is not an integer type"),
+        (np.zeros((2, 3), dtype=[("a", "<i4")]), "is not an integer type"),
+    ],
+)
+def test_arrays_that_are_no_ids(tmp_path: Path, array: np.ndarray, said: str) -> None:
+    np.save(tmp_path / "ids.npy", array)
+    with pytest.raises(UserError, match=said) as caught:
+        read_token_ids(tmp_path / "ids.npy")
+    assert "\n" not in str(caught.value)
+
+
+def test_damaged_bytes_are_one_line_wherever_they_are(tmp_path: Path) -> None:
+    """Every loader, one byte changed or the end cut off: the ids, or one line."""
+    for name in ("ids.pt", "ids.npy", "ids.safetensors"):
+        whole = write(tmp_path / name).read_bytes()
+        for place in range(0, len(whole), max(1, len(whole) // 60)):
+            changed = whole[:place] + bytes([whole[place] ^ 0x55]) + whole[place + 1 :]
+            for content in (changed, whole[:place]):
+                (tmp_path / name).write_bytes(content)
+                try:
+                    read_token_ids(tmp_path / name)
+                except UserError as error:
+                    assert "\n" not in str(error)
+
+
+def test_an_archive_is_no_array(tmp_path: Path) -> None:
+    np.savez(tmp_path / "ids.npz", a=IDS.numpy())
+    (tmp_path / "ids.npz").rename(tmp_path / "ids.npy")
+    with pytest.raises(UserError, match="holds an .npz archive, not token ids"):
+        read_token_ids(tmp_path / "ids.npy")
 
 
 class Evil:
@@ -78,8 +193,8 @@ def test_pickled_content_is_refused_and_never_run(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("ids", "message"),
     [
-        (IDS.float(), "dtype torch.float32 is not an integer type"),
-        (IDS > 3, "dtype torch.bool is not an integer type"),
+        (IDS.float(), r"dtype (torch\.)?float32 is not an integer type"),
+        (IDS > 3, r"dtype (torch\.)?bool is not an integer type"),
         (IDS[0], r"shape \(6,\) is not \(samples, length\)"),
         (IDS[None], r"shape \(1, 4, 6\) is not \(samples, length\)"),
         (IDS[:0], r"shape \(0, 6\) is not"),
@@ -106,6 +221,6 @@ def test_wrong_places(tmp_path: Path) -> None:
     (tmp_path / "ids.bin").touch()
     with pytest.raises(UserError, match="unknown suffix '.bin'; use .safetensors, .npy or .pt"):
         read_token_ids(tmp_path / "ids.bin")
-    for name in ("gone.npy", ""):
-        with pytest.raises(UserError, match="does not exist; set the path to"):
+    for name, said in [("gone.npy", "does not exist"), ("", "is a folder")]:
+        with pytest.raises(UserError, match=f"{said}; set the path to"):
             read_token_ids(tmp_path / name)
