@@ -20,7 +20,16 @@ from transformers import PreTrainedTokenizerBase
 from specomp.cache import digest
 from specomp.data.samplers import Sampler
 from specomp.data.text import TextSource
-from specomp.data.token_ids import check_vocabulary, describe_tokenizer, read_token_ids
+from specomp.data.token_ids import (
+    Bos,
+    begun,
+    bos_id,
+    check_rows,
+    check_vocabulary,
+    describe_tokenizer,
+    read_token_ids,
+    without_bos,
+)
 from specomp.errors import UserError
 from specomp.numerics.statistics import Precision
 from specomp.settings import configurable
@@ -116,19 +125,37 @@ class CalibrationSpec(Calibration, ABC):
 
     num_samples: NumSamples | None  # null: all that there are (token files only)
     length: Length | None  # tokens a sample; null: as the file has (token files only)
+    bos: Bos = "auto"  # every sample begins with BOS, which counts in its length
 
     def build(
-        self, tokenizer: PreTrainedTokenizerBase, *, max_length: int, vocab_size: int | None = None
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        max_length: int,
+        vocab_size: int | None = None,
+        needs_bos: bool = False,
     ) -> CalibrationSet:
         """Draw the samples.
 
-        max_length: tokens the model's context holds; vocab_size: rows of the model's embedding,
-        where more than the tokenizer's. Raises UserError when the text is too short, the samples
-        too long, or a file unfit.
+        max_length: tokens the model's context holds; vocab_size: rows of its embedding, None: as
+        many as the tokenizer has tokens; needs_bos: what bos=auto means for it. Raises UserError
+        when the text is too short, the samples too long, a file unfit, a token without a row, or
+        BOS unknown.
         """
         self._check_length(self.length, max_length)
-        tokens, account = self.draw(tokenizer, max(len(tokenizer), vocab_size or 0))
+        first = self._first(tokenizer, needs_bos)
+        rows = vocab_size or len(tokenizer)
+        tokens, account = self.draw(tokenizer, rows)
+        if first is not None:
+            tokens, account = begun(tokens, first), account | {"bos": True}
+        check_rows(tokens, rows, tokenizer, "Calibration")
         self._check_length(tokens.shape[1], max_length)
+        if needs_bos and (bare := without_bos(tokens, tokenizer)):
+            log.warning(
+                "%d of %d calibration samples do not begin with BOS, which this model needs.",
+                bare,
+                len(tokens),
+            )
         description = {
             "tokenizer": describe_tokenizer(tokenizer),
             **account,
@@ -150,6 +177,11 @@ class CalibrationSpec(Calibration, ABC):
         """Ids (samples, length) below `vocabulary`, and {"source": ..., "sampler": ...} for the
         description.
         """
+
+    def _first(self, tokenizer: PreTrainedTokenizerBase, needs_bos: bool) -> int | None:
+        """What every sample is to begin with."""
+        wanted = needs_bos if self.bos == "auto" else self.bos
+        return bos_id(tokenizer, "calibration.bos") if wanted else None
 
     @staticmethod
     def _check_length(length: int | None, max_length: int) -> None:
@@ -228,9 +260,15 @@ class MixedCalibration(CalibrationSpec):
 
 @configurable
 class TokenFile(CalibrationSpec):
-    """Samples made elsewhere, as a file of ids (samples, length); num_samples and length cut it."""
+    """Samples made elsewhere, as a file of ids (samples, length); num_samples and length cut it,
+    and nothing is put in front of them.
+    """
 
     path: Path
+    bos: Literal["auto", False] = "auto"
+
+    def _first(self, tokenizer: PreTrainedTokenizerBase, needs_bos: bool) -> int | None:
+        return None
 
     def draw(
         self, tokenizer: PreTrainedTokenizerBase, vocabulary: int

@@ -6,30 +6,90 @@ import json
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from numpy.lib.npyio import NpzFile
 from safetensors.torch import load_file
 from torch import LongTensor, Tensor
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 from specomp.cache import digest
 from specomp.errors import UserError
 
+# BOS in front of every sequence; auto: where the model's family needs it (families.NEED_BOS)
+Bos = Literal["auto"] | bool
 NAMES = ("input_ids", "tokens")  # looked for in files with several tensors
 MASK = "attention_mask"
 LIMIT = 2**31  # more than any vocabulary has
 REMEDY = "save an int64 tensor (samples, length) as .safetensors"
 
 
-def tokenize(text: str, tokenizer: PreTrainedTokenizerBase) -> LongTensor:
+def tokenize(text: str, tokenizer: PreTrainedTokenizerBase, *, bare: bool = False) -> LongTensor:
     """Ids (tokens) of the whole text, with the special tokens the tokenizer adds (LLaMA: BOS at the
-    start).
+    start); bare: without.
     """
+    options = {"add_special_tokens": False} if bare else {}
     # not verbose: a text is longer than the model's context on purpose, windows are cut from it
-    return torch.tensor(tokenizer(text, verbose=False)["input_ids"], dtype=torch.int64)  # type: ignore[return-value]
+    ids = tokenizer(text, verbose=False, **options)["input_ids"]
+    return torch.tensor(ids, dtype=torch.int64)  # type: ignore[return-value]
+
+
+def bos_id(tokenizer: PreTrainedTokenizerBase, key: str) -> int:
+    """The id of the BOS token. Raises UserError where there is none; key: the setting that asks for
+    it.
+    """
+    if tokenizer.bos_token_id is None:
+        raise UserError(
+            f"{key}: every sequence is to begin with BOS (this model's family needs it, or it was"
+            f" asked for), but the tokenizer has no BOS token: give it one, or set {key}=false."
+        )
+    return int(tokenizer.bos_token_id)
+
+
+def begun(tokens: Tensor, bos: int) -> LongTensor:
+    """Samples (n, length) with BOS in front of each that does not begin with it; its last token
+    makes room.
+    """
+    shifted = torch.cat([torch.full_like(tokens[:, :1], bos), tokens[:, :-1]], dim=1)
+    return torch.where(tokens[:, :1] == bos, tokens, shifted)  # type: ignore[return-value]
+
+
+def without_bos(tokens: Tensor, tokenizer: PreTrainedTokenizerBase) -> int:
+    """How many samples (n, length) begin with another token."""
+    return sum(first != tokenizer.bos_token_id for first in tokens[:, 0].tolist())
+
+
+def embedding_rows(config: PreTrainedConfig) -> int:
+    """How many token ids a model knows. Raises UserError where its own padding token is none."""
+    text = config.get_text_config()
+    rows, pad = int(text.vocab_size), getattr(text, "pad_token_id", None)
+    if pad is not None and not -rows <= pad < rows:
+        raise UserError(
+            f"The model's config has pad_token_id={pad}, its embedding {rows} rows: set"
+            f" pad_token_id to null or to a token below {rows}."
+        )
+    return rows
+
+
+def largest_id(tokenizer: PreTrainedTokenizerBase) -> int:
+    """Of all its tokens, whether a text has them or not."""
+    return max(tokenizer.get_vocab().values())
+
+
+def check_rows(ids: Tensor, rows: int, tokenizer: PreTrainedTokenizerBase, what: str) -> None:
+    """Raises UserError when a text has a token that the model's embedding has no row for; more rows
+    than tokens are fine.
+    """
+    largest = int(ids.max()) if ids.numel() else 0
+    if largest >= rows:
+        raise UserError(
+            f"{what}: token {largest} ({tokenizer.convert_ids_to_tokens(largest)!r}) has no row in"
+            f" the model's embedding, which has {rows}; the tokenizer has {len(tokenizer)} tokens."
+            " Use the tokenizer the model was trained with, or give the embedding a row for each:"
+            f" model.resize_token_embeddings({max(len(tokenizer), largest_id(tokenizer) + 1)})."
+        )
 
 
 def describe_tokenizer(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:

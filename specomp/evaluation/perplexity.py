@@ -4,7 +4,8 @@ which is that of GPTQ.
 Text joined and tokenised once (special tokens as the tokenizer adds them, so at most one BOS), cut
 into non-overlapping windows, remainder dropped, window - 1 predictions per window, exp of the mean
 NLL over all predictions. Differs from the reference: a window whose NLL is not finite counts and is
-reported; there it is left out without a word.
+reported; there it is left out without a word. With bos, every window is BOS and window - 1 tokens
+of text, each of which is predicted: the first from BOS alone.
 """
 
 import hashlib
@@ -12,7 +13,7 @@ import logging
 import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, ClassVar, Literal
 
@@ -20,13 +21,23 @@ import torch
 from pydantic import Field, PositiveInt
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from specomp.data.text import TextSource
-from specomp.data.token_ids import check_vocabulary, read_token_ids, tokenize
+from specomp.data.token_ids import (
+    Bos,
+    bos_id,
+    check_rows,
+    check_vocabulary,
+    largest_id,
+    read_token_ids,
+    tokenize,
+    without_bos,
+)
 from specomp.errors import UserError
 from specomp.evaluation.metric import Metric
 from specomp.evaluation.workload import Workload, text_tokens
+from specomp.models.families import needs_bos
 from specomp.progress import track
 from specomp.settings import configurable
 
@@ -35,6 +46,7 @@ log = logging.getLogger(__name__)
 # vocabulary of 49152
 CHUNK = 128
 MIN_WINDOW = 2  # one token to read, one to predict
+MOST_CHARACTERS = 32  # a token, on average over a text: a longer one fills a window for sure
 ForwardPrecision = Literal["float32", "bfloat16"]
 
 
@@ -183,11 +195,17 @@ def mean_perplexity(model: PreTrainedModel, windows: Tensor, batch_size: int) ->
             "tokens must be int64 ids (windows, length) of two or more; this is"
             f" {tuple(windows.shape)} of {windows.dtype}."
         )
+    vocabulary, smallest, largest = _vocabulary(model), int(windows.min()), int(windows.max())
+    if smallest < 0 or largest >= vocabulary:
+        raise UserError(
+            f"tokens go from {smallest} to {largest}, the model's embedding has rows 0 to"
+            f" {vocabulary - 1}."
+        )
     found = summarize(
         window_nll(model, windows, batch_size),
         name="perplexity",
         window=windows.shape[1],
-        vocabulary=_vocabulary(model),
+        vocabulary=vocabulary,
     )
     return found["ppl"]
 
@@ -206,7 +224,7 @@ def _vocabulary(model: PreTrainedModel) -> int:
 @configurable
 class Perplexity:
     """Perplexity of a text corpus. `window` is in tokens; `max_windows` None means the
-    whole text.
+    whole text. bos: every window begins with BOS; "auto", where the model needs it.
     """
 
     metric: ClassVar[str] = "ppl"
@@ -219,12 +237,14 @@ class Perplexity:
     max_windows: PositiveInt | None
     batch_size: PositiveInt
     precision: ForwardPrecision
+    bos: Bos = "auto"
 
     @property
     def id(self) -> str:
-        """For example wikitext2@1:512x24:5d1f0c92, or wikitext2@1:512x24:bf16:5d1f0c92. The last
-        part is from the hash of the text: a local part of a corpus, or another Python's
-        documentation, is another benchmark. Reads the text.
+        """For example wikitext2@1:512x24:5d1f0c92, or wikitext2@1:512x24:bf16:bos:5d1f0c92. The
+        last part is from the hash of the text: a local part of a corpus, or another Python's
+        documentation, is another benchmark. Reads the text. bos=auto is in it once it is settled:
+        `for_model`.
         """
         return self.protocol + self.corpus.describe()["sha256"][:8]
 
@@ -236,9 +256,14 @@ class Perplexity:
                 f"{self.name}@{self.version}",
                 f"{self.window}x{self.max_windows or 'all'}",
                 *precision_mark(self.precision),
+                *(["bos"] if self.bos is True else []),
                 "",
             ]
         )
+
+    def for_model(self, config: PreTrainedConfig) -> "Perplexity":
+        """The same, with what bos=auto means for a model."""
+        return replace(self, bos=needs_bos(config)) if self.bos == "auto" else self
 
     def workload(self) -> list[Workload]:
         """Windows of the text."""
@@ -264,22 +289,53 @@ class Perplexity:
             )
         self.corpus.describe()
 
+    def check_tokens(self, tokenizer: PreTrainedTokenizerBase, rows: int) -> None:
+        """Raises UserError when the text is shorter than one window, has a token without a row in
+        the embedding, or the tokenizer has no BOS where one is wanted; loads no model. A text that
+        can be neither is not tokenized.
+        """
+        if self.bos is True:
+            bos_id(tokenizer, "benchmark.bos")
+        short = len(self.corpus.text()) < MOST_CHARACTERS * self.window
+        if short or largest_id(tokenizer) >= rows:
+            check_rows(self.windows(tokenizer), rows, tokenizer, self.name)
+
+    def windows(self, tokenizer: PreTrainedTokenizerBase) -> Tensor:
+        """int64 ids (windows, window). Raises UserError when the text is shorter than one."""
+        bos = bos_id(tokenizer, "benchmark.bos") if self.bos is True else None
+        ids = tokenize(self.corpus.text(), tokenizer, bare=bos is not None)
+        taken = 0 if bos is None else 1
+        windows = cut_windows(ids, self.window - taken, self.max_windows)
+        if len(windows) == 0:
+            longest = ids.numel() + taken
+            remedy = f"set benchmark.window to {longest} or less, or " * (longest >= MIN_WINDOW)
+            raise UserError(
+                f"{self.name}: the text has {ids.numel()} tokens, less than one window of"
+                f" {self.window}: {remedy}use a longer text."
+            )
+        if bos is not None:
+            windows = torch.cat([torch.full_like(windows[:, :1], bos), windows], dim=1)
+        log.info(
+            "%s: %d windows of %d tokens%s, out of %d tokens of text.",
+            self.name,
+            len(windows),
+            self.window,
+            ", each with BOS in front" if taken else "",
+            ids.numel(),
+        )
+        return windows
+
     def __call__(
         self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
     ) -> dict[str, float]:
         """ppl, nll (nats), ppl_finite, tokens, windows, window, nonfinite_windows, collapsed; see
         `summarize`.
 
-        Raises UserError when the text is shorter than one window.
+        Raises UserError as `check_tokens` does.
         """
-        ids = tokenize(self.corpus.text(), tokenizer)
-        windows = cut_windows(ids, self.window, self.max_windows)
-        if len(windows) == 0:
-            raise UserError(
-                f"{self.name}: the text has {ids.numel()} tokens, less than one window of"
-                f" {self.window}: set benchmark.window to {ids.numel()} or less, or use a longer"
-                " text."
-            )
+        settled = self.for_model(model.config)
+        windows, vocabulary = settled.windows(tokenizer), _vocabulary(model)
+        check_rows(windows, vocabulary, tokenizer, self.name)
         if self.max_windows is not None and len(windows) < self.max_windows:
             log.warning(
                 "%s: the text fills %d windows of %d tokens, not the %d asked for.",
@@ -288,17 +344,10 @@ class Perplexity:
                 self.window,
                 self.max_windows,
             )
-        log.info(
-            "%s: %d windows of %d tokens, out of %d tokens of text.",
-            self.name,
-            len(windows),
-            self.window,
-            ids.numel(),
-        )
         loss = window_nll(
-            model, windows, self.batch_size, precision=self.precision, description=self.id
+            model, windows, self.batch_size, precision=self.precision, description=settled.id
         )
-        return summarize(loss, name=self.name, window=self.window, vocabulary=_vocabulary(model))
+        return summarize(loss, name=self.name, window=self.window, vocabulary=vocabulary)
 
 
 @configurable
@@ -364,12 +413,23 @@ class TokenFilePerplexity:
                 f" {MIN_WINDOW} or more."
             )
 
+    def check_tokens(self, tokenizer: PreTrainedTokenizerBase, rows: int) -> None:
+        """Raises UserError for ids without a row in the embedding; loads no model."""
+        check_vocabulary(self._windows()[: self.max_windows], rows, self.path)
+
     def __call__(
         self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
     ) -> dict[str, float]:
         """The metrics of `Perplexity`. Raises UserError for ids outside the model's vocabulary."""
         windows, vocabulary = self._windows()[: self.max_windows], _vocabulary(model)
         check_vocabulary(windows, vocabulary, self.path)
+        if needs_bos(model.config) and (bare := without_bos(windows, tokenizer)):
+            log.warning(
+                "%s: %d of %d rows do not begin with BOS, which this model needs.",
+                self.id,
+                bare,
+                len(windows),
+            )
         loss = window_nll(
             model, windows, self.batch_size, precision=self.precision, description=self.id
         )

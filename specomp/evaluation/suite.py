@@ -2,15 +2,17 @@
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from pydantic import PositiveInt
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+from specomp.data.token_ids import Bos
 from specomp.errors import UserError
 from specomp.evaluation.metric import Metric
-from specomp.evaluation.perplexity import ForwardPrecision
+from specomp.evaluation.perplexity import ForwardPrecision, Perplexity
 from specomp.evaluation.workload import Workload
 from specomp.settings import configurable
 from specomp.slots import check_protocol
@@ -59,6 +61,14 @@ class Benchmark(Protocol):
         """Measure. The model comes back as it was."""
 
 
+@runtime_checkable
+class ReadsTokens(Protocol):
+    """A benchmark that can say before any work whether a model knows its tokens. Optional."""
+
+    def check_tokens(self, tokenizer: PreTrainedTokenizerBase, rows: int) -> None:
+        """Raise UserError where not; rows: of the model's embedding. Loads no model."""
+
+
 @configurable
 class Suite:
     """Several benchmarks. The fields below `parts` are what the parts have in common: the yaml of a
@@ -71,6 +81,7 @@ class Suite:
     path: Path | None = None
     window: PositiveInt | None = None
     max_windows: PositiveInt | None = None
+    bos: Bos | None = None
     batch_size: PositiveInt | None = None
     precision: ForwardPrecision | None = None
     limit: PositiveInt | None = None
@@ -81,6 +92,20 @@ class Suite:
     def benchmarks(self) -> tuple[Benchmark, ...]:
         """The parts in the order of the yaml."""
         return tuple(self.parts.values())
+
+    def for_model(self, config: PreTrainedConfig) -> "Suite":
+        """The same, with what "auto" means for a model."""
+        parts = {
+            label: part.for_model(config) if isinstance(part, Perplexity) else part
+            for label, part in self.parts.items()
+        }
+        return replace(self, parts=parts)
+
+    def check_tokens(self, tokenizer: PreTrainedTokenizerBase, rows: int) -> None:
+        """Check every part's text against the rows of a model's embedding. Raises UserError."""
+        for part in self.benchmarks:
+            if isinstance(part, ReadsTokens):
+                part.check_tokens(tokenizer, rows)
 
     def validate(self, max_length: int) -> None:
         """Check every part against a model context of `max_length` tokens. Raises UserError."""

@@ -20,7 +20,9 @@ OLD_TARGETS = {
 }
 # Settings that came later, by class, with the value that they have in every key made before: left
 # out of a key at that value.
-LATER: dict[str, dict[str, Any]] = {}
+LATER: dict[str, dict[str, Any]] = {
+    name: {"bos": "auto"} for name in ("TextCalibration", "MixedCalibration", "TokenFile")
+}
 # What of a config says which weights are wanted; what inside it only says where they are made, or
 # repeats what the weights say of themselves (shape); what of a calibration only says how fast.
 WEIGHTS = ("model", "method", "ratio", "calibration", "quantizer", "seed")

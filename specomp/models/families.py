@@ -44,6 +44,9 @@ OPT = ModelFamily(
 
 FAMILIES = (LLAMA, PHI3, OPT)
 FAMILY_OF_TYPE = {model_type: family for family in FAMILIES for model_type in family.model_types}
+# Trained with their BOS token in front of every text, and lost without it: published Gemma models
+# have perplexities of thousands on windows that begin in mid-text.
+NEED_BOS = frozenset({"gemma", "gemma2", "gemma3", "gemma3_text"})
 COMPRESSED_PREFIX = "specomp_"  # a compressed folder of a llama has the model_type "specomp_llama"
 
 
@@ -52,6 +55,11 @@ def base_model_type(config: PreTrainedConfig) -> str:
     "specomp_llama".
     """
     return config.model_type.removeprefix(COMPRESSED_PREFIX)
+
+
+def needs_bos(config: PreTrainedConfig) -> bool:
+    """Whether a model is only itself on sequences that begin with its BOS token."""
+    return base_model_type(config) in NEED_BOS
 
 
 def family_of(config: PreTrainedConfig) -> ModelFamily:

@@ -15,7 +15,7 @@ from hydra import compose, initialize_config_dir
 from hydra.utils import instantiate
 from pydantic import ValidationError
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
-from transformers import PreTrainedTokenizerFast
+from transformers import LlamaConfig, PreTrainedTokenizerFast
 
 from specomp.data.calibration import (
     CalibrationSet,
@@ -30,7 +30,7 @@ from specomp.data.calibration import (
 from specomp.data.corpora import Corpus
 from specomp.data.samplers import ContiguousWindows, SvdLlmSampler, TokenWindows
 from specomp.data.text import describe_text
-from specomp.data.token_ids import describe_tokenizer
+from specomp.data.token_ids import describe_tokenizer, embedding_rows
 from specomp.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -366,6 +366,75 @@ def test_ids_must_be_in_the_vocabulary(tmp_path: Path, tokenizer: Any) -> None:
     with pytest.raises(UserError, match="id 263 is outside the vocabulary of 263"):
         settings.build(tokenizer, max_length=64, vocab_size=263)
     assert settings.build(tokenizer, max_length=64, vocab_size=264).num_samples == 4
+
+
+def test_tokens_must_have_rows(tokenizer: Any) -> None:
+    """Counted by the ids that are drawn: rows to spare are fine, and so are tokens no text has."""
+    largest = int(build(spec(), tokenizer).tokens.max())
+    for rows in (largest + 1, 258, 1000):
+        drawn = spec().build(tokenizer, max_length=64, vocab_size=rows)
+        assert drawn.hash == build(spec(), tokenizer).hash
+    with pytest.raises(UserError) as caught:
+        spec().build(tokenizer, max_length=64, vocab_size=largest)
+    for part in (
+        f"token {largest} (",
+        f"which has {largest};",
+        f"{len(tokenizer)} tokens",
+        "resize",
+    ):
+        assert part in str(caught.value)
+
+
+def test_the_rows_of_a_config() -> None:
+    assert embedding_rows(LlamaConfig(vocab_size=100, pad_token_id=99)) == 100
+    assert embedding_rows(LlamaConfig(vocab_size=100, pad_token_id=-1)) == 100  # LLaMA 1
+    with pytest.raises(
+        UserError, match="pad_token_id=100, its embedding 100 rows: set pad_token_id"
+    ):
+        embedding_rows(LlamaConfig(vocab_size=100, pad_token_id=100))
+
+
+@pytest.mark.parametrize("sampler", [SvdLlmSampler(seed=3), TokenWindows(seed=3)])
+def test_bos_in_front_of_every_sample(sampler: Any) -> None:
+    tokenizer = byte_tokenizer()
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(single="$A")
+    plain, bos = build(spec(sampler=sampler), tokenizer), tokenizer.bos_token_id
+    begun = build(spec(sampler=sampler, bos=True), tokenizer)
+    assert begun.tokens.shape == plain.tokens.shape and (begun.tokens[:, 0] == bos).all()
+    assert torch.equal(begun.tokens[:, 1:], plain.tokens[:, :-1])
+    assert begun.hash != plain.hash and begun.description["bos"] is True
+    auto = spec(sampler=sampler).build(tokenizer, max_length=64, needs_bos=True)
+    assert auto.hash == begun.hash
+    off = spec(sampler=sampler, bos=False).build(tokenizer, max_length=64, needs_bos=True)
+    assert off.hash == plain.hash and "bos" not in plain.description
+
+
+def test_a_bos_that_the_tokenizer_puts_there_is_not_doubled(tokenizer: Any) -> None:
+    """SVD-LLM's samples are texts of their own, each with the tokenizer's BOS."""
+    assert build(spec(bos=True), tokenizer).hash == build(spec(), tokenizer).hash
+
+
+def test_a_tokenizer_without_bos() -> None:
+    without = byte_tokenizer()
+    without.bos_token = None
+    build(spec(), without)
+    for settings, needed in ((spec(bos=True), False), (spec(), True)):
+        with pytest.raises(
+            UserError, match="no BOS token: give it one, or set calibration.bos=fals"
+        ):
+            settings.build(without, max_length=64, needs_bos=needed)
+    spec(bos=False).build(without, max_length=64, needs_bos=True)
+
+
+def test_token_files_are_taken_as_they_are(
+    tmp_path: Path, tokenizer: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    settings = file_spec(write(tmp_path / "ids.npy"))
+    drawn = settings.build(tokenizer, max_length=64, needs_bos=True)
+    assert drawn.hash == build(settings, tokenizer).hash
+    assert "4 of 4 calibration samples do not begin with BOS" in caplog.text
+    with pytest.raises(ValidationError, match="'auto' or False"):
+        file_spec(tmp_path / "ids.npy", bos=True)
 
 
 @pytest.mark.parametrize("name", CALIBRATIONS)

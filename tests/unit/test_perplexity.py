@@ -13,7 +13,7 @@ from hydra.utils import instantiate
 from omegaconf import OmegaConf
 from pydantic import ValidationError
 from safetensors.torch import save_file
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import AutoConfig, LlamaConfig, LlamaForCausalLM
 
 from specomp.errors import UserError
 from specomp.evaluation import perplexity
@@ -37,6 +37,31 @@ class CharacterTokenizer:
 
     def __call__(self, text: str, **_: Any) -> Any:
         return {"input_ids": [ord(character) for character in text]}
+
+
+BOS = 1
+
+
+class BosTokenizer(CharacterTokenizer):
+    """The same, with BOS in front of every text, as LLaMA's and Gemma's."""
+
+    bos_token_id: int | None = BOS
+
+    def __init__(self, size: int = VOCABULARY) -> None:
+        self.size = size
+
+    def __len__(self) -> int:
+        return self.size
+
+    def __call__(self, text: str, *, add_special_tokens: bool = True, **_: Any) -> Any:
+        ids = super().__call__(text)["input_ids"]
+        return {"input_ids": [BOS, *ids] if add_special_tokens else ids}
+
+    def get_vocab(self) -> dict[str, int]:
+        return {chr(index): index for index in range(self.size)}
+
+    def convert_ids_to_tokens(self, index: int) -> str:
+        return chr(index)
 
 
 class FakeText:
@@ -198,6 +223,88 @@ def test_identity_names_what_the_number_depends_on() -> None:
         )
         == 4
     )
+
+
+def test_bos_stands_in_front_of_every_window(model: LlamaForCausalLM) -> None:
+    """BOS and window - 1 tokens of text: as many predictions as without, none of a BOS."""
+    benchmark, tokenizer = make(bos=True, max_windows=3), BosTokenizer()
+    windows = benchmark.windows(tokenizer)
+    text = torch.tensor([ord(x) for x in TEXT[: 3 * 31]]).view(3, 31)
+    assert windows.shape == (3, 32) and torch.equal(windows[:, 1:], text)
+    assert (windows[:, 0] == BOS).all() and not (windows[:, 1:] == BOS).any()
+    result = benchmark(model, tokenizer)
+    assert (result["tokens"], result["window"], result["windows"]) == (93, 32, 3)
+    with torch.no_grad():
+        loss = model(input_ids=windows, labels=windows).loss
+    assert result["nll"] == pytest.approx(float(loss), rel=1e-6)
+    off = make(bos=False, max_windows=3)
+    assert (off.windows(tokenizer)[:, 0] == BOS).tolist() == [True, False, False]
+    assert torch.equal(off.windows(tokenizer), make(max_windows=3).windows(tokenizer))
+
+
+def test_bos_is_in_the_id_where_it_is_on() -> None:
+    """auto is off for every family but Gemma's, and then the id is as it always was."""
+    plain = make(max_windows=3)
+    assert plain.id == make(max_windows=3, bos=False).id
+    text = plain.id.rpartition(":")[2]
+    gemma, llama = AutoConfig.for_model("gemma2"), LlamaConfig()
+    assert plain.for_model(gemma).id == f"fake@1:32x3:bos:{text}"
+    assert make(max_windows=3, precision="bfloat16", bos=True).id == f"fake@1:32x3:bf16:bos:{text}"
+    assert plain.for_model(llama).id == plain.id
+    assert make(bos=False).for_model(gemma).bos is False
+    assert make(bos=True).for_model(llama).bos is True
+    suite = Suite(name="s", parts={"a": plain}).for_model(gemma)
+    assert [part.id for part in suite.benchmarks] == [f"fake@1:32x3:bos:{text}"]
+
+
+def test_auto_is_what_the_model_needs(model: LlamaForCausalLM) -> None:
+    for kind, bos in [("llama", False), ("gemma2", True), ("specomp_gemma2", True)]:
+        model.config.model_type = kind
+        assert make()(model, BosTokenizer()) == make(bos=bos)(model, BosTokenizer())
+
+
+def test_tokens_are_checked_before_any_work(tmp_path: Path) -> None:
+    benchmark = make()
+    benchmark.check_tokens(BosTokenizer(VOCABULARY), VOCABULARY)
+    benchmark.check_tokens(BosTokenizer(VOCABULARY), VOCABULARY + 64)  # rows to spare
+    benchmark.check_tokens(BosTokenizer(VOCABULARY), ord("w") + 1)  # the others are not in the text
+    with pytest.raises(UserError) as caught:
+        benchmark.check_tokens(BosTokenizer(VOCABULARY), ord("w"))
+    assert str(caught.value).startswith(
+        "fake: token 119 ('w') has no row in the model's embedding, which has 119; the tokenizer"
+        " has 128 tokens."
+    )
+    assert "model.resize_token_embeddings(128)" in str(caught.value)
+    suite = Suite(name="s", parts={"a": benchmark})
+    with pytest.raises(UserError, match="fake: token 119"):
+        suite.check_tokens(BosTokenizer(VOCABULARY), ord("w"))
+    rows = token_file(tmp_path / "ids.safetensors", torch.tensor([[0, 128]]))
+    with pytest.raises(UserError, match="id 128 is outside the vocabulary of 128"):
+        rows.check_tokens(BosTokenizer(), VOCABULARY)
+    rows.check_tokens(BosTokenizer(), VOCABULARY + 1)
+
+
+def test_short_texts_and_tokenizers_without_bos_are_found_before_any_work() -> None:
+    tokenizer = BosTokenizer()
+    with pytest.raises(UserError, match="the text has 6 tokens, .* set benchmark.window to 6 or"):
+        make("short").check_tokens(tokenizer, VOCABULARY)
+    with pytest.raises(UserError, match="the text has 5 tokens, .* set benchmark.window to 6 or"):
+        make("short", bos=True).check_tokens(tokenizer, VOCABULARY)
+    make("short", window=6).check_tokens(tokenizer, VOCABULARY)  # as the hint says
+    make("short", window=6, bos=True).check_tokens(tokenizer, VOCABULARY)
+    with pytest.raises(UserError, match=r"less than one window of 32: use a longer text\."):
+        make("", bos=True).check_tokens(tokenizer, VOCABULARY)
+    tokenizer.bos_token_id = None
+    for wanted in (make(bos=True), make().for_model(AutoConfig.for_model("gemma2"))):
+        with pytest.raises(UserError, match="has no BOS token: give it one, or set benchmark.bos="):
+            wanted.check_tokens(tokenizer, VOCABULARY)
+    make().check_tokens(tokenizer, VOCABULARY)
+
+
+def test_ids_without_rows_in_tensors(model: LlamaForCausalLM) -> None:
+    for ids in ([[0, 128]], [[-1, 3]]):
+        with pytest.raises(UserError, match="tokens go from .*embedding has rows 0 to 127"):
+            perplexity.mean_perplexity(model, torch.tensor(ids), 1)
 
 
 def test_messages(model: LlamaForCausalLM, caplog: pytest.LogCaptureFixture) -> None:
