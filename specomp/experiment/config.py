@@ -18,6 +18,7 @@ from specomp.cache import Cache
 from specomp.compression.checks import check_method
 from specomp.compression.route import Route
 from specomp.data.calibration import CalibrationSet, CalibrationSpec
+from specomp.data.token_ids import embedding_rows
 from specomp.evaluation.suite import Suite
 from specomp.experiment.checks import check_machine, check_packed, check_streamed, make
 from specomp.experiment.completed import completed
@@ -26,6 +27,7 @@ from specomp.experiment.options import Options
 from specomp.experiment.record import RecordStore
 from specomp.experiment.tracking import Tracking
 from specomp.forms.prices import Budget
+from specomp.models.families import needs_bos
 from specomp.models.sources import Source
 from specomp.settings import CONF
 from specomp.slots import Method, describe
@@ -33,7 +35,7 @@ from specomp.slots import Method, describe
 
 @dataclass(frozen=True, kw_only=True)
 class Request:
-    """What was asked for, checked; no text, tokenizer or model has been looked at."""
+    """What was asked for, checked; no text, tokenizer or weights have been looked at."""
 
     source: Source
     method: Method
@@ -103,12 +105,13 @@ def ask(cfg: DictConfig) -> Request:
     )
     check_packed(parts["method"], options)
     check_streamed(source, parts["method"], route, options, suite)
+    cache = Cache(str(cfg.paths.cache))
     return Request(
         source=source,
-        suite=suite,
+        suite=suite.for_model(source.config_for_plan(cache)),
         options=options,
         processes=processes,
-        cache=Cache(str(cfg.paths.cache)),
+        cache=cache,
         outputs=outputs,
         records=RecordStore(outputs / "records"),
         choices={
@@ -142,7 +145,15 @@ def build(cfg: DictConfig) -> Experiment:
     context = request.source.max_length(request.cache)
     request.suite.validate(context)
     tokenizer = request.source.tokenizer(request.cache)
-    samples = training_samples = request.calibration.build(tokenizer, max_length=context)
+    config = request.source.config_for_plan(request.cache)
+    rows = embedding_rows(config)
+    request.suite.check_tokens(tokenizer, rows)
+    drawing: dict[str, Any] = {
+        "max_length": context,
+        "vocab_size": rows,
+        "needs_bos": needs_bos(config),
+    }
+    samples = training_samples = request.calibration.build(tokenizer, **drawing)
     method = request.method
     check_method(
         method,
@@ -155,7 +166,7 @@ def build(cfg: DictConfig) -> Experiment:
     wanted = method.training.samples_of(samples.num_samples)
     if wanted not in (0, samples.num_samples):
         training_samples = replace(request.calibration, num_samples=wanted).build(
-            tokenizer, max_length=context
+            tokenizer, **drawing
         )
     return Experiment(
         **vars(request), samples=samples, training_samples=training_samples, tokenizer=tokenizer
