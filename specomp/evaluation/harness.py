@@ -3,23 +3,33 @@ functions: it takes seconds.
 
 The stock task definitions (prompts, scoring) are always used. With a data root only their data
 changes: JSON lines at <root>/<task>/<split>.jsonl[.gz] (mmlu:
-<root>/mmlu/<split>/<subject>.jsonl[.gz]), and nothing is asked from the network.
+<root>/mmlu/<split>/<subject>.jsonl[.gz]), and nothing is asked from the network. An id without a
+hash is of the published data, wherever it was read; any other data puts its hash into the id.
+
+Special tokens are the tokenizer's own, as in lm-eval 0.4.13: Gemma's put BOS in front of every
+request, and bos=auto has nothing to add.
 """
 
 import copy
 import difflib
 import functools
+import hashlib
+import json
 import logging
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
+import torch
 from pydantic import NonNegativeInt, PositiveInt
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from specomp.errors import UserError
+from specomp.data.corpora import read_rows
+from specomp.data.token_ids import check_rows, largest_id
+from specomp.errors import UserError, one_line
 from specomp.evaluation.metric import FRACTION, Metric
 from specomp.evaluation.perplexity import ForwardPrecision, evaluating, precision_mark
 from specomp.evaluation.workload import LONGEST, Sure, Workload, task_tokens
@@ -40,6 +50,70 @@ STOCK_FILES = {
     "openbookqa": "openbookqa/openbookqa.yaml",
 }
 MMLU = "mmlu"
+
+
+@dataclass(frozen=True, kw_only=True)
+class TaskData:
+    """What of a task's data its numbers depend on: the split that is evaluated, the one that
+    examples of a prompt come from, and the columns of a row. published: split -> `content_of` the
+    published one.
+    """
+
+    evaluated: str
+    examples: str
+    fields: tuple[str, ...]
+    published: Mapping[str, str]
+
+    def splits(self, num_fewshot: int) -> list[str]:
+        """Those that are read."""
+        return [self.evaluated, *([self.examples] if num_fewshot else [])]
+
+
+MULTIPLE_CHOICE = ("question", "choices", "answerKey")
+DATA = {
+    "piqa": TaskData(
+        evaluated="validation",
+        examples="train",
+        fields=("goal", "sol1", "sol2", "label"),
+        published={"validation": "92415049378f3e96"},
+    ),
+    "winogrande": TaskData(
+        evaluated="validation",
+        examples="train",
+        fields=("sentence", "option1", "option2", "answer"),
+        published={"validation": "c6027d9c555eb457"},
+    ),
+    "arc_easy": TaskData(
+        evaluated="test",
+        examples="train",
+        fields=MULTIPLE_CHOICE,
+        published={"test": "3edcadd66e55fdac"},
+    ),
+    "arc_challenge": TaskData(
+        evaluated="test",
+        examples="train",
+        fields=MULTIPLE_CHOICE,
+        published={"test": "02d85fe5c189409f"},
+    ),
+    "hellaswag": TaskData(
+        evaluated="validation",
+        examples="train",
+        fields=("activity_label", "ctx_a", "ctx_b", "endings", "label"),
+        published={"validation": "26648d3f40d4e051"},
+    ),
+    "openbookqa": TaskData(
+        evaluated="test",
+        examples="train",
+        fields=("question_stem", "choices", "answerKey"),
+        published={"test": "fb195ea080bb6504"},
+    ),
+    MMLU: TaskData(
+        evaluated="test",
+        examples="dev",
+        fields=("question", "choices", "answer"),
+        published={"test": "b8d135d346d9a490", "dev": "46ec4922b1a54787"},
+    ),
+}
 MMLU_SUBJECTS = 57
 MMLU_FILES = "mmlu/default/mmlu_*.yaml"  # one per subject
 SUFFIXES = (".jsonl", ".jsonl.gz")
@@ -72,19 +146,39 @@ class HarnessTask:
 
     @property
     def id(self) -> str:
-        """For example piqa@1, piqa@1:limit100, mmlu@1:5shot, mmlu@1:limit2each (subject)."""
+        """For example piqa@1, piqa@1:limit100, mmlu@1:5shot, mmlu@1:limit2each (subject); with a
+        hash at its end where the data is not the published one: piqa@1:limit100:3f2a91c0. Raises
+        UserError where local data cannot be read.
+        """
         settings = [f"{self.num_fewshot}shot"] if self.num_fewshot is not None else []
         settings += (
             [f"limit{self.limit_each}{'each' if self.task == MMLU else ''}"]
             if self.limit is not None
             else []
         )
-        return ":".join([f"{self.task}@{self.version}", *settings, *precision_mark(self.precision)])
+        marks = [*precision_mark(self.precision), *self._data_mark]
+        return ":".join([f"{self.task}@{self.version}", *settings, *marks])
 
     @property
     def protocol(self) -> str:
-        """The id: it has no part that depends on a local text."""
+        """The id: tables of other data are other tables."""
         return self.id
+
+    @property
+    def _data_mark(self) -> list[str]:
+        """What local data adds to the id; nothing where it is the published one."""
+        if self.data_root is None or self.task not in DATA:
+            return []
+        root, known = self.data_root.expanduser().absolute(), DATA[self.task]
+        files = {
+            split: split_files(root, self.task, split)
+            for split in known.splits(self.num_fewshot or 0)
+        }
+        if not all(files.values()):  # nothing can be measured, and `validate` says what is missing
+            return []
+        contents = {split: content_of(paths, known.fields) for split, paths in files.items()}
+        published = {split: known.published.get(split) for split in files}
+        return [] if contents == published else [_sha256(contents)[:8]]
 
     @property
     def limit_each(self) -> int | None:
@@ -134,6 +228,34 @@ class HarnessTask:
                     for metric in definition["metric_list"]
                 }
             )
+        _ = self._data_mark  # reads the rows
+
+    def check_tokens(self, tokenizer: PreTrainedTokenizerBase, rows: int) -> None:
+        """Raises UserError where a request has a token without a row in the embedding, where local
+        data that is not the published one makes no requests, or where the tokenizer has nothing
+        to begin one with; loads no model. What can be none of that is left for later.
+        """
+        if tokenizer.bos_token_id is None and tokenizer.eos_token_id is None:
+            raise UserError(
+                f"{self.task}: a request begins with BOS or EOS where nothing else does, and the"
+                " tokenizer has neither: give it one, or take this task out of the benchmark."
+            )
+        mark = self._data_mark
+        if largest_id(tokenizer) < rows and not mark:
+            return
+        try:
+            self._evaluate(_rehearsal(tokenizer, rows, self.id))
+        except UserError:
+            raise
+        except Exception as error:
+            if not mark:
+                raise
+            # whatever a prompt or a score makes of rows that it was not written for
+            raise UserError(
+                f"{self.task}: the rows in {self.data_root}/{self.task} do not fit the task"
+                f" ({type(error).__name__}: {one_line(error, 160)}); compare them with the"
+                " published ones."
+            ) from error
 
     def __call__(
         self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
@@ -141,28 +263,9 @@ class HarnessTask:
         """acc, acc_norm where the task defines it, their _stderr, n (documents),
         nonfinite_requests, truncated_requests.
         """
-        from lm_eval.evaluator import evaluate
-
-        with _quiet(), evaluating(model, self.precision):
-            loaded = _load(self._specification(), self.task)
-            for task in loaded["tasks"].values():
-                shots = (
-                    self.num_fewshot
-                    if self.num_fewshot is not None
-                    else task.get_config("num_fewshot")
-                )
-                task.set_config(key="num_fewshot", value=shots or 0)
-                task.set_fewshot_seed(seed=FEWSHOT_SEED)
+        with evaluating(model, self.precision):
             lm = _language_model(model, tokenizer, self.batch_size, self.id)
-            # not simple_evaluate: it reseeds every generator of the process and collects the
-            # environment (1 s a call)
-            results = evaluate(
-                lm=lm,
-                task_dict=loaded,
-                limit=self.limit_each,
-                bootstrap_iters=BOOTSTRAP_ITERS,
-                log_samples=False,
-            )
+            results = self._evaluate(lm)
         scores = _scores(results, self.task) | {
             "nonfinite_requests": float(lm.nonfinite),
             "truncated_requests": float(lm.truncated),
@@ -181,6 +284,49 @@ class HarnessTask:
             "%s: %s %.4f on %d documents.", self.id, self.metric, scores[self.metric], scores["n"]
         )
         return scores
+
+    def _evaluate(self, lm: Any) -> Mapping[str, Any]:
+        """lm-eval's results of a language model of its kind."""
+        from lm_eval.evaluator import evaluate
+
+        with _quiet():
+            loaded = _load(self._specification(), self.task, self.data_root)
+            for task in loaded["tasks"].values():
+                shots = (
+                    self.num_fewshot
+                    if self.num_fewshot is not None
+                    else task.get_config("num_fewshot")
+                )
+                task.set_config(key="num_fewshot", value=shots or 0)
+                task.set_fewshot_seed(seed=FEWSHOT_SEED)
+            self._check_published(loaded["tasks"].values())
+            # not simple_evaluate: it reseeds every generator of the process and collects the
+            # environment (1 s a call)
+            results: Mapping[str, Any] = evaluate(
+                lm=lm,
+                task_dict=loaded,
+                limit=self.limit_each,
+                bootstrap_iters=BOOTSTRAP_ITERS,
+                log_samples=False,
+            )
+        return results
+
+    def _check_published(self, tasks: Iterable[Any]) -> None:
+        """Says so where the hub's data is no longer what the id stands for."""
+        known = DATA.get(self.task)
+        if self.data_root is not None or known is None:
+            return
+        loaded = list(tasks)
+        for split in known.splits(self.num_fewshot or 0):
+            subjects = sorted(loaded, key=lambda task: str(task.config.dataset_name))
+            rows = [_sha256_of_rows(x.dataset[split], known.fields) for x in subjects]
+            if known.published.get(split, _sha256(rows)) != _sha256(rows):
+                log.warning(
+                    "%s: the %s split on the hub is not the one that %s stood for.",
+                    self.task,
+                    split,
+                    self.id,
+                )
 
     def _check_metric(self, known: Iterable[str]) -> None:
         known = sorted(known)
@@ -243,6 +389,65 @@ def localize(
     return {**config, **dict.fromkeys(SPLIT_KEYS), **splits, **data}
 
 
+def split_files(root: Path, task: str, split: str) -> list[Path]:
+    """The files of a split below a data root, by name (mmlu: by subject); .jsonl before
+    .jsonl.gz.
+    """
+    folder, name = (root / task / split, "*") if task == MMLU else (root / task, split)
+    found = {
+        path.name.removesuffix(suffix): path
+        for suffix in reversed(SUFFIXES)
+        for path in folder.glob(name + suffix)
+    }
+    return [found[name] for name in sorted(found)]
+
+
+def content_of(files: Sequence[Path], fields: Sequence[str]) -> str:
+    """Hash (16 hex digits) of those columns of a split's rows: neither places, compression nor
+    other columns play a part.
+
+    Raises UserError for a row without one of them, with file and line.
+    """
+    stamps = [(path, path.stat().st_mtime_ns, path.stat().st_size) for path in files]
+    return _sha256([_content(*stamp, tuple(fields)) for stamp in stamps])
+
+
+@functools.lru_cache(maxsize=256)
+def _content(path: Path, changed: int, size: int, fields: tuple[str, ...]) -> str:
+    def rows() -> Iterator[Mapping[str, Any]]:
+        kinds: dict[str, type] = {}  # of the first row
+        for where, row in read_rows(path):
+            lacking = [x for x in fields if not isinstance(row, dict) or row.get(x) is None]
+            if lacking:
+                raise UserError(
+                    f"{where}: no {lacking[0]!r}; every row needs {', '.join(fields)}, none of them"
+                    " null."
+                )
+            for x in fields:
+                first, kind = kinds.setdefault(x, type(row[x])), type(row[x])
+                if kind is not first:
+                    raise UserError(
+                        f"{where}: {x!r} is a {kind.__name__}, in the first row a"
+                        f" {first.__name__}; every row needs the same."
+                    )
+            yield row
+
+    if path.stat().st_size == 0:
+        raise UserError(f"{path} is empty; every row is a document.")
+    return _sha256_of_rows(rows(), fields)
+
+
+def _sha256_of_rows(rows: Iterable[Mapping[str, Any]], fields: Sequence[str]) -> str:
+    found = hashlib.sha256()
+    for row in rows:
+        found.update(json.dumps([row[x] for x in fields], sort_keys=True).encode() + b"\n")
+    return found.hexdigest()
+
+
+def _sha256(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]
+
+
 def _local_files(config: Mapping[str, Any], root: Path, task: str) -> dict[str, Path]:
     """Split name -> existing file of a task."""
     splits = {config[key] for key in SPLIT_KEYS if config.get(key)}
@@ -293,10 +498,11 @@ def _check_name(task: str) -> None:
         )
 
 
-def _load(specification: list[TaskConfig] | None, name: str) -> Any:
+def _load(specification: list[TaskConfig] | None, name: str, data_root: Path | None) -> Any:
     """Task objects with their data; several become a group. Raises UserError when the data cannot
     be read.
     """
+    from datasets.exceptions import DatasetsError
     from lm_eval.api.group import Group
     from lm_eval.config.group import GroupConfig
     from lm_eval.tasks import TaskManager
@@ -306,12 +512,14 @@ def _load(specification: list[TaskConfig] | None, name: str) -> Any:
             return _full_manager().load([name])
         manager = TaskManager(include_defaults=False)
         loaded = manager.load(copy.deepcopy(specification))
-    except (OSError, ValueError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise UserError(
-            f"{name}: cannot load its data ({reason}): check the network, or set paths.data to a"
-            " folder that holds it."
-        ) from error
+    except (OSError, ValueError, DatasetsError) as error:
+        reason = one_line(error, 200)
+        remedy = (
+            "check the network, or set paths.data to a folder that holds it"
+            if data_root is None
+            else f"check the files in {data_root / name}, or set paths.data=null to read the hub's"
+        )
+        raise UserError(f"{name}: cannot load its data ({reason}): {remedy}.") from error
     if len(specification) == 1:
         return loaded
     # lm-eval's mmlu group without its four subgroups: subjects weighted by their number of
@@ -322,6 +530,32 @@ def _load(specification: list[TaskConfig] | None, name: str) -> Any:
     for task in loaded["tasks"].values():
         group.add(task)
     return manager.load([group])
+
+
+def _rehearsal(tokenizer: PreTrainedTokenizerBase, rows: int, description: str) -> Any:
+    """A language model of lm-eval's that answers nothing, and only checks the tokens of what it is
+    asked.
+    """
+    from lm_eval.api.model import LM
+
+    class Rehearsal(LM):  # type: ignore[misc]
+        def loglikelihood(self, requests: list[Any]) -> list[tuple[float, bool]]:
+            return [(self._checked(*x.args), False) for x in requests]
+
+        def loglikelihood_rolling(self, requests: list[Any]) -> list[float]:
+            return [self._checked(x.args[0]) for x in requests]
+
+        def generate_until(self, requests: list[Any]) -> list[str]:
+            self.loglikelihood_rolling(requests)
+            return [""] * len(requests)
+
+        def _checked(self, context: str, continuation: str = "") -> float:
+            # lm-eval tokenizes both
+            for text in {context, context + continuation}:
+                check_rows(torch.tensor(tokenizer.encode(text)), rows, tokenizer, description)
+            return 0.0
+
+    return Rehearsal()
 
 
 def _language_model(
@@ -360,8 +594,14 @@ def _language_model(
             self.nonfinite += sum(not math.isfinite(logprob) for logprob, _ in answers)
             return answers
 
-    # a copy, because HFLM gives the tokenizer a padding token
-    return CountingLM(pretrained=model, tokenizer=copy.deepcopy(tokenizer), batch_size=batch_size)
+    # a copy, because a padding token is given to it: HFLM's own choice may have no row. What is
+    # padded is masked, so any token will do.
+    padded = copy.deepcopy(tokenizer)
+    rows = model.config.get_text_config().vocab_size
+    if padded.pad_token_id is None or padded.pad_token_id >= rows:
+        usable = padded.eos_token_id is not None and padded.eos_token_id < rows
+        padded.pad_token = padded.eos_token if usable else padded.convert_ids_to_tokens(0)
+    return CountingLM(pretrained=model, tokenizer=padded, batch_size=batch_size)
 
 
 def _chunks(requests: Sequence[Any], size: int) -> list[list[Any]]:

@@ -2,6 +2,7 @@
 a user is told.
 """
 
+import gzip
 import json
 import logging
 import math
@@ -13,8 +14,14 @@ from typing import Any
 
 import pytest
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
+from transformers import (
+    AutoConfig,
+    Gemma2ForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+)
 
 from specomp.errors import UserError
 from specomp.evaluation import harness
@@ -257,6 +264,219 @@ def test_a_metric_the_task_lacks(
 def test_identity() -> None:
     assert make("piqa", limit=None).id == "piqa@1"
     assert make("mmlu", num_fewshot=5, limit=100).id == "mmlu@1:5shot:limit2each"
+
+
+PIQA = [
+    {"goal": f"To do {n}", "sol1": f"do {n}", "sol2": f"leave {n}", "label": n % 2}
+    for n in range(4)
+]
+
+
+def own(root: Path, rows: list[Any], name: str = "piqa/validation.jsonl", **changes: Any) -> Any:
+    """A task on rows of one's own."""
+    text = "\n".join(row if isinstance(row, str) else json.dumps(row) for row in rows)
+    path = root / name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(gzip.compress(text.encode()) if name.endswith(".gz") else text.encode())
+    return make(name.partition("/")[0], data_root=root, limit=None, **changes)
+
+
+def test_two_sets_of_data_never_share_an_id(tmp_path: Path) -> None:
+    """What prompts and scores are made of decides, not where or how it is stored."""
+    first = own(tmp_path / "a", PIQA).id
+    assert first.startswith("piqa@1:") and len(first) == len("piqa@1:") + 8
+    for name, rows in {
+        "places": PIQA,
+        "order": [dict(reversed(row.items())) for row in PIQA],
+        "columns": [{**row, "id": 7} for row in PIQA],
+    }.items():
+        assert own(tmp_path / name, rows).id == first
+    assert own(tmp_path / "gz", PIQA, "piqa/validation.jsonl.gz").id == first
+    others = {
+        own(tmp_path / name, rows).id
+        for name, rows in {
+            "label": [{**PIQA[0], "label": 1}, *PIQA[1:]],
+            "fewer": PIQA[:3],
+            "turned": PIQA[::-1],
+            "goal": [{**PIQA[0], "goal": "To do"}, *PIQA[1:]],
+        }.items()
+    }
+    assert len(others | {first, "piqa@1"}) == 6
+    task = own(tmp_path / "changed", PIQA)
+    assert task.protocol == task.id == first
+    own(tmp_path / "changed", PIQA[:2])  # the same file, written anew
+    assert task.id != first
+
+
+def test_examples_are_a_part_of_the_data(tmp_path: Path) -> None:
+    own(tmp_path, PIQA)
+    examples = own(tmp_path, PIQA, "piqa/train.jsonl", num_fewshot=2)
+    before = examples.id
+    assert before.startswith("piqa@1:2shot:")
+    plain = make("piqa", data_root=tmp_path).id
+    own(tmp_path, PIQA[:3], "piqa/train.jsonl")
+    assert examples.id != before and make("piqa", data_root=tmp_path).id == plain
+
+
+def test_the_published_data_has_the_plain_id(tmp_path: Path) -> None:
+    """Here as from the hub, and where there is nothing to read."""
+    for task in harness.DATA:
+        plain = make(task, data_root=None).id
+        assert ":" not in plain.removesuffix(":limit4").removesuffix(":limit1each")
+        assert make(task, data_root=tmp_path).id == make(task, data_root=None).id
+
+
+@needs_data
+def test_the_published_data_is_known() -> None:
+    for task in harness.DATA:
+        assert make(task).id == make(task, data_root=None).id
+    shots = make("mmlu", num_fewshot=5)
+    assert shots.id == make("mmlu", num_fewshot=5, data_root=None).id == "mmlu@1:5shot:limit1each"
+
+
+@pytest.mark.parametrize("task", harness.DATA)
+def test_splits_are_those_that_lm_eval_reads(task: str) -> None:
+    known = harness.DATA[task]
+    for config in harness._stock_configs(task):
+        evaluated = config.get("test_split") or config["validation_split"]
+        examples = config.get("fewshot_split") or config.get("training_split") or evaluated
+        assert known.splits(0) == [evaluated] and known.splits(5) == [evaluated, examples]
+
+
+@pytest.mark.parametrize(
+    ("row", "said"),
+    [
+        ({"goal": "a", "sol1": "b", "sol2": "c"}, "line 5: no 'label'; every row needs goal, sol1"),
+        ({**PIQA[0], "sol2": None}, "line 5: no 'sol2'; every row needs"),
+        ({**PIQA[0], "goal": ["a"]}, "line 5: 'goal' is a list, in the first row a str; every"),
+        ({**PIQA[0], "label": "1"}, "line 5: 'label' is a str, in the first row a int"),
+        ("[1]", "line 5: no 'goal'; every row needs"),
+        ("{oops", "line 5: not JSON"),
+    ],
+)
+def test_rows_that_are_no_documents(tmp_path: Path, row: Any, said: str) -> None:
+    with pytest.raises(UserError, match=said) as caught:
+        own(tmp_path, [*PIQA, row]).validate(2048)
+    assert "validation.jsonl" in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_files_that_hold_no_rows(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"validation\.jsonl is empty; every row is a document"):
+        own(tmp_path, []).validate(2048)
+    (tmp_path / "piqa" / "validation.jsonl").unlink()
+    path = tmp_path / "piqa" / "validation.jsonl.gz"
+    path.write_bytes(gzip.compress(json.dumps(PIQA[0]).encode())[:-9])
+    with pytest.raises(UserError, match=r"validation\.jsonl\.gz is not a whole gzip file"):
+        make("piqa", data_root=tmp_path).validate(2048)
+
+
+def test_rows_that_make_no_requests_are_found_before_any_work(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    task = own(tmp_path, PIQA)
+    task.validate(2048)
+    task.check_tokens(tokenizer, 257)
+    good = {"question": "a", "choices": {"text": ["b", "c"], "label": ["A", "B"]}}
+    arc = own(tmp_path, [{**good, "answerKey": "A"}], "arc_easy/test.jsonl")
+    arc.check_tokens(tokenizer, 257)
+    arc = own(tmp_path, [{**good, "answerKey": "E"}], "arc_easy/test.jsonl")
+    arc.validate(2048)
+    with pytest.raises(
+        UserError, match="arc_easy: .*'E' is not in list.*check the files in"
+    ) as caught:
+        arc.check_tokens(tokenizer, 257)
+    assert "\n" not in str(caught.value)
+    short = own(tmp_path, [{**good, "choices": ["b"], "answerKey": "A"}], "arc_easy/test.jsonl")
+    short.validate(2048)
+    with pytest.raises(UserError, match="arc_easy: ") as caught:
+        short.check_tokens(tokenizer, 257)
+    assert "network" not in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_a_tokenizer_with_nothing_to_begin_with(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    other = PreTrainedTokenizerFast(tokenizer_object=tokenizer.backend_tokenizer)
+    with pytest.raises(UserError, match="piqa: a request begins with BOS or EOS .* neither"):
+        own(tmp_path, PIQA).check_tokens(other, 257)
+
+
+def test_requests_with_tokens_without_rows(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    longer = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer.backend_tokenizer, eos_token="<end>"
+    )
+    longer.add_tokens([" leave"])
+    with pytest.raises(UserError, match="piqa@1:.*: token 257 .* which has 257; .* 258 tokens"):
+        own(tmp_path, PIQA).check_tokens(longer, 257)
+    own(tmp_path, PIQA).check_tokens(longer, 258)
+    rows = [{**row, "sol2": "stay"} for row in PIQA]  # the token is in no request
+    own(tmp_path, rows).check_tokens(longer, 257)
+
+
+@pytest.mark.parametrize("padding", [None, "<|pad|>"])
+def test_a_padding_token_without_a_row_is_not_used(
+    tmp_path: Path, model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, padding: str | None
+) -> None:
+    other = PreTrainedTokenizerFast(tokenizer_object=tokenizer.backend_tokenizer, bos_token="<end>")
+    if padding:
+        other.add_special_tokens({"pad_token": padding})
+    lm = harness._language_model(model, other, 2, "here")
+    assert lm.tokenizer.pad_token_id < 257
+    assert own(tmp_path, PIQA)(model, other)["n"] == 4
+
+
+def test_another_set_on_the_hub_is_said(
+    monkeypatch: pytest.MonkeyPatch,
+    model: LlamaForCausalLM,
+    tokenizer: PreTrainedTokenizerFast,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    import datasets
+
+    hub = datasets.DatasetDict(
+        dict.fromkeys(("train", "validation"), datasets.Dataset.from_list(PIQA))
+    )
+    monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: hub)
+    make("piqa", data_root=None)(model, tokenizer)
+    assert "piqa: the validation split on the hub is not the one that piqa@1" in caplog.text
+    caplog.clear()
+    content = harness._sha256([harness._sha256_of_rows(PIQA, harness.DATA["piqa"].fields)])
+    monkeypatch.setitem(harness.DATA["piqa"].published, "validation", content)
+    make("piqa", data_root=None)(model, tokenizer)
+    assert "on the hub is not" not in caplog.text
+
+
+def test_every_request_of_gemma_begins_with_bos(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By its tokenizer, as HFLM of lm-eval 0.4.13 leaves it to that."""
+    config = AutoConfig.for_model(
+        "gemma2",
+        vocab_size=258,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=1,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=8,
+    )
+    gemma = Gemma2ForCausalLM(config)
+    begun = PreTrainedTokenizerFast(tokenizer_object=tokenizer.backend_tokenizer, bos_token="<s>")
+    begun.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="<s> $A", special_tokens=[("<s>", begun.bos_token_id)]
+    )
+    firsts: list[int] = []
+    plain = Gemma2ForCausalLM.forward
+
+    def watched(self: Any, input_ids: torch.Tensor, **options: Any) -> Any:
+        firsts.extend(input_ids[:, 0].tolist())
+        return plain(self, input_ids, **options)
+
+    monkeypatch.setattr(Gemma2ForCausalLM, "forward", watched)
+    own(tmp_path, PIQA)(gemma, begun)
+    assert firsts and set(firsts) == {begun.bos_token_id}
 
 
 def test_requests_of_one_context_stay_together() -> None:
