@@ -4,7 +4,15 @@
 
 import sys
 
-from specomp.cli import run
+from specomp.interrupts import until_interrupted
+
+
+def typed() -> int:
+    """Imported here: Ctrl-C is heard from now on."""
+    from specomp.cli import run
+
+    return run(sys.argv[1:])
+
 
 if __name__ == "__main__":
-    sys.exit(run(sys.argv[1:]))
+    sys.exit(until_interrupted(typed))

@@ -5,22 +5,31 @@ quick.
 """
 
 import logging
+import os
 import re
 import sys
 import textwrap
+import traceback
 from collections.abc import Callable, Sequence
 from importlib import import_module
+from typing import Any
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
-from hydra.errors import CompactHydraException
+from hydra.errors import HydraException
 from hydra.types import RunMode
 from omegaconf import DictConfig
+from omegaconf.errors import OmegaConfBaseException
 
 import specomp
 from specomp.errors import UserError, meant, needed
+from specomp.errors import first_line as first
 from specomp.experiment.completed import completed
+from specomp.experiment.environment import forget_empty, hidden, hide_in_logs
+from specomp.experiment.guard import extra_of
 from specomp.experiment.label import first_line
+from specomp.experiment.making import make
+from specomp.interrupts import heeded, until_interrupted
 from specomp.settings import CONF, choices
 
 log = logging.getLogger("specomp")
@@ -31,6 +40,11 @@ COMMANDS = {
     "report": "a sweep as one HTML page with its figures",
     "dashboard": "the same in W&B",
 }
+# how Hydra tells of a choice that there is not
+UNKNOWN = re.compile(
+    r"Could not find '(\S+)/([^'/]+)'\s+Available options in '[^']*':\s+(.*)", re.S
+)
+FULL = "HYDRA_FULL_ERROR"  # of the environment: tracebacks also where a line says it
 INDENT = " " * 13
 ABOUT = """\
 specomp {version}: language models made smaller by factorizing their weight matrices
@@ -47,29 +61,62 @@ In Python: import specomp; specomp.compress(model, tokens, method="adasvd", rati
 """
 
 
+class Refused(SystemExit):
+    """Out of Hydra's sight, which would announce the one job there is as the one that failed."""
+
+
 @hydra.main(version_base="1.3", config_path=str(CONF), config_name="config")
 def experiment(cfg: DictConfig) -> float | None:
     """The primary metric of the run (what a sweeper optimizes), or None."""
     try:
-        cfg = completed(cfg)
-        log.info("%s", first_line(HydraConfig.get(), cfg))
-        from specomp.experiment.pipeline import run  # imported here: it needs torch, and seconds
+        with heeded():
+            cfg = completed(cfg)
+            log.info("%s", first_line(HydraConfig.get(), cfg))
+            for group in ("options", "ratio"):  # what is known without a model, without the wait
+                make(cfg, group)
+            from specomp.experiment.pipeline import (
+                run,  # imported here: it needs torch, and seconds
+            )
 
-        return run(cfg)
+            return run(cfg)
     except Exception as error:
-        line = (
-            f"specomp: {error}"
-            if isinstance(error, UserError)
-            else f"{type(error).__name__}: {error}"
-        )
         if HydraConfig.get().mode == RunMode.MULTIRUN:
             # Hydra tells only the first failure of a sweep, after its last job
-            log.error("%s", line)
-        if not isinstance(error, UserError):
-            raise
-        # Hydra prints this class as the one line it is, lets the other jobs of a sweep go on, and
-        # exits 1.
-        raise CompactHydraException(line) from error
+            log.error("%s", said(error) or hidden(f"{type(error).__name__}: {error}"))
+        elif (line := said(error)) is not None:
+            raise Refused(line) from error
+        raise
+
+
+def said(error: BaseException) -> str | None:
+    """What is wrong in one line; None for a fault of the program, which has a traceback."""
+    if isinstance(error, UserError):
+        text = str(error)
+    elif isinstance(error, HydraException):
+        text = _said_by_hydra(error)
+    elif isinstance(error, OmegaConfBaseException):
+        text = f"{error.full_key or 'config'}: {first(error)}"
+    elif isinstance(error, OSError) and error.errno is not None:
+        place = f" {error.filename}" if error.filename else ""
+        text = f"Cannot use{place}: {error.strerror}; point paths.outputs or paths.cache elsewhere."
+    elif isinstance(error, MemoryError):
+        text = "Out of memory: a smaller model or model.stream=true needs less."
+    else:
+        return None
+    return f"specomp: {hidden(' '.join(text.split()))}"
+
+
+def _said_by_hydra(error: HydraException) -> str:
+    """Its message, which goes over many lines, and what it was caused by."""
+    text = str(error).partition("Config search path:")[0]
+    if unknown := UNKNOWN.search(text):
+        group, choice, there = unknown.groups()
+        text = f"{group} has no choice {choice}{meant(choice, there.split())}"
+        return text + extra_of(f"{group} {choice}")
+    if isinstance(error.__cause__, OmegaConfBaseException):
+        text += f": {first(error.__cause__)}"
+    typed = getattr(error, "override", None)  # of one that cannot be read
+    return text if typed is None or typed in text else f"{typed}: {text}"
 
 
 def main() -> int:
@@ -85,7 +132,13 @@ def run(typed: Sequence[str]) -> int:
     """What was typed after `specomp` or `python run.py`; nothing typed is the default experiment.
     The exit code.
     """
-    first, rest = (typed[0], list(typed[1:])) if typed else ("", [])
+    return until_interrupted(lambda: _run(list(typed)))
+
+
+def _run(typed: list[str]) -> int:
+    forget_empty()
+    hide_in_logs()
+    first, rest = (typed[0], typed[1:]) if typed else ("", [])
     if first == "plan":
         typed = [*rest, "plan=true"]
     elif first in COMMANDS:
@@ -97,17 +150,42 @@ def run(typed: Sequence[str]) -> int:
         )
         return 1
     check_choices(typed)
-    sys.argv[1:] = typed  # where Hydra reads them
+    # where Hydra reads them: options in front, for argparse takes none after the rest
+    sys.argv[1:] = sorted(typed, key=lambda x: x[:1] == "~" or ("=" in x and x[:1] != "-"))
     try:
-        experiment()
-    except KeyboardInterrupt:
-        log.warning("Interrupted. Finished work is kept; the same command goes on from there.")
-        return 130
+        code = told(experiment)
+        show_sweep()
+        sys.stdout.flush()
     except BrokenPipeError:  # `specomp --help | head`
         sys.stdout = None  # type: ignore[assignment]
         return 0
+    return code
+
+
+def told(work: Callable[[], Any]) -> int:
+    """What goes wrong in it is one line, or for a fault of the program the traceback. The exit
+    code.
+    """
+    full = os.environ.get(FULL)
+    os.environ[FULL] = "1"  # Hydra prints nothing of its own, and hands over what was raised
+    try:
+        work()
+    except Refused as refused:
+        sys.stderr.write(f"{refused}\n")
+        return 1
+    except BrokenPipeError:
+        raise
+    except Exception as error:
+        line = said(error)
+        if line is None or full == "1":
+            traceback.print_exception(error)
+        if line is not None:
+            sys.stderr.write(f"{line}\n")
+        return 1
     finally:
-        show_sweep()
+        os.environ.pop(FULL)
+        if full is not None:
+            os.environ[FULL] = full
     return 0
 
 
@@ -159,6 +237,22 @@ def check_choices(arguments: Sequence[str]) -> None:
             or not (CONF / group).is_dir()
         ):
             continue
-        number = f" A number is written ratio.compression={value}." if group == "ratio" else ""
+        written = as_number(value) if group == "ratio" else ""
+        number = f" A number is written {written}." if written else ""
         there = ", ".join(choices(group))
         raise SystemExit(f"specomp: {argument}: {group} is chosen by name: {there}.{number}")
+
+
+def as_number(typed: str) -> str:
+    """What was typed after ratio=, as the setting that takes it; "" where none does."""
+    try:
+        found = [float(x) for x in typed.split(",")]
+    except ValueError:
+        return ""
+    if all(1 <= x < 100 for x in found):  # percent
+        found = [x / 100 for x in found]
+    return (
+        f"ratio.compression={','.join(f'{x:g}' for x in found)}"
+        if all(0 <= x < 1 for x in found)
+        else ""
+    )

@@ -16,6 +16,7 @@ from pydantic import ValidationError
 from specomp.errors import UserError, meant
 from specomp.settings import CONF, choices
 from specomp.slots import Method, check_slots
+from specomp.targets import checked
 
 
 def method_names() -> list[str]:
@@ -98,7 +99,7 @@ def built(node: Any, where: str) -> Any:
     """What a node's `_target_` makes of it. Raises UserError for settings that it refuses."""
     plain = OmegaConf.to_container(node, resolve=True) if OmegaConf.is_config(node) else node
     try:
-        return _build(plain)
+        return _build(plain, where)
     except ValidationError as error:
         problems = [
             f"{'.'.join([where, *map(str, x['loc'])])}={x['input']}: {x['msg']}"
@@ -107,18 +108,18 @@ def built(node: Any, where: str) -> Any:
         raise UserError("; ".join(problems) + ".") from error
 
 
-def _build(node: Any) -> Any:
+def _build(node: Any, where: str) -> Any:
     if isinstance(node, list):
-        return [_build(x) for x in node]
+        return [_build(x, f"{where}[{i}]") for i, x in enumerate(node)]
     if not isinstance(node, dict):
         return node
     values = {
-        key: _build(value)
+        key: _build(value, f"{where}.{key}")
         for key, value in node.items()
         if key not in ("_target_", "_convert_", "_partial_")
     }
     if "_target_" not in node:
         return values
-    module, _, name = node["_target_"].rpartition(".")
+    module, _, name = checked(node["_target_"], where).rpartition(".")
     kind = getattr(importlib.import_module(module), name)
     return partial(kind, **values) if node.get("_partial_") else kind(**values)

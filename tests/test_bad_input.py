@@ -96,7 +96,7 @@ def object_ids(folder: Path) -> None:
 TYPED: list[tuple[list[str], list[str]]] = [
     (["ratio.compression=abc"], ["ratio.compression=abc", "valid number"]),
     (["ratio.compression=1.0"], ["ratio.compression=1.0", "less than 1"]),
-    (["ratio.compression=-0.1"], ["ratio.compression=-0.1", "greater than or equal to 0"]),
+    (["ratio.compression=-0.1"], ["ratio.compression=-0.1", "negative"]),
     (["ratio.compression=nan"], ["ratio.compression=nan"]),
     (["ratio.compression=null"], ["ratio.compression=null", "valid number"]),
     (["calibration.num_samples=many"], ["calibration.num_samples=many", "valid integer"]),
@@ -427,8 +427,11 @@ def test_nothing_removed_is_the_dense_model(tmp_path, typed):
 HYDRA: list[tuple[list[str], list[str]]] = [
     (["sead=1"], ["Could not override 'sead'"]),
     (["ratio.compresion=0.1"], ["Could not override 'ratio.compresion'"]),
-    (["method=nosuch"], ["Could not find 'method/nosuch'", "adasvd", "svd_llm"]),
-    (["ratio=cr30,nosuch", "-m"], ["Could not find 'ratio/nosuch'", "cr40"]),
+    (["method=nosuch"], ["specomp: method has no choice nosuch: there are adasvd, ", "svd_llm"]),
+    (
+        ["ratio=cr30,nosuch", "-m"],
+        ["specomp: ratio has no choice nosuch: there are bits, ", "cr40"],
+    ),
     (["foo"], ["Error parsing override 'foo'"]),
 ]
 
@@ -446,6 +449,7 @@ def test_command_with_unknown_names(tmp_path, typed, fragments):
     ("typed", "said"),
     [
         ("ratio=0.4", "A number is written ratio.compression=0.4."),
+        ("ratio=20", "A number is written ratio.compression=0.2."),
         ("ratio=cr20,1.5", "ratio is chosen by name: bits, cr10, cr20"),
         ("method=null", "method is chosen by name: adasvd"),
         ("method/training=1", "method/training is chosen by name: lora"),
@@ -461,10 +465,8 @@ def test_a_number_where_a_name_belongs(tmp_path, typed, said):
 def test_command_ends_in_one_line(tmp_path):
     done = as_typed(tmp_path, "debug=tiny", "ratio.compression=abc")
     assert done.returncode == 1
-    assert "Traceback" not in done.stderr and "\nspecomp: ratio.compression=abc: " in done.stderr
-    assert (
-        len([line for line in done.stderr.splitlines() if line]) <= 3
-    )  # Hydra's announcement, ours, its hint
+    (line,) = done.stderr.splitlines()  # neither Hydra's announcement nor its hint
+    assert line.startswith("specomp: ratio.compression=abc: ")
 
 
 def test_command_goes_on_after_a_failed_job(tmp_path):

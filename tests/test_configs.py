@@ -17,9 +17,9 @@ from running import CONF, compose_config
 
 from specomp import rows
 from specomp.errors import UserError
-from specomp.experiment.checks import make
 from specomp.experiment.completed import completed
 from specomp.experiment.config import build
+from specomp.experiment.making import make
 from specomp.forms.prices import Bits, Numbers
 from specomp.slots import Method, describe
 
@@ -362,7 +362,7 @@ def test_an_unknown_key_of_the_trainer_fails_before_a_model_is_loaded(tmp_path, 
         ("method.allocation.min_retention_gap=lots", "method.allocation.min_retention_gap"),
         ("options.threads=0", "options.threads"),
         ("options.export=pickle", "options.export"),
-        ("seed=-1", "options.seed"),
+        ("seed=-1", "seed=-1"),
         ("model.dtype=int8", "model.dtype"),
         ("benchmark.window=0", "benchmark"),
     ],

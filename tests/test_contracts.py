@@ -326,7 +326,8 @@ class Constant:
         return {"answer": 42.0}
 
 
-def test_a_benchmark(tmp_path):
+def test_a_benchmark(tmp_path, monkeypatch):
+    monkeypatch.setenv("SPECOMP_ALLOW", "test_contracts")
     part = "+benchmark.parts.own={_target_: test_contracts.Constant}"
     record = compose_run(tmp_path, "method=svd", part)
     assert record.metrics["constant@1"] == {"answer": 42.0}

@@ -20,7 +20,7 @@ from hydra import compose, initialize_config_dir
 from running import CONF, ROOT, compose_config, store
 
 from specomp.errors import UserError
-from specomp.experiment.checks import make
+from specomp.experiment.making import make
 from specomp.experiment.pipeline import run
 from specomp.experiment.record import COMMITTED, RecordStore, companions, point_of, publish, stored
 from specomp.settings import choices

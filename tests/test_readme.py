@@ -12,7 +12,7 @@ from hydra import compose, initialize_config_dir
 from running import CONF, ROOT, compose_run
 from tiny import tiny_model, tiny_tokenizer
 
-from specomp.experiment.checks import make
+from specomp.experiment.making import make
 from specomp.experiment.record import COMMITTED, stored
 from specomp.tables.sweep import load_sweep
 

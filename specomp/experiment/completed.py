@@ -7,18 +7,22 @@ import copy
 from omegaconf import DictConfig, OmegaConf, open_dict
 
 from specomp.errors import UserError
+from specomp.experiment.environment import remember
+from specomp.experiment.guard import check_config
 
 
 def completed(cfg: DictConfig) -> DictConfig:
     """The config with the text that corpus=NAME puts in place of others, and with a name for a
-    model of the hub that has none. Raises UserError.
+    model of the hub that has none; checked for what no run can work with. Raises UserError.
     """
+    remember(cfg)
     made = copy.deepcopy(cfg)
     with open_dict(made):
         if made.model.name is None and not OmegaConf.is_missing(made.model, "repo"):
             made.model.name = str(made.model.repo).rpartition("/")[2]
         if made.get("corpus") is not None:
             put_corpus(made)
+    check_config(made)
     return made
 
 

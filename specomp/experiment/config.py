@@ -12,7 +12,7 @@ import lightning as L
 import torch
 from hydra import compose, initialize_config_dir
 from hydra.core.hydra_config import HydraConfig
-from omegaconf import DictConfig, OmegaConf, open_dict
+from omegaconf import DictConfig, open_dict
 
 from specomp.cache import Cache
 from specomp.compression.checks import check_method
@@ -20,8 +20,10 @@ from specomp.compression.route import Route
 from specomp.data.calibration import CalibrationSet, CalibrationSpec
 from specomp.data.token_ids import embedding_rows
 from specomp.evaluation.suite import Suite
-from specomp.experiment.checks import check_machine, check_packed, check_streamed, make
+from specomp.experiment.checks import check_machine, check_packed, check_streamed
 from specomp.experiment.completed import completed
+from specomp.experiment.environment import plain_config
+from specomp.experiment.making import make
 from specomp.experiment.names import method_identity
 from specomp.experiment.options import Options
 from specomp.experiment.record import RecordStore
@@ -120,7 +122,7 @@ def ask(cfg: DictConfig) -> Request:
             if not name.startswith("hydra/")
         },
         config={
-            **OmegaConf.to_container(cfg, resolve=True),  # type: ignore[dict-item]
+            **plain_config(cfg),
             "overrides": list(HydraConfig.get().overrides.task),
         },
         **parts,

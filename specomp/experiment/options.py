@@ -18,5 +18,5 @@ class Options:
     redo: bool
     plan: bool
     profile: bool
-    threads: Annotated[int, Field(ge=1)] | None
-    seed: Annotated[int, Field(ge=0)]
+    threads: Annotated[int, Field(ge=1, le=1024)] | None  # more than any machine gains by
+    seed: Annotated[int, Field(ge=0, lt=2**32)]  # numpy's range

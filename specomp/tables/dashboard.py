@@ -15,12 +15,13 @@ from pathlib import Path
 from typing import Any
 
 from hydra import compose
-from hydra.utils import instantiate
 
 from specomp.cache import digest
 from specomp.disk import atomic_path
 from specomp.errors import UserError, needed
 from specomp.experiment import tracking as logged
+from specomp.experiment.completed import completed
+from specomp.experiment.making import make
 from specomp.experiment.record import stored, stores
 from specomp.experiment.tracking import BYTES, RETENTION, SweepReport, WandbTracking
 from specomp.tables.charts import STAGES
@@ -143,7 +144,7 @@ def tracking_of(overrides: Sequence[str]) -> WandbTracking:
     """conf/tracking/wandb.yaml with what was typed about it and about paths. Raises UserError."""
     typed = [x for x in overrides if about_tracking(x) or x.startswith("paths.")]
     with configured(" ".join(typed) or "tracking=wandb"):
-        made = instantiate(compose("config", overrides=["tracking=wandb", *typed]).tracking)
+        made = make(completed(compose("config", overrides=["tracking=wandb", *typed])), "tracking")
     if not isinstance(made, WandbTracking):
         raise UserError("tracking=none shows nothing anywhere: leave it away, or name another.")
     return made

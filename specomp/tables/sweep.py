@@ -20,11 +20,12 @@ import pandas
 from hydra import compose, initialize_config_dir
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
-from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
 from specomp.errors import UserError, meant
 from specomp.experiment.completed import completed
+from specomp.experiment.environment import plain_config
+from specomp.experiment.making import make
 from specomp.experiment.record import Record, point_of
 from specomp.settings import CONF, PROGRAM, choices
 
@@ -313,8 +314,7 @@ def _values(override: Any) -> list[str]:
 
 
 def _point_of(cfg: DictConfig) -> str:
-    plain: Any = OmegaConf.to_container(cfg, resolve=True)
-    return point_of(plain)
+    return point_of(plain_config(cfg))
 
 
 def _one(found: Sequence[Record], line: Sequence[str]) -> Record | None:
@@ -334,7 +334,7 @@ def columns_of(cfg: DictConfig) -> list[Column]:
     columns = []
     for metric in OmegaConf.select(cfg, "table.ledger") or []:
         columns.append(Column(label=metric.replace("_", " "), protocol=LEDGER, metric=metric))
-    for part in instantiate(cfg.benchmark).parts.values():
+    for part in make(cfg, "benchmark").parts.values():
         metric, label = part.metric, f"{part.protocol.partition('@')[0]} {part.metric}"
         meaning = vars(part.metrics[metric])
         columns.append(Column(label=label, protocol=part.protocol, metric=metric, **meaning))

@@ -17,8 +17,8 @@ from running import CONF, compose_config
 
 from specomp import rows
 from specomp.experiment import names
-from specomp.experiment.checks import make
 from specomp.experiment.config import build
+from specomp.experiment.making import make
 from specomp.experiment.names import OLD_TARGETS, WEIGHTS, method_identity, portable, without_later
 from specomp.experiment.record import COMMITTED, Record, RecordStore, point_of, record_key
 from specomp.slots import Method, describe
