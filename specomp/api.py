@@ -35,6 +35,7 @@ from specomp.forms.prices import Bits, Budget, Numbers
 from specomp.models.families import family_of
 from specomp.models.load import LoadedModel
 from specomp.models.modules import Substitute
+from specomp.models.registration import adopt
 from specomp.models.save import load as load_folder
 from specomp.models.save import save_compressed
 from specomp.slots import Method, Rounding
@@ -109,7 +110,10 @@ def compress(
         )
         with run.progress.stage("calibrate"):
             statistics = calibrate(run)
-        return compress_calibrated(run, statistics)
+        report = compress_calibrated(run, statistics)
+    if any(isinstance(x, Substitute) for x in model.modules()):
+        adopt(model)
+    return report
 
 
 def save(

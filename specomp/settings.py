@@ -2,6 +2,7 @@
 types and ranges when it is built, before anything is loaded.
 """
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar, dataclass_transform
@@ -34,3 +35,8 @@ def configurable(cls: type[C]) -> type[C]:
         frozen=True, kw_only=True, config=ConfigDict(extra="forbid", arbitrary_types_allowed=True)
     )
     return make(cls)  # type: ignore[no-any-return]
+
+
+def default_cache() -> Path:
+    """Where the cache is unless it is said otherwise; conf/config.yaml says the same."""
+    return Path(os.environ.get("SPECOMP_CACHE") or "~/.cache/specomp").expanduser()

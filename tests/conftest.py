@@ -4,6 +4,7 @@ import os
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # before transformers is imported
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("SPECOMP_FRESH_CHECK", "0")  # a process a folder; test_door.py has it
 
 from jaxtyping import install_import_hook
 

@@ -249,10 +249,10 @@ def test_published_records_give_the_same_table(folder, tmp_path):
 
 
 def test_a_file_that_a_run_in_progress_wrote_is_no_part_of_a_record(folder, tmp_path):
-    key, other = swept(folder).records[0].key, RecordStore(tmp_path)
-    other.companion(key, "linears.csv").write_text("unfinished")
-    assert companions([other, store(folder)], key, "linears.csv") == [
-        store(folder).companion(key, "linears.csv")
+    record, other = swept(folder).records[0], RecordStore(tmp_path)
+    other.companion(record.key, "linears.csv").write_text("unfinished")
+    assert companions([other, store(folder)], record, "linears.csv") == [
+        store(folder).companion(record.key, "linears.csv")
     ]
 
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from specomp.models.calls import hidden_input, hidden_output
 from specomp.models.family import LinearSpec, ModelFamily
 from specomp.numerics.statistics import Accumulator, Precision, Statistic, Stats
 
@@ -164,20 +165,6 @@ def place_of(linear: LinearSpec, statistic: Statistic) -> str:
         "decoder_layer": "layer",
     }
     return places[statistic.scope]
-
-
-def hidden_input(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:
-    """The hidden states a decoder layer was called with."""
-    hidden = args[0] if args else kwargs["hidden_states"]
-    assert isinstance(hidden, Tensor)
-    return hidden
-
-
-def hidden_output(output: Any) -> Tensor:
-    """The hidden states a decoder layer returned, whether alone or first of a tuple."""
-    hidden = output[0] if isinstance(output, tuple) else output
-    assert isinstance(hidden, Tensor)
-    return hidden
 
 
 def _update(feed: list[Accumulator], *observation: Tensor) -> None:

@@ -3,9 +3,8 @@ layer.
 
 Lets a decoder layer see what the compressed ones before it produce, at the price of one pass per
 stream for the whole model; and lets statistics of a model be taken of which only one decoder layer
-is in memory. What each decoder layer is called with (masks, position embeddings) is recorded once
-per batch shape by running the model with recorders in place of its decoder layers: no per-family
-forward code, no exceptions, no weights touched.
+is in memory. What each decoder layer is called with is recorded once per batch shape
+(models/calls.py).
 """
 
 from collections.abc import Iterable
@@ -13,33 +12,13 @@ from copy import copy
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from specomp.compression.observe import LayerObserver, hidden_input, hidden_output
+from specomp.compression.observe import LayerObserver
 from specomp.compression.run import Run
 from specomp.data.calibration import CalibrationSet
+from specomp.models.calls import Call, hidden_output, on_device, recorded
 from specomp.numerics.statistics import Statistic
-
-
-class _Recorder(nn.Module):
-    """Stands in for a decoder layer: remembers its call, passes the hidden states on."""
-
-    def __init__(self, layer: nn.Module) -> None:
-        super().__init__()
-        # Models choose a decoder layer's mask by its attention type.
-        for attribute in ("attention_type", "layer_idx", "is_sliding", "sliding_window"):
-            if hasattr(layer, attribute):
-                setattr(self, attribute, getattr(layer, attribute))
-        self.args: tuple[Any, ...] = ()
-        self.kwargs: dict[str, Any] = {}
-        self.hidden: Tensor | None = None
-
-    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
-        """The input, unchanged."""
-        self.hidden = hidden_input(args, kwargs)
-        self.args = args[1:]
-        self.kwargs = {name: value for name, value in kwargs.items() if name != "hidden_states"}
-        return self.hidden
 
 
 class HiddenStream:
@@ -47,25 +26,14 @@ class HiddenStream:
     batch, kept on the CPU.
     """
 
-    @torch.no_grad()
     def __init__(self, run: Run, samples: CalibrationSet) -> None:
         self.source, self.samples = run, samples
         self.hidden: list[Tensor] = []
-        self.calls: dict[int, list[tuple[tuple[Any, ...], dict[str, Any]]]] = {}
-        container, name = _layer_list(run)
-        dense = getattr(container, name)
-        recorders = nn.ModuleList(_Recorder(layer) for layer in dense)
-        setattr(container, name, recorders)
-        try:
-            for batch in samples.batches():
-                run.family.decoder(run.model)(input_ids=batch.to(run.model.device), use_cache=False)
-                first = recorders[0]
-                assert isinstance(first, _Recorder) and first.hidden is not None
-                self.hidden.append(first.hidden.cpu())
-                if len(batch) not in self.calls:
-                    self.calls[len(batch)] = [(x.args, x.kwargs) for x in recorders]  # type: ignore[misc]
-        finally:
-            setattr(container, name, dense)
+        self.calls: dict[int, list[Call]] = {}
+        for batch in samples.batches():
+            calls = recorded(run.model, run.family, batch.to(run.model.device))
+            self.hidden.append(calls.hidden.cpu())
+            self.calls.setdefault(len(batch), calls.layers)
 
     @torch.no_grad()
     def run(self, index: int, *, num_samples: int | None = None) -> Iterable[Tensor]:
@@ -96,7 +64,7 @@ class HiddenStream:
         with self.source.forward_precision():
             return hidden_output(
                 self.source.layers[index](
-                    _to(hidden, device), *_to(args, device), **_to(kwargs, device)
+                    hidden.to(device), *on_device(args, device), **on_device(kwargs, device)
                 )
             )
 
@@ -147,21 +115,6 @@ class HiddenStream:
         return LayerObserver(
             self.source.layers[index], self.source.family, statistics, self.source.precision, total
         )
-
-
-def _layer_list(run: Run) -> tuple[nn.Module, str]:
-    parent, _, name = run.family.decoder_layers.rpartition(".")
-    return run.model.get_submodule(parent), name
-
-
-def _to(value: Any, device: torch.device) -> Any:
-    if isinstance(value, Tensor):
-        return value.to(device)
-    if isinstance(value, (tuple, list)):
-        return type(value)(_to(item, device) for item in value)
-    if isinstance(value, dict):
-        return {name: _to(item, device) for name, item in value.items()}
-    return value
 
 
 def _cut(value: Any, count: int, batch: int) -> Any:

@@ -22,6 +22,7 @@ from specomp.compression.ledger import Size, ledger, measure
 from specomp.compression.module import CalibrationOnlyModule
 from specomp.compression.report import LinearReport
 from specomp.compression.run import Progress, Run
+from specomp.disk import file_name
 from specomp.errors import UserError, first_line
 from specomp.evaluation.suite import Benchmark
 from specomp.experiment.checks import actionable
@@ -31,7 +32,7 @@ from specomp.experiment.record import Record, point_of, provenance, record_key
 from specomp.experiment.summary import show
 from specomp.models.files import checked_folder
 from specomp.models.load import LoadedModel, device_name
-from specomp.models.save import Export, exporting, remove_unfinished, save_compressed
+from specomp.models.save import Export, exporting, refresh, save_compressed
 from specomp.models.save import load as load_folder
 from specomp.profiling import profiles
 
@@ -152,13 +153,19 @@ def execute(experiment: Experiment, record: Record) -> bool:
     """
     missing = [b for b in experiment.suite.benchmarks if b.id not in record.metrics]
     folder = model_folder(experiment, record)
-    usable = folder is not None and _usable(folder)
-    lost = experiment.options.save and folder is not None and not usable
+    kept = folder is not None and _usable(folder)
+    if folder is not None and kept:
+        record.model_folder = str(folder)
+        if changed := refresh(folder, experiment.tokenizer, side_files(experiment)):
+            record.note(f"{', '.join(changed)} of the source model changed: brought along")
+    lost = experiment.options.save and folder is not None and not kept
     if record.ledger and not missing and not lost:
         log.info("Record %s is complete.", record.key[:12])
         return False
+    model: Any = None
+    tokenizer: Any = experiment.tokenizer
     linears: list[LinearReport] = []
-    if record.ledger and folder is not None and usable:
+    if record.ledger and folder is not None and kept:
         if experiment.options.reference and any(
             b.id not in _dense_metrics(experiment) for b in missing
         ):
@@ -166,9 +173,12 @@ def execute(experiment: Experiment, record: Record) -> bool:
             with record.stage("evaluate dense"):
                 reference(experiment, loaded)
             del loaded  # not both models in memory
-        with record.stage("load"):
-            model, tokenizer = reload(experiment, folder).model, experiment.tokenizer
-    else:
+        try:
+            with record.stage("load"):
+                model = reload(experiment, folder).model
+        except UserError as error:
+            log.warning("%s Compressing again.", error)
+    if model is None:
         model, tokenizer, linears = produce(experiment, record)
         experiment.records.save(record)
     for benchmark in missing:
@@ -248,34 +258,49 @@ def produce(experiment: Experiment, record: Record) -> tuple[Any, Any, list[Line
     folder = model_folder(experiment, record)
     assert folder is not None, "only the dense row has none"
     info = {
+        "base_model": {"name": experiment.source.name, "source": record.identity["model"]},
         "method": run.method.name,
         **run.budget.identity(),
+        "changes": record.changes,
         "record": record.key,
         "specomp": record.identity,
     }
     with ExitStack() as stack:
         export: Export | None = None
         if run.store is not None:  # every decoder layer is written as soon as it is compressed
-            remove_unfinished(folder)  # this process holds the lock of the record
-            export = stack.enter_context(exporting(folder, experiment.options.export))
-            name = run.family.decoder_layers
-            progress.layers = lambda index: export.add(f"{name}.{index}", run.layers[index])
+            export = stack.enter_context(
+                exporting(
+                    folder,
+                    experiment.options.export,
+                    run.model,
+                    run.cache,
+                    side_files(experiment),
+                )
+            )
+            progress.layers = export.add
         module = CalibrationOnlyModule(run)
         with record.stage("calibrate"):
             module.calibrate()
         report = module.finish()
         record.ledger, record.training = report.ledger, report.training
         experiment.records.save_linears(record.key, [x.as_dict() for x in report.linears])
+        experiment.records.seal(record)
         if export is not None:
             with record.stage("save"):
-                export.finish(run.model, loaded.tokenizer, info)
+                export.finish(loaded.tokenizer, info | {"ledger": record.ledger.as_dict()})
     if run.store is not None:
         record.model_folder = str(folder)
         return reload(experiment, folder).model, loaded.tokenizer, report.linears
     if experiment.options.save:
         with record.stage("save"):
             save_compressed(
-                run.model, loaded.tokenizer, folder, form=experiment.options.export, info=info
+                run.model,
+                loaded.tokenizer,
+                folder,
+                form=experiment.options.export,
+                info=info | {"ledger": record.ledger.as_dict()},
+                cache=run.cache,
+                beside=side_files(experiment),
             )
         record.model_folder = str(folder)
     return run.model, loaded.tokenizer, report.linears
@@ -328,15 +353,23 @@ def _dense_metrics(experiment: Experiment) -> dict[str, dict[str, float]]:
 
 
 def model_folder(experiment: Experiment, record: Record) -> Path | None:
-    """Where the compressed model is kept; the dense row has no folder of its own."""
+    """Where the compressed model is kept; the dense row has no folder of its own. One that has
+    another name from an earlier run keeps it.
+    """
     if experiment.method.is_dense:
         return None
     suffix = "-dense" if experiment.options.export == "dense" else ""
-    return (
-        experiment.outputs
-        / "models"
-        / f"{experiment.choices['model']}-{experiment.method.name}-{record.key[:12]}{suffix}"
-    )
+    end = f"{record.key[:12]}{suffix}"
+    models = experiment.outputs / "models"
+    known = [x for x in models.glob(f"*-{end}") if x.is_dir() and not x.name.startswith(".")]
+    ratio = [f"{key}{value:.10g}" for key, value in experiment.ratio.identity().items()]
+    named = "-".join([experiment.source.name, experiment.method.name, *ratio, end])
+    return known[0] if known else models / file_name(named)
+
+
+def side_files(experiment: Experiment) -> Path | None:
+    """Where what goes with the source model lies."""
+    return experiment.source.side_files(experiment.cache)
 
 
 def _usable(folder: Path) -> bool:

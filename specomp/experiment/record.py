@@ -5,6 +5,7 @@ record, re-running finds it, and only missing benchmarks are run. Written atomic
 step; a failed run leaves a record that says why.
 """
 
+import contextlib
 import csv
 import json
 import logging
@@ -26,15 +27,17 @@ from typing import Any, Literal
 import torch
 from filelock import FileLock
 
+from specomp import checksums
 from specomp.cache import digest
 from specomp.compression.ledger import Ledger
-from specomp.disk import atomic_path, make_folder
-from specomp.errors import UserError
+from specomp.disk import atomic_path, lock_file, make_folder
+from specomp.errors import UserError, one_line
 from specomp.experiment.label import changes
 from specomp.experiment.names import portable
 
 log = logging.getLogger(__name__)
 SCHEMA = 1
+CHECKSUM = "checksum"  # of all else in a record's file
 COMMITTED = Path(__file__).resolve().parents[2] / "experiments" / "records"
 # Bumped when the same settings would give other weights.
 WEIGHTS_VERSION = 1
@@ -83,6 +86,7 @@ class Record:
     cache: dict[str, dict[str, int]] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
     model_folder: str | None = None
+    files: dict[str, str] = field(default_factory=dict)  # checksums of COMPANIONS
     provenance: dict[str, Any] = field(default_factory=dict)
 
     @property
@@ -170,8 +174,7 @@ class RecordStore:
         """Held while a job works on a record: a second process that wants the same waits, and then
         finds it done.
         """
-        make_folder(self.folder / ".locks")
-        return FileLock(self.folder / ".locks" / f"{key[:12]}.lock", is_singleton=True)
+        return lock_file(self.folder / ".locks" / f"{key[:12]}.lock")
 
     def load(self, key: str) -> Record | None:
         """The record, or None; a damaged one is reported and made again."""
@@ -190,9 +193,12 @@ class RecordStore:
         something was last added.
         """
         path = self.path(record.key)
-        text = json.dumps(as_dict(record), indent=1, default=str, allow_nan=True) + "\n"
-        if path.exists() and path.read_text() == text:
-            return
+        content = as_dict(record)
+        content[CHECKSUM] = checksums.of_content(content)
+        text = json.dumps(content, indent=1, default=str, allow_nan=True) + "\n"
+        with contextlib.suppress(OSError, ValueError):  # absent or damaged
+            if path.read_text() == text:
+                return
         with atomic_path(path) as temporary:
             temporary.write_text(text)
 
@@ -212,6 +218,11 @@ class RecordStore:
                 {name: f"{x:.6g}" if isinstance(x, float) else x for name, x in row.items()}
                 for row in reports
             )
+
+    def seal(self, record: Record) -> None:
+        """Note the checksums of the files beside a record in it."""
+        paths = {suffix: self.companion(record.key, suffix) for suffix in COMPANIONS}
+        record.files = {x: checksums.of_file(path) for x, path in paths.items() if path.is_file()}
 
     def all(self) -> list[Record]:
         """Every readable record, oldest first."""
@@ -247,15 +258,19 @@ def stored(folders: Sequence[Path] | None) -> list[Record]:
     return list(found.values())
 
 
-def companions(stores: Sequence[RecordStore], key: str, suffix: str) -> list[Path]:
+def companions(stores: Sequence[RecordStore], record: Record, suffix: str) -> list[Path]:
     """Files beside a record, those of the first store that has the record itself: a run in progress
-    writes some before there is one.
+    writes some before there is one. One that is not what was written is left out, which is logged.
     """
-    return [
-        path
-        for store in stores
-        if store.path(key).exists() and (path := store.companion(key, suffix)).exists()
-    ]
+    found = []
+    for store in stores:
+        path = store.companion(record.key, suffix)
+        if store.path(record.key).exists() and path.exists():
+            if path.is_file() and record.files.get(suffix) in (None, checksums.of_file(path)):
+                found.append(path)
+            else:
+                log.warning("%s is not what was written (its checksum is another): left out.", path)
+    return found
 
 
 def publish(records: Sequence[Record], sources: Sequence[RecordStore], folder: Path) -> list[Path]:
@@ -283,7 +298,7 @@ def publish(records: Sequence[Record], sources: Sequence[RecordStore], folder: P
         )
         for suffix in COMPANIONS:
             copy = target.companion(record.key, suffix)
-            found = companions(sources, record.key, suffix)
+            found = companions(sources, record, suffix)
             if found and found[0] != copy:
                 shutil.copyfile(found[0], copy)
     return [target.path(record.key) for record in records]
@@ -296,12 +311,15 @@ def read_record(path: Path) -> Record:
         known = {x.name for x in fields(Record)}
         if content["schema"] != SCHEMA:
             raise ValueError(f"schema {content['schema']}, expected {SCHEMA}")
+        checksum = content.pop(CHECKSUM, None)  # older ones have none
+        if checksum not in (None, checksums.of_content(content)):
+            raise ValueError("its checksum is another: it is not what was written")
         ledger = Ledger.from_dict(content["ledger"]) if content.get("ledger") else None
         return Record(
             **{name: value for name, value in content.items() if name in known} | {"ledger": ledger}
         )
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path} is not a readable record ({error}).") from error
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise UserError(f"{path} is not a readable record ({one_line(error)}).") from error
 
 
 def provenance() -> dict[str, Any]:

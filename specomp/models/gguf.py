@@ -10,7 +10,6 @@ import importlib.metadata
 import importlib.util
 import io
 import logging
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +24,7 @@ from transformers import (
 
 from specomp.cache import Cache, digest
 from specomp.errors import UserError
-from specomp.models.files import checked_folder, content_hash
+from specomp.models.files import content_hash
 from specomp.models.load import LoadedModel, check_shape, config_of_shape, quiet
 from specomp.models.sources import LocalModel, Source
 from specomp.settings import configurable
@@ -84,18 +83,16 @@ class PackagedGGUF(Source):
         check_shape(self.shape, loaded.model.config, self.filename)
         return loaded
 
+    def side_files(self, cache: Cache) -> Path | None:
+        """The converted folder."""
+        return self._converted(cache).side_files(cache)
+
     def _converted(self, cache: Cache) -> LocalModel:
         file = self._file()
         key = digest(
             {"package": self.package, "sha256": content_hash(file, cache), "conversion": CONVERSION}
         )
         folder = cache.folder("models", key, lambda target: _convert(file, target))
-        try:
-            checked_folder(str(folder))
-        except UserError as error:
-            log.warning("Converted model in the cache is damaged, converting again: %s", error)
-            shutil.rmtree(folder)
-            cache.folder("models", key, lambda target: _convert(file, target))
         place = {
             "dtype": self.dtype,
             "device": self.device,

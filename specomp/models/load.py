@@ -8,19 +8,21 @@ is read before the small can fail.
 import contextlib
 import copy
 import logging
+import os
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
+from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
 from specomp.cache import claim
-from specomp.errors import UserError, first_line, one_line
+from specomp.errors import UserError, one_line
 from specomp.models.families import COMPRESSED_PREFIX, family_of
 from specomp.models.family import ModelFamily
 from specomp.models.files import some
@@ -62,26 +64,27 @@ def open_model(
     """
     register()
     target = torch_device(device, device_map)
-    try:
-        with quiet():
-            loaded: Any = AutoModelForCausalLM.from_pretrained(
-                where,
-                config=config,
-                dtype=dtype if dtype == "auto" else getattr(torch, dtype),
-                device_map=device_map,
-                output_loading_info=True,
-                **options,
-            )
-            model, info = loaded
-    except RuntimeError as error:  # transformers: weights of another shape than the config says
-        raise UserError(
-            f"Weights of {where} do not fit its config.json: {first_line(error)}"
-        ) from error
+    # what the hub says of a repository is told by whoever asked it
+    passing: tuple[type[Exception], ...] = () if os.path.isdir(where) else (OSError, ValueError)
+    with (
+        told(f"The model in {where} cannot be opened", passing=passing),
+        _fitting(where),
+        quiet(),
+    ):
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            where,
+            config=config,
+            dtype=dtype if dtype == "auto" else getattr(torch, dtype),
+            device_map=device_map,
+            output_loading_info=True,
+            **options,
+        )
+        model, info = loaded
     missing = sorted(info["missing_keys"])
     if missing:  # transformers only warns, and leaves random weights
         raise UserError(
             f"{where} lacks {len(missing)} weights that its config.json asks for ({some(missing)}):"
-            " the folder is incomplete."
+            f" {_renamed(missing, info['unexpected_keys'])}."
         )
     unexpected = sorted(
         name for name in info["unexpected_keys"] if without is None or without not in name
@@ -99,6 +102,45 @@ def open_model(
     return model.eval()  # type: ignore[no-any-return]
 
 
+@contextlib.contextmanager
+def _fitting(where: Path | str) -> Iterator[None]:
+    """What transformers raises about weights of another shape than the config says."""
+    try:
+        yield
+    except RuntimeError as error:
+        if "mismatch" not in str(error):
+            raise
+        raise UserError(
+            f"Weights of {where} do not fit its config.json: {one_line(error)}"
+        ) from error
+
+
+def _renamed(missing: Sequence[str], unexpected: Collection[str]) -> str:
+    """Why weights are missing: they have other names, or are not there."""
+    for name in unexpected:
+        prefix = name.removesuffix(missing[0])
+        if prefix != name and all(prefix + x in unexpected for x in missing):
+            return f"there they are called {prefix}...: save them without '{prefix}'"
+    return "the folder is incomplete"
+
+
+@contextlib.contextmanager
+def told(what: str, remedy: str = "", passing: tuple[type[Exception], ...] = ()) -> Iterator[None]:
+    """Anything that transformers raises about a folder, as one line; it has many ways. What is said
+    already passes, and what lacks memory.
+    """
+    try:
+        yield
+    except (UserError, MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        # the last is how torch tells of exhausted CPU memory
+        if isinstance(error, passing) or "allocate memory" in str(error):
+            raise
+        end = f": {remedy}." if remedy else "."
+        raise UserError(f"{what} ({one_line(error)}){end}") from error
+
+
 def open_streamed(
     folder: Path,
     config: PreTrainedConfig,
@@ -114,32 +156,32 @@ def open_streamed(
     # What surrounds the decoder layers is what a model of none consists of: transformers loads,
     # ties and initializes it.
     none: dict[str, Any] = {"num_hidden_layers": 0, "layer_types": [], **dict.fromkeys(OWN_FIELDS)}
-    changed = {
-        name: value for name, value in none.items() if getattr(config, name, None) is not None
-    }
     hollow = copy.deepcopy(config)
-    for name, value in changed.items():
-        setattr(hollow, name, value)
-    owner, _, leaf = family.decoder_layers.rpartition(".")
-    model = open_model(
+    if packed := getattr(config, "quantization_config", None):
+        del hollow.quantization_config
+    for name, value in none.items():
+        if getattr(config, name, None) is not None:
+            setattr(hollow, name, value)
+    leaf = family.decoder_layers.rpartition(".")[2]
+    around = open_model(
         folder, hollow, dtype=dtype, device=device, device_map=None, without=f"{leaf}.", **options
     )
-    for name in changed:
-        setattr(model.config, name, getattr(config, name))
+    # The rest is what the whole config makes: which masks a model prepares depends on its layers.
     trusted = {name: value for name, value in options.items() if name == "trust_remote_code"}
-    with torch.device("meta"), quiet():
-        skeleton = AutoModelForCausalLM.from_config(config, dtype=model.dtype, **trusted)  # type: ignore[no-untyped-call]
-    layers = skeleton.get_submodule(family.decoder_layers).requires_grad_(False).eval()
-    for module in layers.modules():
-        if hasattr(module, "config"):
-            module.config = model.config
-    setattr(model.get_submodule(owner), leaf, layers)
+    with torch.device("meta"), told(f"The model in {folder} cannot be opened"), quiet():
+        model: Any = AutoModelForCausalLM.from_config(  # type: ignore[no-untyped-call]
+            copy.deepcopy(config), dtype=around.dtype, **trusted
+        )
+    _graft(model, around, family.decoder_layers)
+    model.generation_config = around.generation_config
+    model.config.name_or_path = str(folder)
+    model.requires_grad_(False).eval()
     store = LayerStore(
         family.layers(model),
         family.decoder_layers,
         model.base_model_prefix,
-        TensorFiles(folder),
-        model.device,
+        TensorFiles(folder, packed),
+        around.device,
     )
     log.info(
         "%s is streamed: its %d decoder layers are read from disk one at a time.",
@@ -147,6 +189,19 @@ def open_streamed(
         len(store.layers),
     )
     return model, store
+
+
+def _graft(target: nn.Module, source: nn.Module, layers: str) -> None:
+    """Put the modules of `source` into `target`, all but those of the dotted name `layers`."""
+    for name, child in source.named_children():
+        head, _, rest = layers.partition(".")
+        if name != head:
+            for module in child.modules():
+                if hasattr(module, "config"):
+                    module.config = target.config  # type: ignore[assignment]
+            setattr(target, name, child)
+        elif rest:
+            _graft(target.get_submodule(name), child, rest)
 
 
 def read_config(where: Path | str, **options: Any) -> PreTrainedConfig:

@@ -10,7 +10,7 @@ unpacked when transformers loads them. compressed-tensors is imported only where
 written or read: it is the extra `int4`.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -109,6 +109,40 @@ def unpack_model(model: PreTrainedModel) -> None:
     hook: Any = model.ct_decompress_hook
     hook.remove()
     del model.ct_decompress_hook, model.hf_quantizer, model.config.quantization_config
+
+
+def grids_of(quantization: Any) -> dict[str, tuple[int, int]]:
+    """(bits, group size) of every packed linear, from what `quantization_config` wrote. Raises
+    UserError for what is packed otherwise.
+    """
+    content = quantization if isinstance(quantization, dict) else quantization.to_dict()
+    found: dict[str, tuple[int, int]] = {}
+    try:
+        # transformers wraps what config.json says
+        for group in (content.get("quantization_config") or content)["config_groups"].values():
+            weights = group["weights"]
+            size = weights.get("group_size") or weights["block_structure"][1]
+            found |= dict.fromkeys(group["targets"], (weights["num_bits"], size))
+    except (KeyError, TypeError, AttributeError) as error:
+        raise UserError(
+            "This quantization_config was not written by specomp: its weights cannot be streamed."
+        ) from error
+    return found
+
+
+def unpacked(grid: tuple[int, int], part: Callable[[str], Tensor | None]) -> Tensor:
+    """A weight (m n) in the dtype of its scales. part: what is stored as weight_packed,
+    weight_scale, weight_shape and weight_zero_point, by the last word.
+    """
+    needed("compressed_tensors", "int4", "Reading a folder of packed integers")
+    from compressed_tensors.compressors.pack_quantized import unpack_from_int32
+
+    bits, group_size = grid
+    words, scales, shape = (part(name) for name in ("packed", "scale", "shape"))
+    assert words is not None and scales is not None and shape is not None, "a packed weight"
+    integers = unpack_from_int32(words, bits, torch.Size(shape.tolist()))
+    whole = Grid(scales=scales, zeros=part("zero_point"), bits=bits, group_size=group_size)
+    return whole.values(integers)
 
 
 def grid_linears(model: nn.Module) -> dict[str, GridLinear]:

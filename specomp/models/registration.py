@@ -12,6 +12,7 @@ import importlib.machinery
 import importlib.util
 import sys
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -39,8 +40,53 @@ def register() -> None:
         config_class = compressed_config(CONFIG_MAPPING[base], name)
         stock = getattr(transformers, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[base])
         model_class = compressed_model(stock, config_class, modules_of, Kinds())
+        _complete(model_class, config_class)
         AutoModelForCausalLM.register(config_class, model_class)
         CONFIG_MAPPING.register(name, config_class)
+
+
+def adopt(model: Any) -> None:
+    """Make a stock model of which linears were replaced one of the compressed class, so that its
+    own `save_pretrained` writes a folder that can be read.
+    """
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+
+    from specomp.models.families import COMPRESSED_PREFIX, base_model_type
+
+    register()
+    base, classes = base_model_type(model.config), dict[Any, Any](MODEL_FOR_CAUSAL_LM_MAPPING)
+    if type(model) is classes[CONFIG_MAPPING[base]]:
+        model.__class__ = classes[CONFIG_MAPPING[COMPRESSED_PREFIX + base]]
+
+
+def _complete(model_class: Any, config_class: Any) -> None:
+    """Saved again they write the code that goes with the weights; pickled they are found here."""
+
+    def save_pretrained(self: Any, save_directory: Any, *args: Any, **options: Any) -> None:
+        super(model_class, self).save_pretrained(save_directory, *args, **options)
+        from specomp.models.save import write_identity
+
+        if (Path(save_directory) / "config.json").is_file():  # of several processes one writes
+            write_identity(Path(save_directory), self, "factors")
+
+    save_pretrained.__doc__ = model_class.save_pretrained.__doc__
+    model_class.save_pretrained = save_pretrained
+    for kind in (model_class, config_class):
+        kind.__module__ = __name__
+        _classes[kind.__name__] = kind
+
+
+_classes: dict[str, type] = {}
+
+
+def __getattr__(name: str) -> Any:
+    """The classes of compressed models, as pickle asks for them."""
+    if name.startswith("Specomp"):
+        register()
+        if name in _classes:
+            return _classes[name]
+    raise AttributeError(f"module {__name__} has no attribute {name}")
 
 
 class Kinds:

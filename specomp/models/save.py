@@ -16,7 +16,6 @@ import inspect
 import json
 import logging
 import os
-import shutil
 import sys
 import tempfile
 from collections.abc import Collection, Iterator, Sequence
@@ -32,10 +31,14 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from specomp import __version__
-from specomp.disk import disk_errors
+from specomp.cache import Cache
+from specomp.checksums import checking, reseal, seal
+from specomp.disk import disk_errors, whole_folder
 from specomp.errors import UserError, first_line
+from specomp.models.door import Walk, logits
+from specomp.models.door import check as check_door
 from specomp.models.families import COMPRESSED_PREFIX, base_model_type, family_of
-from specomp.models.files import checked_folder, safetensors_header
+from specomp.models.files import TOKEN_FILES, checked_folder, model_folder, safetensors_header
 from specomp.models.load import LoadedModel, open_model, quiet, torch_device
 from specomp.models.modules import Substitute
 from specomp.models.packed import (
@@ -45,14 +48,18 @@ from specomp.models.packed import (
     unpack_model,
     unpacking,
 )
+from specomp.models.portable import for_all_versions, write_beside
 from specomp.models.registration import full_name
 from specomp.models.remote import OWN_FIELDS, compressed_config, compressed_model
 from specomp.models.sources import folder_config, folder_tokenizer, streamed
+from specomp.settings import default_cache
 
 log = logging.getLogger(__name__)
 
 INFO_FILE = "specomp.json"  # also marks a folder as ours, which may be replaced
 MAX_SHARD = "5GB"
+# what decides its numbers; the rest of a folder may be edited
+SEALED = ("*.safetensors", "*.json", "*.py", *TOKEN_FILES)
 Form = Literal["factors", "dense"]
 
 
@@ -63,46 +70,69 @@ def save_compressed(
     *,
     form: Form,
     info: dict[str, Any],
+    cache: Cache | None = None,
+    beside: Path | None = None,
 ) -> None:
     """Write a model, what stands in the place of its linears, its tokenizer, generation settings
     and `info` (specomp.json).
 
-    The folder appears complete or not at all; an earlier export there is replaced. Raises UserError
-    when the folder holds something else, when a linear is of another type, and when the disk is
-    full.
+    The folder appears complete or not at all, and only when it was opened and gave the model's
+    logits (models/door.py); an earlier export there is replaced. cache: where it is remembered that
+    such folders open where specomp is not installed; None: the default one. beside: a folder whose
+    licence and generation settings go with the model. Raises UserError when the folder holds
+    something else, when a linear is of another type, when the model cannot be opened again, and
+    when the disk is full.
     """
-    with exporting(folder, form) as export:
-        export.finish(model, tokenizer, info)
+    with exporting(folder, form, model, cache, beside) as export:
+        export.finish(tokenizer, info)
 
 
 @contextlib.contextmanager
-def exporting(folder: Path, form: Form) -> Iterator["Export"]:
-    """The same for a model that is never in memory as a whole: the parts that were `add`ed need no
-    numbers any more when it is finished.
+def exporting(
+    folder: Path,
+    form: Form,
+    model: PreTrainedModel,
+    cache: Cache | None = None,
+    beside: Path | None = None,
+) -> Iterator["Export"]:
+    """The same for a model that is never in memory as a whole: the decoder layers that were `add`ed
+    need no numbers any more when it is finished.
     """
-    with _replacing(Path(folder)) as target:
-        yield Export(target, Path(folder), form)
-
-
-def remove_unfinished(folder: Path) -> None:
-    """What killed processes left of exports of `folder`: call it only where no other process can be
-    writing it.
-    """
-    for left in folder.parent.glob(f".{folder.name}.*.tmp"):
-        log.info("Removing %s, which a killed run left.", left)
-        shutil.rmtree(left, ignore_errors=True)
+    folder = Path(folder).expanduser().absolute()
+    ours = (folder / INFO_FILE).is_file()
+    if os.path.lexists(folder) and not ours and not (folder.is_dir() and not any(folder.iterdir())):
+        raise UserError(
+            f"{folder} exists and was not written by specomp: name another folder, or remove it."
+        )
+    with whole_folder(folder) as target:
+        export = Export(target, folder, form, model, beside)
+        yield export
+        if export.logits is not None:
+            seal(target, SEALED)
+            known = cache or Cache(default_cache())
+            check_door(target, folder, export.logits, form, str(model.device), known)
 
 
 class Export:
     """A folder that is being written."""
 
-    def __init__(self, target: Path, folder: Path, form: Form) -> None:
+    def __init__(
+        self, target: Path, folder: Path, form: Form, model: PreTrainedModel, beside: Path | None
+    ) -> None:
         """target: where it is written until it is whole, and becomes `folder`."""
         self.target, self.folder, self.form = target, folder, form
+        self.model, self.family, self.beside = model, family_of(model.config), beside
         self.files: list[dict[str, int]] = []  # bytes of every tensor, file by file
+        self.walk: Walk | None = None  # through the decoder layers that are added
+        self.logits: Tensor | None = None  # of the model before it was saved
 
-    def add(self, name: str, module: nn.Module) -> None:
-        """Write one module of the model, of full dotted name `name`, to a file of its own."""
+    def add(self, index: int) -> None:
+        """Write one decoder layer of the model to a file of its own."""
+        if self.walk is None:
+            self.walk = Walk(self.model)
+        self.walk.step(index)
+        module = self.family.layers(self.model)[index]
+        name = f"{self.family.decoder_layers}.{index}"
         state = {
             f"{name}.{key}": tensor.detach().cpu().contiguous()
             for key, tensor in stored_state(module, self.form).items()
@@ -110,17 +140,10 @@ class Export:
         save_file(state, self.target / _part_name(len(self.files)), metadata={"format": "pt"})
         self.files.append({key: tensor.nbytes for key, tensor in state.items()})
 
-    def finish(
-        self,
-        model: PreTrainedModel,
-        tokenizer: PreTrainedTokenizerBase | None,
-        info: dict[str, Any],
-    ) -> None:
+    def finish(self, tokenizer: PreTrainedTokenizerBase | None, info: dict[str, Any]) -> None:
         """Write all that was not added, and what makes the folder a model."""
-        folder, target, form = self.folder, self.target, self.form
-        names = [x.name for x in family_of(model.config).linears(model)]
-        entries, biases = module_entries(model, names)
-        switches = _bias_switches(model, len(names), biases) if form == "dense" else {}
+        folder, target, form, model = self.folder, self.target, self.form, self.model
+        check_form(model, form)
         dtypes = {
             parameter.dtype for parameter in model.parameters() if parameter.is_floating_point()
         }
@@ -130,26 +153,11 @@ class Export:
                 folder,
                 ", ".join(sorted(map(str, dtypes))),
             )
+        self.logits = logits(model) if self.walk is None else self.walk.logits()
         self._save_rest(model)
-        if tokenizer is not None:
-            with quiet():
-                tokenizer.save_pretrained(target)
-        base = base_model_type(model.config)
-        config = json.loads((target / "config.json").read_text())
-        foreign = ("auto_map", *OWN_FIELDS)  # of the folder that the model itself was loaded from
+        write_beside(target, tokenizer, self.beside)
         packed = form == "factors" and bool(grid_linears(model))
-        quantized = {"quantization_config": quantization_config(model)} if packed else {}
-        kept = {key: value for key, value in config.items() if key not in foreign}
-        _write_json(
-            target / "config.json", kept | switches | _identity(base, entries, form) | quantized
-        )
-        if form == "factors":
-            (target / f"{_file_stem(base)}.py").write_text(
-                modelling_source(base, {type(model.get_submodule(name)) for name in entries})
-            )
-        for shard in target.glob("*.safetensors"):
-            # safetensors makes files that only their owner can read
-            shutil.copymode(target / "config.json", shard)
+        write_identity(target, model, form, quantization_config(model) if packed else None)
         _write_json(target / INFO_FILE, {"specomp": __version__, "form": form, **info})
 
     def _save_rest(self, model: PreTrainedModel) -> None:
@@ -158,8 +166,11 @@ class Export:
         """
         if not self.files:
             with quiet():
-                model.save_pretrained(
-                    self.target, state_dict=stored_state(model, self.form), max_shard_size=MAX_SHARD
+                PreTrainedModel.save_pretrained(
+                    model,
+                    self.target,
+                    state_dict=stored_state(model, self.form),
+                    max_shard_size=MAX_SHARD,
                 )
             return
         added = {name for file in self.files for name in file}
@@ -167,7 +178,9 @@ class Export:
         # In a folder of its own, since it would remove the files that are there as those of an
         # earlier save.
         with tempfile.TemporaryDirectory(dir=self.target) as temporary, quiet():
-            model.save_pretrained(temporary, state_dict=rest, max_shard_size=sys.maxsize)
+            PreTrainedModel.save_pretrained(
+                model, temporary, state_dict=dict(rest), max_shard_size=sys.maxsize
+            )  # which takes it apart
             os.replace(
                 Path(temporary) / "model.safetensors", self.target / _part_name(len(self.files))
             )
@@ -194,6 +207,48 @@ class Export:
                 "weight_map": weights,
             },
         )
+
+
+def write_identity(
+    folder: Path, model: PreTrainedModel, form: Form, quantization: dict[str, Any] | None = None
+) -> None:
+    """Say in a saved folder's config.json which classes open it, and write the code of those that
+    transformers has not.
+    """
+    base = base_model_type(model.config)
+    entries, switches = check_form(model, form)
+    config = json.loads((folder / "config.json").read_text())
+    # of the folder that the model itself was loaded from
+    foreign = ("auto_map", "quantization_config", *OWN_FIELDS)
+    kept = {key: value for key, value in config.items() if key not in foreign}
+    quantized = {} if quantization is None else {"quantization_config": quantization}
+    content = kept | switches | _identity(base, entries, form) | quantized
+    _write_json(folder / "config.json", for_all_versions(content))
+    if form == "factors":
+        (folder / f"{_file_stem(base)}.py").write_text(
+            modelling_source(base, {type(model.get_submodule(name)) for name in entries})
+        )
+
+
+def check_form(model: PreTrainedModel, form: Form) -> tuple[dict[str, list[Any]], dict[str, bool]]:
+    """What config.json says of the modules, and of biases, in a folder of this form. Raises
+    UserError where it cannot hold the model.
+    """
+    names = [x.name for x in family_of(model.config).linears(model)]
+    entries, biases = module_entries(model, names)
+    return entries, bias_switches(model, len(names), biases) if form == "dense" else {}
+
+
+def refresh(
+    folder: Path, tokenizer: PreTrainedTokenizerBase | None, beside: Path | None
+) -> list[str]:
+    """Bring what goes with a saved model up to what its source has now: chat template, generation
+    settings, licence. The names of the files that changed.
+    """
+    with disk_errors(folder):
+        changed = write_beside(folder, tokenizer, beside)
+        reseal(folder, changed)
+    return changed
 
 
 def _part_name(index: int, count: int | None = None) -> str:
@@ -224,26 +279,30 @@ def load(
     unless device or device_map say otherwise.
 
     dtype: "float32", "bfloat16", "float16", or None for the one it was saved in. stream: its
-    decoder layers stay on disk until they are called (packed integers are loaded all the same).
-    Raises UserError when the folder is damaged.
+    decoder layers stay on disk until they are called. Raises UserError when the folder is damaged,
+    or is not what was written.
     """
-    path = checked_folder(str(folder))
+    path = model_folder(str(folder))
     config = folder_config(path, trust_remote_code=False)
     family = family_of(config)
-    tokenizer = (
-        folder_tokenizer(path, trust_remote_code=False) if any(path.glob("tokenizer*")) else None
-    )
+    checked_folder(str(path))
     packed = getattr(config, "quantization_config", None) is not None
-    if stream and not packed:
-        return streamed(path, config, tokenizer, dtype=dtype or "auto", device=device)
-    with unpacking() if packed else contextlib.nullcontext():
-        model = open_model(
-            path,
-            config,
-            dtype=dtype or "auto",
-            device="cpu" if device_map is None else "auto",
-            device_map=device_map,
+    with checking(path):
+        tokenizer = (
+            folder_tokenizer(path, trust_remote_code=False)
+            if any(path.glob("tokenizer*"))
+            else None
         )
+        if stream:
+            return streamed(path, config, tokenizer, dtype=dtype or "auto", device=device)
+        with unpacking() if packed else contextlib.nullcontext():
+            model = open_model(
+                path,
+                config,
+                dtype=dtype or "auto",
+                device="cpu" if device_map is None else "auto",
+                device_map=device_map,
+            )
     if packed:
         unpack_model(model)
     if device_map is None:
@@ -292,7 +351,7 @@ def _arguments(linear: Any) -> dict[str, Any]:
     }
 
 
-def _bias_switches(model: PreTrainedModel, count: int, biases: Sequence[str]) -> dict[str, bool]:
+def bias_switches(model: PreTrainedModel, count: int, biases: Sequence[str]) -> dict[str, bool]:
     """The config fields with which the stock architecture has these biases. Raises UserError when
     there are none.
     """
@@ -399,29 +458,3 @@ def _file_stem(base: str) -> str:
 
 def _write_json(path: Path, content: dict[str, Any]) -> None:
     path.write_text(json.dumps(content, indent=2) + "\n")
-
-
-@contextlib.contextmanager
-def _replacing(folder: Path) -> Iterator[Path]:
-    """A temporary sibling that becomes `folder` if the block succeeds."""
-    folder = folder.expanduser().absolute()
-    if (
-        folder.exists()
-        and not (folder / INFO_FILE).is_file()
-        and (not folder.is_dir() or any(folder.iterdir()))
-    ):
-        raise UserError(
-            f"{folder} exists and was not written by specomp: name another folder, or remove it."
-        )
-    temporary = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
-    previous = folder.with_name(f".{folder.name}.{os.getpid()}.old")
-    try:
-        with disk_errors(folder):
-            temporary.mkdir(parents=True)
-            yield temporary
-            if folder.exists():
-                os.replace(folder, previous)
-            os.replace(temporary, folder)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-        shutil.rmtree(previous, ignore_errors=True)

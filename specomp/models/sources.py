@@ -5,12 +5,14 @@ embedded default is in gguf.py.
 import logging
 import os
 import re
+from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import tokenizers
 import torch
 import transformers
+from huggingface_hub import try_to_load_from_cache
 from huggingface_hub.errors import StrictDataclassError
 from pydantic import Field
 from tokenizers import decoders, pre_tokenizers
@@ -26,7 +28,7 @@ from transformers import (
 from specomp.cache import Cache
 from specomp.errors import UserError, one_line
 from specomp.models.families import family_of
-from specomp.models.files import checked_folder, folder_hashes
+from specomp.models.files import checked_folder, folder_hashes, model_folder
 from specomp.models.hub import downloaded, hub_errors
 from specomp.models.load import (
     LoadedModel,
@@ -39,6 +41,7 @@ from specomp.models.load import (
     open_streamed,
     quiet,
     read_config,
+    told,
     torch_device,
 )
 from specomp.settings import configurable
@@ -78,6 +81,10 @@ class Source:
     def load(self, cache: Cache) -> LoadedModel:
         """The model in eval mode on its device."""
         raise AssertionError("abstract")
+
+    def side_files(self, cache: Cache) -> Path | None:
+        """Where what goes with the model lies, such as its licence; None where nothing does."""
+        return None
 
     @property
     def download(self) -> str | None:
@@ -166,7 +173,14 @@ class HubModel(Source):
                 trust_remote_code=self.trust_remote_code,
                 use_safetensors=self.weights == "safetensors",
             )
+        if self.weights == "safetensors" and (found := self.side_files(cache)) is not None:
+            checked_folder(str(found))
         return LoadedModel(model, tokenizer, family)
+
+    def side_files(self, cache: Cache) -> Path | None:
+        """The repository in the hub's cache, as far as it was downloaded."""
+        config = try_to_load_from_cache(self.repo, "config.json", revision=self.revision)
+        return Path(config).parent if isinstance(config, str) else None
 
     @property
     def download(self) -> str | None:
@@ -198,30 +212,34 @@ class LocalModel(Source):
 
     def fingerprint(self, cache: Cache) -> dict[str, Any]:
         """What determines the weights: the content of the files, wherever they are."""
+        folder, _ = self._checked
         return {
             "source": "local",
-            "files": folder_hashes(checked_folder(self.path), cache),
+            "files": folder_hashes(folder, cache, code=self.trust_remote_code),
             "dtype": self.dtype,
         }
 
     def config_for_plan(self, cache: Cache) -> PreTrainedConfig:
         """The folder's config.json."""
-        return self._config(checked_folder(self.path))
+        return self._checked[1]
 
     def max_length(self, cache: Cache) -> int:
         """Context of the model in tokens."""
-        return context_length(self._config(checked_folder(self.path)))
+        return context_length(self._checked[1])
 
     def tokenizer(self, cache: Cache) -> PreTrainedTokenizerBase:
         """The tokenizer in the folder."""
-        return folder_tokenizer(checked_folder(self.path), trust_remote_code=self.trust_remote_code)
+        return folder_tokenizer(self._checked[0], trust_remote_code=self.trust_remote_code)
+
+    def side_files(self, cache: Cache) -> Path | None:
+        """The folder itself."""
+        return self._checked[0]
 
     def load(self, cache: Cache) -> LoadedModel:
         """Open the folder. Raises UserError when it is damaged, unsupported or compressed
         already.
         """
-        folder = checked_folder(self.path)
-        config = self._config(folder)
+        folder, config = self._checked
         family = dense_family(config, folder)
         tokenizer = folder_tokenizer(folder, trust_remote_code=self.trust_remote_code)
         options = {
@@ -234,8 +252,15 @@ class LocalModel(Source):
         model = open_model(folder, config, device_map=self.device_map, **options)  # type: ignore[arg-type]
         return LoadedModel(model, tokenizer, family)
 
-    def _config(self, folder: Path) -> PreTrainedConfig:
-        return folder_config(folder, trust_remote_code=self.trust_remote_code)
+    @cached_property
+    def _checked(self) -> tuple[Path, PreTrainedConfig]:
+        """The folder and its config: of what is wrong with them first what no repair of the files
+        would help.
+        """
+        folder = model_folder(self.path)
+        config = folder_config(folder, trust_remote_code=self.trust_remote_code)
+        dense_family(config, folder)
+        return checked_folder(self.path), config
 
 
 @configurable
@@ -346,19 +371,12 @@ def byte_tokenizer() -> PreTrainedTokenizerFast:
 
 def folder_config(folder: Path, *, trust_remote_code: bool) -> PreTrainedConfig:
     """The config of a local folder. Raises UserError when it is unreadable."""
-    try:
+    with told(f"{folder / 'config.json'} cannot be used"):
         return read_config(folder, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError, TypeError, StrictDataclassError) as error:
-        raise UserError(f"{folder / 'config.json'} cannot be used: {one_line(error)}") from error
 
 
 def folder_tokenizer(folder: Path, *, trust_remote_code: bool) -> PreTrainedTokenizerBase:
     """The tokenizer of a local folder. Raises UserError when it is absent or unreadable."""
-    try:
-        with quiet():
-            return AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(
-            f"{folder} has no usable tokenizer ({one_line(error)}): copy the tokenizer files of the"
-            " original model into it."
-        ) from error
+    remedy = "copy the tokenizer files of the original model into it"
+    with told(f"{folder} has no usable tokenizer", remedy), quiet():
+        return AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)

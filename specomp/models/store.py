@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from specomp.errors import UserError
 from specomp.models.files import safetensors_header, shards, some
+from specomp.models.packed import grids_of, unpacked
 
 
 @dataclass(frozen=True)
@@ -35,9 +36,10 @@ class _Place:
 
 
 class TensorFiles:
-    """The tensors of a checked folder by name, read one at a time."""
+    """The tensors of a checked folder by name, read one at a time; what is packed is unpacked."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, quantization: Any = None) -> None:
+        """quantization: what config.json says of packed weights."""
         self.folder = folder
         self.places: dict[str, _Place] = {}
         for file in shards(folder):
@@ -48,9 +50,30 @@ class TensorFiles:
                     self.places[name] = _Place(
                         file, offset + start, offset + stop, tuple(tensor["shape"])
                     )
+        self.grids = {} if quantization is None else grids_of(quantization)
+        self.stored = set(self.places)  # their names in the files
+        for name in self.grids:
+            place = self.places[f"{name}.weight_packed"]
+            shape = tuple(self._read(f"{name}.weight_shape").tolist())
+            self.places[f"{name}.weight"] = _Place(place.file, place.start, place.stop, shape)
 
     def read(self, name: str) -> Tensor:
         """A tensor on the CPU, as it is stored. Do not keep it: it may be a view of the file."""
+        owner = name.removesuffix(".weight")
+        if owner == name or owner not in self.grids:
+            return self._read(name)
+        return unpacked(self.grids[owner], lambda part: self._find(f"{owner}.weight_{part}"))
+
+    def parts(self, name: str) -> list[str]:
+        """The names in the files of what a tensor is made from."""
+        owner = name.removesuffix(".weight")
+        packed = owner != name and owner in self.grids
+        return [x for x in self.stored if x.startswith(f"{name}_")] if packed else [name]
+
+    def _find(self, name: str) -> Tensor | None:
+        return self._read(name) if name in self.stored else None
+
+    def _read(self, name: str) -> Tensor:
         # Opened for this tensor alone, so that no page of the file stays in this process.
         with safe_open(self.places[name].file, framework="pt") as file:  # type: ignore[no-untyped-call]
             tensor: Tensor = file.get_tensor(name)
@@ -141,6 +164,11 @@ class LayerStore:
         if self._users[index] == 0:
             self.layers[index].to("meta")
             _trim()
+
+    def used(self) -> set[str]:
+        """The names in the files of all that the decoder layers are made from."""
+        keys = (self._key(i, x) for i, layer in enumerate(self.layers) for x in layer.state_dict())
+        return {part for key in keys for part in self.files.parts(key)}
 
     def _key(self, index: int, name: str) -> str:
         """The name of a tensor of a decoder layer in the files."""

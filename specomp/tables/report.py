@@ -90,7 +90,7 @@ def _kind(line: Sequence[str]) -> str:
 
 def _beside(named: Mapping[str, Record], folders: Sequence[RecordStore], suffix: str) -> Frames:
     """The files of that kind beside records, where there are some."""
-    found = {k: charts.read_csv(companions(folders, r.key, suffix)) for k, r in named.items()}
+    found = {k: charts.read_csv(companions(folders, r, suffix)) for k, r in named.items()}
     return {name: rows for name, rows in found.items() if not rows.empty}
 
 

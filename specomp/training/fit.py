@@ -4,9 +4,7 @@ A finished training is cached by what determines it. An unfinished one leaves it
 the cache, and the same command continues there.
 """
 
-import json
 import logging
-import shutil
 import time
 import warnings
 from collections.abc import Callable
@@ -23,7 +21,7 @@ from torch.utils.checkpoint import checkpoint as recompute
 from specomp.cache import Cache, waiting
 from specomp.compression.module import lightning_loop
 from specomp.compression.run import Run
-from specomp.disk import atomic_path, make_folder
+from specomp.disk import make_folder, remove
 from specomp.training.distill import Batches, DistillationModule, write_curve
 from specomp.training.phases import Distillation
 
@@ -43,19 +41,17 @@ def trained_once(
     """
     with waiting(cache.lock("trained", key), "does this training"):
         stored = cache.load("trained", key, part)
-        report = cache.path("trained", key, "report").with_suffix(".json")
-        hit = stored is not None and report.exists()
-        cache.count("trained", hit=hit)
-        if not hit:
+        name = f"trained/{key[:24]}/report.json"
+        content = cache.load_json(name, older=True)
+        cache.count("trained", hit=stored is not None and content is not None)
+        if stored is None or content is None:
             start = time.perf_counter()
-            folder = cache.path("trained", key, "checkpoints").with_suffix("")
+            folder = cache.writable(f"trained/{key[:24]}/checkpoints")
             stored, content = run(folder)
             cache.save("trained", key, part, stored)
-            with atomic_path(report) as temporary:
-                temporary.write_text(json.dumps(content | {"seconds": time.perf_counter() - start}))
-            shutil.rmtree(folder, ignore_errors=True)
-    assert stored is not None
-    content = json.loads(report.read_text())
+            content |= {"seconds": time.perf_counter() - start}
+            cache.save_json(name, content)
+            remove(folder)
     if curve_file is not None:
         write_curve(curve_file, content["curve"])
     return stored, content
@@ -179,5 +175,5 @@ def _latest(folder: Path) -> Path | None:
             return path
         except Exception as error:
             log.warning("Checkpoint %s is damaged (%s): removed.", path.name, type(error).__name__)
-            path.unlink()
+            remove(path)
     return None

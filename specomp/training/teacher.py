@@ -15,6 +15,7 @@ from torch import Tensor
 
 from specomp.cache import digest, waiting
 from specomp.compression.run import Run
+from specomp.errors import UserError
 from specomp.progress import track
 
 log = logging.getLogger(__name__)
@@ -39,7 +40,10 @@ class TeacherStates:
         )
         count = run.training_samples.num_samples
         with waiting(self.cache.lock("teacher", self.key), "runs the teacher"):
-            hit = all(self.cache.has("teacher", self.key, part_name(i)) for i in range(count))
+            # read as a whole: once the student stands in the model's place, none can be made again
+            hit = all(
+                self.cache.load("teacher", self.key, part_name(i)) is not None for i in range(count)
+            )
             self.cache.count("teacher", hit=hit)
             if not hit:
                 assert run.is_dense, "the teacher is the dense model"
@@ -67,7 +71,7 @@ class TeacherStates:
         parts = [self.cache.load("teacher", self.key, part_name(i)) for i in indices]
         missing = [i for i, part in zip(indices, parts, strict=True) if part is None]
         if missing:
-            raise RuntimeError(
+            raise UserError(
                 f"The cache lost the teacher's states of samples {missing}: run the same command"
                 " again."
             )

@@ -17,6 +17,7 @@ import safetensors.torch
 import torch
 
 import specomp.cache
+from specomp import disk
 from specomp.cache import Cache, digest
 from specomp.disk import atomic_path, disk_errors
 from specomp.errors import UserError
@@ -225,7 +226,7 @@ def test_a_folder_that_cannot_be_written_is_one_line(cache, monkeypatch, error):
             write()
         one_line(caught)
     monkeypatch.undo()
-    monkeypatch.setattr(tempfile, "mkdtemp", raising(error))
+    monkeypatch.setattr(disk.os, "replace", raising(error))
     with pytest.raises(UserError, match="Cannot write"):
         cache.folder("tokens", KEY, lambda folder: None)
 
@@ -307,7 +308,7 @@ def test_two_threads_build_a_folder_once(cache):
     for thread in threads:
         thread.join(30)
     assert len(built) == 1
-    assert seen == [["first", "second"]] * 2
+    assert seen == [["checksums.json", "first", "second"]] * 2
 
 
 def test_a_lock_keeps_other_processes_out(cache):

@@ -307,6 +307,7 @@ def test_a_folder_of_the_first_format_still_loads(export, name):
     if biased:
         config["lowrank_biases"] = biased
     (folder / "config.json").write_text(json.dumps(config))
+    (folder / "checksums.json").unlink()  # they had none
     reloaded = specomp.load(folder).model
     assert torch.equal(logits(reloaded), logits(model))
     export(reloaded, folder="again")
@@ -376,6 +377,9 @@ def test_a_folder_without_a_factor_is_refused(export):
     state = load_file(folder / "model.safetensors")
     del state["model.layers.1.mlp.up_proj.u_proj.weight"]
     save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(UserError, match=r"model\.safetensors is not what it was when it was written"):
+        specomp.load(folder)
+    (folder / "checksums.json").unlink()
     with pytest.raises(UserError, match=r"lacks 1 weights .*up_proj\.u_proj"):
         specomp.load(folder)
 

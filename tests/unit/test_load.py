@@ -139,7 +139,7 @@ def test_damaged_json(folder, cache, no_weights_read):
     (folder / "model.safetensors.index.json").unlink()
     save_file({}, folder / "model.safetensors")
     (folder / "config.json").write_text('{"model_type": ')
-    with pytest.raises(UserError, match=r"config\.json cannot be used") as error:
+    with pytest.raises(UserError, match=r"config\.json cannot be read") as error:
         local(folder).load(cache)
     message(error)
 

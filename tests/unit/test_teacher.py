@@ -9,6 +9,7 @@ from tiny import FAMILY_NAMES
 from torch import Tensor, nn
 
 from specomp.cache import Cache
+from specomp.errors import UserError
 from specomp.models.modules import replace_linear
 from specomp.training.teacher import TeacherStates, distillation, head_of, part_name
 
@@ -176,6 +177,6 @@ def test_what_the_cache_lost_is_said(cache):
     teacher = TeacherStates(run)
     cache.path("teacher", teacher.key, part_name(1)).unlink()
     assert teacher([0]).shape == (1, 24, 32)
-    with pytest.raises(RuntimeError, match=r"lost the teacher's states of samples \[1\]"):
+    with pytest.raises(UserError, match=r"lost the teacher's states of samples \[1\]"):
         teacher([0, 1])
     assert TeacherStates(run)([1]).shape == (1, 24, 32), "the next one makes it again"

@@ -1,0 +1,225 @@
+"""What leaves is checked at the door: a folder is opened as its user will open it, and must compute
+what the model did.
+
+Always by the class that its config.json names, with one decoder layer in memory: every weight has
+its place, and the logits of a few tokens are the same. Once for every version of this code, class
+of model and form also in a process of its own that cannot import specomp.
+"""
+
+import hashlib
+import logging
+import os
+import subprocess
+import sys
+import tempfile
+from functools import cache as once
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from safetensors.torch import load_file
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from specomp.cache import Cache, digest
+from specomp.errors import UserError
+from specomp.models.calls import Given, hidden_output, recorded, replaced
+from specomp.models.families import family_of
+from specomp.models.family import ModelFamily
+from specomp.models.files import some
+from specomp.models.load import open_streamed, read_config
+from specomp.models.modules import Substitute
+from specomp.models.registration import full_name
+
+log = logging.getLogger(__name__)
+
+TOKENS = 8  # of the comparison
+# Largest relative error of the logits. Factors are stored as they are, and only the order of sums
+# may differ; products of factors are rounded once more. Random weights give more than 1.
+SAME = {torch.float32: 1e-3, torch.float64: 1e-3}
+MERGED = {torch.float32: 1e-2, torch.float64: 1e-2}
+HALF, HALF_MERGED = 0.1, 0.3
+LARGE = (
+    2**30
+)  # bytes: of a larger folder the process of its own opens the first decoder layers only
+FIRST = 2
+SWITCH = "SPECOMP_FRESH_CHECK"  # 0: no process of its own
+
+
+class Walk:
+    """The logits of a model whose decoder layers are in memory one after the other."""
+
+    @torch.no_grad()
+    def __init__(self, model: PreTrainedModel) -> None:
+        self.model, self.family = model, family_of(model.config)
+        self.ids = token_ids(model)
+        calls = recorded(model, self.family, self.ids)
+        self.hidden, self.layers = calls.hidden, calls.layers
+
+    @torch.no_grad()
+    def step(self, index: int) -> None:
+        """Go through decoder layer `index`, which has its final numbers now."""
+        args, kwargs = self.layers[index]
+        layer = self.family.layers(self.model)[index]
+        self.hidden = hidden_output(layer(self.hidden, *args, **kwargs))
+
+    def logits(self) -> Tensor:
+        """(TOKENS, vocabulary), after the last decoder layer."""
+        given = [Given(layer, self.hidden) for layer in self.family.layers(self.model)]
+        with replaced(self.model, self.family, given):
+            return logits(self.model)
+
+
+def token_ids(model: PreTrainedModel) -> Tensor:
+    """Ids (1, TOKENS) spread over the vocabulary."""
+    embeddings: Any = model.get_input_embeddings()
+    ids = torch.arange(1, TOKENS + 1, device=embeddings.weight.device) * 7919
+    return ids[None] % embeddings.weight.shape[0]
+
+
+@torch.no_grad()
+def logits(model: PreTrainedModel) -> Tensor:
+    """(TOKENS, vocabulary) in float32 on the CPU, of `token_ids`."""
+    training = model.training
+    model.eval()  # type: ignore[no-untyped-call]
+    try:
+        output: Any = model(input_ids=token_ids(model), use_cache=False)
+        return output.logits[0].float().cpu()  # type: ignore[no-any-return]
+    finally:
+        model.train(training)
+
+
+def check(folder: Path, name: Path, wanted: Tensor, form: str, device: str, cache: Cache) -> None:
+    """Raises UserError where the model in `folder`, which is to be called `name`, is not the one
+    that was saved.
+
+    wanted: `logits` before saving; form: "factors" or "dense"; device: where the model was.
+    """
+    config = read_config(folder)
+    family = family_of(config)
+    with _refused(name):
+        model, store = open_streamed(folder, config, family, dtype="auto", device=device)
+    used = store.used() | {
+        x for x in model.state_dict() if not x.startswith(f"{family.decoder_layers}.")
+    }
+    base = f"{model.base_model_prefix}."
+    stored = store.files.stored
+    nameless = sorted(x for x in stored if x not in used and f"{base}{x}" not in used)
+    if nameless:
+        raise UserError(
+            f"{name} is not saved: {len(nameless)} weights would find no place in"
+            f" {type(model).__name__} ({some(nameless)}); see decoder_layers of its family in"
+            " specomp/models/families.py."
+        )
+    _compare(wanted, logits(model), model.dtype, form, f"{name} is not saved: opened again it")
+    if os.environ.get(SWITCH) != "0":
+        _check_fresh(folder, name, model, family, form, cache)
+
+
+def _compare(wanted: Tensor, got: Tensor, dtype: torch.dtype, form: str, what: str) -> None:
+    finite = wanted.isfinite() & got.isfinite()
+    if wanted.shape != got.shape or not torch.equal(wanted.isfinite(), got.isfinite()):
+        raise UserError(f"{what} gives other logits {tuple(got.shape)}, or such as are no numbers.")
+    if not finite.all():
+        log.warning("The logits of the saved model are not all finite.")
+    reference = wanted[finite].double().norm()
+    error = float((got[finite].double() - wanted[finite].double()).norm() / reference)
+    dense = form == "dense"
+    allowed = (MERGED if dense else SAME).get(dtype, HALF_MERGED if dense else HALF)
+    if error > allowed:
+        raise UserError(
+            f"{what} gives logits that differ by {error:.3g} of their size (allowed: {allowed:g})"
+            " from those before: its class does not compute what this model does; report this with"
+            " the model's config.json."
+        )
+    log.debug("Logits after opening again: relative error %.2e.", error)
+
+
+class _refused:  # noqa: N801 (a context manager used like a function)
+    """What opening a new folder complains of, said of the folder that is not there yet."""
+
+    def __init__(self, name: Path) -> None:
+        self.name = name
+
+    def __enter__(self) -> None: ...
+
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: object) -> None:
+        if isinstance(error, UserError):
+            raise UserError(f"{self.name} is not saved, since it could not be opened: {error}")
+
+
+OPEN = """
+import json, sys
+sys.modules["specomp"] = None
+import torch
+from safetensors.torch import save_file
+from transformers import AutoConfig, AutoModelForCausalLM
+folder, layers, depth, ids, out = sys.argv[1:]
+config = AutoConfig.from_pretrained(folder, trust_remote_code=True)
+if depth := int(depth):
+    config.num_hidden_layers = depth
+    if getattr(config, "layer_types", None):
+        config.layer_types = config.layer_types[:depth]
+    inside = lambda name: int(name.removeprefix(layers + ".").split(".")[0]) < depth
+    if modules := getattr(config, "specomp_modules", None):
+        config.specomp_modules = {k: v for k, v in modules.items() if inside(k)}
+model = AutoModelForCausalLM.from_pretrained(
+    folder, config=config, trust_remote_code=True, dtype="auto"
+).eval()
+with torch.no_grad():
+    logits = model(input_ids=torch.tensor(json.loads(ids)), use_cache=False).logits
+save_file({"logits": logits[0].float().contiguous()}, out)
+"""
+
+
+def _check_fresh(
+    folder: Path, name: Path, model: PreTrainedModel, family: ModelFamily, form: str, cache: Cache
+) -> None:
+    kinds = {full_name(type(x)) for x in model.modules() if isinstance(x, Substitute)}
+    packed = getattr(model.config, "quantization_config", None) is not None
+    versions = [_code(), torch.__version__, transformers.__version__]
+    memo = digest([*versions, type(model).__name__, str(model.dtype), form, packed, sorted(kinds)])
+    known = f"doors/{memo[:24]}.json"
+    if cache.load_json(known) is not None:
+        return
+    log.info("Open the folder as its user will, without specomp: once for this kind of model here.")
+    size = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+    layers = family.layers(model)
+    depth = min(FIRST, len(layers)) if size > LARGE else 0
+    with replaced(model, family, layers[:depth] if depth else layers):
+        wanted = logits(model)
+    ids = str(token_ids(model).tolist())
+    with tempfile.TemporaryDirectory(prefix="specomp-") as temporary:
+        out = Path(temporary) / "logits.safetensors"
+        typed = [str(folder), family.decoder_layers, str(depth), ids, str(out)]
+        done = subprocess.run(
+            [sys.executable, "-c", OPEN, *typed],
+            cwd=temporary,
+            env={
+                **os.environ,
+                "HF_HUB_OFFLINE": "1",
+                "HF_MODULES_CACHE": temporary,
+                "OMP_NUM_THREADS": str(torch.get_num_threads()),
+            },
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        if done.returncode != 0:
+            last = (done.stderr.strip() or f"exit code {done.returncode}").splitlines()[-1]
+            raise UserError(
+                f"{name} is not saved: where specomp is not installed it does not open ({last})."
+            )
+        got = load_file(out)["logits"]
+    what = f"{name} is not saved: opened where specomp is not installed it"
+    _compare(wanted, got, model.dtype, form, what)
+    cache.save_json(known, {"class": type(model).__name__, "form": form})
+
+
+@once
+def _code() -> str:
+    """Of the files that decide what a folder holds."""
+    here = Path(__file__).parent
+    files = sorted([*here.glob("*.py"), *here.parent.glob("forms/*.py")])
+    return hashlib.sha256(b"".join(path.read_bytes() for path in files)).hexdigest()

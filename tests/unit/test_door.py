@@ -1,0 +1,206 @@
+"""What leaves: a folder is opened again before it gets its name, in the class that it names and in
+a process without specomp; saved models stay models.
+"""
+
+import copy
+import json
+import pickle
+import subprocess
+import sys
+
+import pytest
+import torch
+from tiny import tiny_model, tiny_tokenizer
+from transformers import AutoModelForCausalLM, GenerationConfig
+
+import specomp
+from specomp.cache import Cache
+from specomp.errors import UserError
+from specomp.models import door
+from specomp.models.portable import for_all_versions, write_beside
+from specomp.models.save import save_compressed
+
+IDS = torch.arange(30)[None]
+
+
+def compressed(name="llama", **options):
+    model = tiny_model(name)
+    tokens = torch.randint(0, 200, (4, 16), generator=torch.Generator().manual_seed(0))
+    specomp.compress(model, tokens, method="svd_llm", ratio=0.4, **options)
+    return model
+
+
+@torch.no_grad()
+def logits(model):
+    return model.eval()(input_ids=IDS).logits
+
+
+@pytest.mark.parametrize("form", ["factors", "dense"])
+def test_a_weight_without_a_place_is_refused(tmp_path, monkeypatch, form):
+    """As of a family whose stock class calls a module otherwise."""
+    saved = door.open_streamed
+
+    def renamed(*args, **options):
+        model, store = saved(*args, **options)
+        store.files.stored.add("model.another_head.weight")
+        return model, store
+
+    monkeypatch.setattr(door, "open_streamed", renamed)
+    with pytest.raises(UserError, match=r"1 weights would find no place in .*another_head"):
+        save_compressed(compressed(), None, tmp_path / "m", form=form, info={})
+    assert not list(tmp_path.iterdir()), "nothing is left"
+
+
+@pytest.mark.parametrize("form", ["factors", "dense"])
+def test_other_logits_are_refused(tmp_path, monkeypatch, form):
+    model = compressed()
+    wrong = torch.zeros_like(model.lm_head.weight)
+    opened = door.open_streamed
+
+    def other(*args, **options):
+        model, store = opened(*args, **options)
+        model.lm_head.weight = torch.nn.Parameter(wrong)
+        return model, store
+
+    monkeypatch.setattr(door, "open_streamed", other)
+    with pytest.raises(UserError, match=r"logits that differ by 1 of their size"):
+        save_compressed(model, None, tmp_path / "m", form=form, info={})
+    assert not list(tmp_path.iterdir())
+
+
+def test_missing_weights_are_refused(tmp_path, monkeypatch):
+    model = compressed()
+    stored = specomp.models.save.stored_state
+
+    def without(module, form):
+        state = stored(module, form)
+        del state["model.layers.1.input_layernorm.weight"]
+        return state
+
+    monkeypatch.setattr("specomp.models.save.stored_state", without)
+    with pytest.raises(UserError, match=r"is not saved, .* lacks 1 weights .*input_layernorm"):
+        save_compressed(model, None, tmp_path / "m", form="factors", info={})
+
+
+def test_a_process_without_specomp_is_asked_once(tmp_path, monkeypatch, cache):
+    """Once for a kind of folder: the next one of the kind is not opened so again."""
+    monkeypatch.setenv(door.SWITCH, "1")
+    calls = []
+
+    def asked(typed, **options):
+        calls.append(typed)
+        return subprocess.run(typed, **options)
+
+    monkeypatch.setattr(door, "subprocess", type("S", (), {"run": staticmethod(asked)}))
+    for name in ("one", "two"):
+        save_compressed(
+            compressed(), None, tmp_path / name, form="factors", info={}, cache=Cache(cache.root)
+        )
+    assert len(calls) == 1
+    assert len(list((cache.root / "doors").iterdir())) == 1
+    monkeypatch.setattr(door, "OPEN", "import sys; sys.exit('it does not open here')")
+    with pytest.raises(UserError, match=r"not installed it does not open \(it does not open here"):
+        save_compressed(compressed(), None, tmp_path / "x", form="dense", info={}, cache=cache)
+    assert not (tmp_path / "x").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["llama", "opt", "gemma2", "phi3", "qwen3"])
+@pytest.mark.parametrize("options", [{}, {"quantizer": "rtn_int4"}], ids=["factors", "int4"])
+def test_first_layers_alone_in_a_process_without_specomp(
+    tmp_path, monkeypatch, cache, name, options
+):
+    """As of a folder that is too large to be opened whole beside the model."""
+    monkeypatch.setenv(door.SWITCH, "1")
+    monkeypatch.setattr(door, "LARGE", 0)
+    for form in ("factors", "dense"):
+        save_compressed(
+            compressed(name, **options), None, tmp_path / form, form=form, info={}, cache=cache
+        )
+    assert len(list((cache.root / "doors").iterdir())) == 2
+
+
+@pytest.mark.parametrize("loaded", [False, True], ids=["compressed", "loaded"])
+def test_saved_by_transformers_it_stays_a_compressed_model(tmp_path, loaded):
+    model = compressed()
+    wanted = logits(model)
+    if loaded:
+        specomp.save(model, tmp_path / "first")
+        model = AutoModelForCausalLM.from_pretrained(tmp_path / "first")
+    model.save_pretrained(tmp_path / "again", max_shard_size="40KB")
+    names = [path.name for path in (tmp_path / "again").glob("*.safetensors")]
+    assert len(names) > 1 and (tmp_path / "again" / "modeling_specomp_llama.py").is_file()
+    for again in (
+        AutoModelForCausalLM.from_pretrained(tmp_path / "again"),
+        specomp.load(tmp_path / "again").model,
+    ):
+        assert torch.equal(logits(again), wanted)
+
+
+@pytest.mark.parametrize("loaded", [False, True], ids=["compressed", "loaded"])
+def test_it_behaves_as_any_module(tmp_path, loaded):
+    model = compressed("opt")
+    if loaded:
+        specomp.save(model, tmp_path / "first")
+        model = specomp.load(tmp_path / "first").model
+    wanted = logits(model)
+    assert torch.equal(logits(copy.deepcopy(model)), wanted)
+    assert torch.equal(logits(pickle.loads(pickle.dumps(model))), wanted)
+    torch.save(model, tmp_path / "whole.pt")
+    assert torch.equal(logits(torch.load(tmp_path / "whole.pt", weights_only=False)), wanted)
+    other = copy.deepcopy(model)
+    for parameter in other.parameters():
+        parameter.data.zero_()
+    other.load_state_dict(model.state_dict())
+    assert torch.equal(logits(other), wanted)
+    assert torch.equal(logits(model.to(torch.float64).to(torch.float32)), wanted)
+    state = tmp_path / "pickled"
+    state.write_bytes(pickle.dumps(model))
+    code = (
+        "import pickle, sys, torch; m = pickle.load(open(sys.argv[1], 'rb'));"
+        "print(type(m).__name__, m.eval()(input_ids=torch.arange(30)[None]).logits.sum().item())"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, state], capture_output=True, text=True, check=True
+    )
+    name, total = done.stdout.split()
+    assert name == "SpecompOPTForCausalLM"
+    assert float(total) == pytest.approx(float(wanted.sum()), rel=1e-4)
+
+
+def test_rope_and_dtype_are_said_in_the_words_of_both_versions():
+    llama3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0}
+    config = {"dtype": "bfloat16", "rope_parameters": {"rope_theta": 5e5, **llama3}}
+    found = for_all_versions(config | {"attn_implementation": "flash_attention_2"})
+    assert found == config | {
+        "torch_dtype": "bfloat16",
+        "rope_theta": 5e5,
+        "rope_scaling": llama3,
+    }
+    plain = {"rope_parameters": {"rope_theta": 1e4, "rope_type": "default"}}
+    assert for_all_versions(plain) == plain | {"rope_theta": 1e4, "rope_scaling": None}
+    part = {"rope_theta": 1e4, "rope_type": "default", "partial_rotary_factor": 0.5}
+    assert for_all_versions({"rope_parameters": part})["partial_rotary_factor"] == 0.5
+    # one for each kind of layer has no words in version 4
+    kinds = {"rope_parameters": {"full_attention": {"rope_theta": 1e6}}}
+    assert for_all_versions(kinds) == kinds
+
+
+def test_what_goes_with_the_source_model_follows_it(tmp_path):
+    source, folder = tmp_path / "source", tmp_path / "saved"
+    source.mkdir()
+    folder.mkdir()
+    (source / "LICENSE").write_text("as you like")
+    GenerationConfig(max_new_tokens=7).save_pretrained(source)
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = "OLD"
+    first = write_beside(folder, tokenizer, source)
+    assert {"LICENSE", "generation_config.json", "chat_template.jinja"} <= set(first)
+    assert write_beside(folder, tokenizer, source) == []
+    tokenizer.chat_template = "NEW"
+    GenerationConfig(max_new_tokens=9).save_pretrained(source)
+    changed = write_beside(folder, tokenizer, source)
+    assert changed == ["chat_template.jinja", "generation_config.json"]
+    assert json.loads((folder / "generation_config.json").read_text())["max_new_tokens"] == 9
+    settings = json.loads((folder / "tokenizer_config.json").read_text())
+    assert settings["tokenizer_class"] == "PreTrainedTokenizerFast"
