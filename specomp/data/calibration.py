@@ -185,6 +185,8 @@ class CalibrationSpec(Calibration, ABC):
 
     @staticmethod
     def _check_length(length: int | None, max_length: int) -> None:
+        if length == 1:  # of a token file
+            raise UserError("Samples of 1 token predict nothing: give a file of longer ones.")
         if length is not None and length > max_length:
             raise UserError(
                 f"Samples of {length} tokens do not fit the model's context of {max_length}: lower"

@@ -24,6 +24,12 @@ from specomp.errors import UserError, one_line
 from specomp.settings import configurable
 
 log = logging.getLogger(__name__)
+MARKS = (  # of encodings that are not read; the longer ones first
+    (codecs.BOM_UTF32_LE, "UTF-32"),
+    (codecs.BOM_UTF32_BE, "UTF-32"),
+    (codecs.BOM_UTF16_LE, "UTF-16"),
+    (codecs.BOM_UTF16_BE, "UTF-16"),
+)
 # of a file of one's own: where a split begins and ends
 PARTS = {"train": (0.0, 0.8), "validation": (0.8, 0.9), "test": (0.9, 1.0), "all": (0.0, 1.0)}
 
@@ -256,8 +262,9 @@ class TextFile:
         text = whole[_line_end(whole, first) : _line_end(whole, last)]
         if not text.strip():
             raise UserError(
-                f"Corpus {self.name}: the {self.split} part of {self.path} holds no text (of"
-                f" {len(whole)} characters in all): give a longer file, or split=all."
+                f"Corpus {self.name}: the {self.split} part of {self.path} holds no text: the file"
+                f" has {len(whole)} characters in {len(whole.splitlines())} lines, and parts end"
+                " where lines do; give a file with more lines."
             )
         return text
 
@@ -382,16 +389,19 @@ def _not_utf8(path: Path) -> str:
                 return (
                     f"{path} is gzip; decompress it, or name it .jsonl.gz if it holds JSON lines."
                 )
-            if number == 1 and line.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
-                return f"{path} is UTF-16; save it as UTF-8 (iconv -f UTF-16 -t UTF-8)."
+            for mark, name in MARKS if number == 1 else ():
+                if line.startswith(mark):
+                    return f"{path} is {name}; save it as UTF-8 (iconv -f {name} -t UTF-8)."
             try:
                 line.decode()
             except UnicodeDecodeError as error:
-                return (
-                    f"{path}, line {number}: byte {offset + error.start} of the file"
-                    f" (0x{line[error.start]:02x}) is not UTF-8; save it as UTF-8"
-                    " (iconv -f LATIN1 -t UTF-8, if it is Latin-1)."
+                place = f"byte {offset + error.start} of the file (0x{line[error.start]:02x})"
+                remedy = (
+                    "and zero bytes are around it: this is no text"
+                    if b"\0" in line
+                    else "save it as UTF-8 (iconv -f CP1252 -t UTF-8, if it is Windows' or Latin-1)"
                 )
+                return f"{path}, line {number}: {place} is not UTF-8; {remedy}."
             offset += len(line)
     return f"{path} is not UTF-8; save it as UTF-8."  # it was changed in between
 

@@ -19,7 +19,7 @@ from specomp.cache import digest
 from specomp.errors import UserError
 
 # BOS in front of every sequence; auto: where the model's family needs it (families.NEED_BOS)
-Bos = Literal["auto"] | bool
+Bos = Literal["auto", True, False]
 NAMES = ("input_ids", "tokens")  # looked for in files with several tensors
 MASK = "attention_mask"
 LIMIT = 2**31  # more than any vocabulary has

@@ -244,6 +244,8 @@ class HarnessTask:
         if largest_id(tokenizer) < rows and not mark:
             return
         try:
+            if mark:
+                self._check_answers()
             self._evaluate(_rehearsal(tokenizer, rows, self.id))
         except UserError:
             raise
@@ -284,6 +286,23 @@ class HarnessTask:
             "%s: %s %.4f on %d documents.", self.id, self.metric, scores[self.metric], scores["n"]
         )
         return scores
+
+    def _check_answers(self) -> None:
+        """Raises UserError where a row's right answer is none of its choices, which lm-eval counts
+        as a wrong one.
+        """
+        with _quiet():
+            loaded = _load(self._specification(), self.task, self.data_root)
+        for name, task in loaded["tasks"].items():
+            for number, doc in enumerate(task.eval_docs, start=1):
+                choices = task.doc_to_choice(doc)
+                right = task.doc_to_text(doc) if task.multiple_input else task.doc_to_target(doc)
+                if right not in (range(len(choices)) if isinstance(right, int) else choices):
+                    raise UserError(
+                        f"{name}: the answer of row {number} in {self.data_root}/{self.task} is"
+                        f" {right!r}, which is none of its {len(choices)} choices; correct the row"
+                        " or leave it out."
+                    )
 
     def _evaluate(self, lm: Any) -> Mapping[str, Any]:
         """lm-eval's results of a language model of its kind."""

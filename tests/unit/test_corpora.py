@@ -161,6 +161,12 @@ UNREADABLE: list[tuple[str, bytes, str]] = [
         f", line 2: byte {len(ROW) + 13} of the file (0xe9) is not UTF-8",
     ),
     ("utf16.txt", PLAIN.encode("utf-16"), " is UTF-16; save it as UTF-8"),
+    ("utf32.txt", PLAIN.encode("utf-32"), " is UTF-32; save it as UTF-8"),
+    (
+        "binary.txt",
+        b"PK\x03\x04\x00\x00\xff\n",
+        ", line 1: byte 6 of the file (0xff) is not UTF-8; and",
+    ),
     ("utf16.jsonl", ROW.encode("utf-16"), " is UTF-16; save it as UTF-8"),
     ("unmarked.txt", PLAIN.encode("utf-16-le"), ": character 1 is a zero byte, so this is UTF-16"),
     ("packed.jsonl", gzip.compress(ROW.encode()), " is gzip; decompress it, or name it .jsonl.gz"),

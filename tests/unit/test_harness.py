@@ -393,6 +393,34 @@ def test_rows_that_make_no_requests_are_found_before_any_work(
     assert "network" not in str(caught.value) and "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize("label", [2, -1])
+def test_answers_that_are_no_choice(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerFast, label: int
+) -> None:
+    task = own(tmp_path, [*PIQA, {**PIQA[0], "label": label}])
+    with pytest.raises(UserError, match=f"piqa: the answer of row 5 in .* is {label}, which is"):
+        task.check_tokens(tokenizer, 257)
+
+
+@needs_data
+@pytest.mark.parametrize("task", harness.DATA)
+def test_cut_copies_of_the_published_data_are_fit(
+    task: str, tmp_path: Path, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    """Their first rows under another id, with all that is checked of local data."""
+    known = harness.DATA[task]
+    for path in harness.split_files(DATA, task, known.evaluated):
+        copy = tmp_path / path.relative_to(DATA)
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        opened = gzip.open if path.suffix == ".gz" else open
+        with opened(path, "rb") as lines, opened(copy, "wb") as written:
+            written.writelines(line for line, _ in zip(lines, range(3), strict=False))
+    benchmark = make(task, data_root=tmp_path)
+    assert benchmark.id != make(task).id
+    benchmark.validate(2048)
+    benchmark.check_tokens(tokenizer, 257)
+
+
 def test_a_tokenizer_with_nothing_to_begin_with(
     tmp_path: Path, tokenizer: PreTrainedTokenizerFast
 ) -> None:
