@@ -124,12 +124,15 @@ def read_token_ids(path: Path) -> LongTensor:
     samples of unequal lengths, padding, ids below 0 or from 2^31.
     """
     path = path.expanduser()
-    if not path.is_file():
-        what = "is a folder" if path.is_dir() else "does not exist"
+    try:
+        path.open("rb").close()
+    except OSError as error:
+        known = {FileNotFoundError: "does not exist", IsADirectoryError: "is a folder"}
+        what = known.get(type(error), f"cannot be read ({error.strerror})")
         raise UserError(
             f"Token file {path} {what}; set the path to a .safetensors, .npy or .pt file of token"
             " ids."
-        )
+        ) from error
     array = _pick(_load(path), path)
     if array.ndim != 2 or array.size == 0:
         raise UserError(

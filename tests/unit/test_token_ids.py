@@ -217,10 +217,21 @@ def test_damaged_files(tmp_path: Path, name: str) -> None:
         read_token_ids(tmp_path / name)
 
 
-def test_wrong_places(tmp_path: Path) -> None:
+def test_wrong_places(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "ids.bin").touch()
     with pytest.raises(UserError, match="unknown suffix '.bin'; use .safetensors, .npy or .pt"):
         read_token_ids(tmp_path / "ids.bin")
-    for name, said in [("gone.npy", "does not exist"), ("", "is a folder")]:
+    for name, said in [
+        ("gone.npy", "does not exist"),
+        ("", "is a folder"),
+        ("ids.bin/ids.npy", r"cannot be read \(Not a directory\)"),
+    ]:
         with pytest.raises(UserError, match=f"{said}; set the path to"):
             read_token_ids(tmp_path / name)
+
+    def closed(*_: Any, **__: Any) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(Path, "open", closed)
+    with pytest.raises(UserError, match=r"ids.bin cannot be read \(Permission denied\); set the"):
+        read_token_ids(tmp_path / "ids.bin")
