@@ -33,7 +33,9 @@ from specomp.interrupts import heeded, until_interrupted
 from specomp.settings import CONF, choices
 
 log = logging.getLogger("specomp")
-NO_NAME = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)(e[+-]?\d+)?|null|true|false", re.IGNORECASE)
+NO_NAME = re.compile(
+    r"[+-]?(\d+\.?\d*|\.\d+)(e[+-]?\d+)?|[+-]?(inf|nan)|null|true|false", re.IGNORECASE
+)
 COMMANDS = {
     "plan": "what an experiment will take here; nothing is run",
     "table": "results: of a paper's table, of a sweep, of a folder",
@@ -44,6 +46,8 @@ COMMANDS = {
 UNKNOWN = re.compile(
     r"Could not find '(\S+)/([^'/]+)'\s+Available options in '[^']*':\s+(.*)", re.S
 )
+# how it begins where it answers with a ValueError: options that exclude each other, no name
+OPTIONS = ("Only one of --", "The --resolve", "Config group override")
 FULL = "HYDRA_FULL_ERROR"  # of the environment: tracebacks also where a line says it
 INDENT = " " * 13
 ABOUT = """\
@@ -99,6 +103,8 @@ def said(error: BaseException) -> str | None:
     elif isinstance(error, OSError) and error.errno is not None:
         place = f" {error.filename}" if error.filename else ""
         text = f"Cannot use{place}: {error.strerror}; point paths.outputs or paths.cache elsewhere."
+    elif isinstance(error, ValueError) and str(error).startswith(OPTIONS):
+        text = str(error)
     elif isinstance(error, MemoryError):
         text = "Out of memory: a smaller model or model.stream=true needs less."
     else:

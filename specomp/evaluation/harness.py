@@ -232,8 +232,9 @@ class HarnessTask:
 
     def check_tokens(self, tokenizer: PreTrainedTokenizerBase, rows: int) -> None:
         """Raises UserError where a request has a token without a row in the embedding, where local
-        data that is not the published one makes no requests, or where the tokenizer has nothing
-        to begin one with; loads no model. What can be none of that is left for later.
+        data that is not the published one makes no requests, where there is none and no network is
+        to be used, or where the tokenizer has nothing to begin one with; loads no model. What can
+        be none of that is left for later.
         """
         if tokenizer.bos_token_id is None and tokenizer.eos_token_id is None:
             raise UserError(
@@ -241,6 +242,9 @@ class HarnessTask:
                 " tokenizer has neither: give it one, or take this task out of the benchmark."
             )
         mark = self._data_mark
+        if self.data_root is None and _offline():
+            with _quiet():  # what an earlier run has left of it, or nothing
+                _load(self._specification(), self.task, None)
         if largest_id(tokenizer) < rows and not mark:
             return
         try:
@@ -549,6 +553,13 @@ def _load(specification: list[TaskConfig] | None, name: str, data_root: Path | N
     for task in loaded["tasks"].values():
         group.add(task)
     return manager.load([group])
+
+
+def _offline() -> bool:
+    """Whether the hub is not to be asked."""
+    import datasets
+
+    return bool(datasets.config.HF_HUB_OFFLINE)
 
 
 def _rehearsal(tokenizer: PreTrainedTokenizerBase, rows: int, description: str) -> Any:

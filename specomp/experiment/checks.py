@@ -4,6 +4,7 @@ import errno
 import logging
 import warnings
 from collections.abc import Callable
+from typing import Any
 
 import lightning as L
 import torch
@@ -14,6 +15,7 @@ from specomp.errors import UserError, needed, one_line
 from specomp.evaluation.suite import Suite
 from specomp.experiment.options import Options
 from specomp.models.load import torch_device
+from specomp.models.save import check_biases
 from specomp.models.sources import Source
 from specomp.slots import Method
 
@@ -74,6 +76,12 @@ def check_packed(method: Method, options: Options) -> None:
     elif options.save and options.export == "factors":
         otherwise = ", or set save=false, which evaluates all the same"
         needed("compressed_tensors", "int4", f"Saving factors of {grid.bits} bits", otherwise)
+
+
+def check_export(config: Any, method: Method, options: Options) -> None:
+    """Whether a plain folder can hold what the method makes, before any work. Raises UserError."""
+    if options.save and options.export == "dense" and method.training.adds_bias:
+        check_biases(config)
 
 
 def actionable(error: BaseException) -> UserError | None:

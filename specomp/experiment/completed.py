@@ -7,7 +7,7 @@ import copy
 from omegaconf import DictConfig, OmegaConf, open_dict
 
 from specomp.errors import UserError
-from specomp.experiment.environment import remember
+from specomp.experiment.environment import forget_empty, remember
 from specomp.experiment.guard import check_config
 
 
@@ -15,6 +15,7 @@ def completed(cfg: DictConfig) -> DictConfig:
     """The config with the text that corpus=NAME puts in place of others, and with a name for a
     model of the hub that has none; checked for what no run can work with. Raises UserError.
     """
+    forget_empty()
     remember(cfg)
     made = copy.deepcopy(cfg)
     with open_dict(made):

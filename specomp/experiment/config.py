@@ -20,7 +20,12 @@ from specomp.compression.route import Route
 from specomp.data.calibration import CalibrationSet, CalibrationSpec
 from specomp.data.token_ids import embedding_rows
 from specomp.evaluation.suite import Suite
-from specomp.experiment.checks import check_machine, check_packed, check_streamed
+from specomp.experiment.checks import (
+    check_export,
+    check_machine,
+    check_packed,
+    check_streamed,
+)
 from specomp.experiment.completed import completed
 from specomp.experiment.environment import plain_config
 from specomp.experiment.making import make
@@ -108,9 +113,11 @@ def ask(cfg: DictConfig) -> Request:
     check_packed(parts["method"], options)
     check_streamed(source, parts["method"], route, options, suite)
     cache = Cache(str(cfg.paths.cache))
+    architecture = source.config_for_plan(cache)
+    check_export(architecture, parts["method"], options)
     return Request(
         source=source,
-        suite=suite.for_model(source.config_for_plan(cache)),
+        suite=suite.for_model(architecture),
         options=options,
         processes=processes,
         cache=cache,

@@ -5,6 +5,7 @@ imported: Hydra's part as soon as it is composed (`Loader`), ours when it is com
 import math
 import re
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 import hydra._internal.hydra
@@ -13,9 +14,9 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.plugins import Plugins
 from hydra.types import RunMode
 from omegaconf import DictConfig, ListConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+from omegaconf.errors import InterpolationToMissingValueError, OmegaConfBaseException
 
-from specomp.errors import UserError
+from specomp.errors import UserError, first_line
 from specomp.experiment.environment import forget_empty
 from specomp.settings import choices
 from specomp.targets import ALLOW, checked, targets, within
@@ -92,7 +93,7 @@ def check_hydra(composed: DictConfig) -> None:
 
 def check_config(composed: DictConfig) -> None:
     """What our classes would be called with. Raises UserError."""
-    found = plain(composed)
+    found = plain(composed, strict=True)
     for where, target in targets(found, ""):
         checked(target, where)
     _check_allowance(found, "")
@@ -106,32 +107,45 @@ def check_config(composed: DictConfig) -> None:
     for key in ("cache", "outputs"):
         if paths.get(key) is None:
             raise UserError(f"paths.{key}=null: it has to be somewhere, paths.{key}=FOLDER.")
+        try:
+            Path(str(paths[key])).expanduser()
+        except RuntimeError as error:
+            raise UserError(
+                f"paths.{key}={paths[key]}: there is no such home folder: paths.{key}=FOLDER."
+            ) from error
 
 
-def plain(node: Any) -> Any:
+def plain(node: Any, *, strict: bool = False) -> Any:
     """A config as mappings and lists, references followed where they can be; what cannot, as it is
-    written. Raises UserError for a text that would become code only later.
+    written. Raises UserError for a text that would become code only later, and if strict for any
+    reference to what is not there.
     """
-    if isinstance(node, DictConfig):
-        missing = node._is_none() or node._is_missing() or node._is_interpolation()
-        return {} if missing else {str(k): plain(_value(node, k)) for k in node}
-    if isinstance(node, ListConfig):
-        missing = node._is_none() or node._is_missing() or node._is_interpolation()
-        return [] if missing else [plain(_value(node, i)) for i in range(len(node))]
+    if isinstance(node, (DictConfig, ListConfig)):
+        keys = _keys(node)
+        found = [plain(_value(node, key, strict), strict=strict) for key in keys]
+        return (
+            dict(zip(map(str, keys), found, strict=True)) if isinstance(node, DictConfig) else found
+        )
     return node
 
 
-def _value(node: Any, key: Any) -> Any:
+def _keys(node: DictConfig | ListConfig) -> list[Any]:
+    if node._is_none() or node._is_missing() or node._is_interpolation():
+        return []
+    return list(node) if isinstance(node, DictConfig) else list(range(len(node)))
+
+
+def _value(node: Any, key: Any, strict: bool) -> Any:
     if OmegaConf.is_missing(node, key):
         return "???"
     try:
         return node[key]
     except OmegaConfBaseException as error:
-        raw = str(node._get_node(key)._value())
+        raw, where = str(node._get_node(key)._value()), node._get_full_key(key)
+        if strict and not isinstance(error, InterpolationToMissingValueError):
+            raise UserError(f"{where}={raw}: {first_line(error)}.") from error
         if raw.startswith(("${oc.create", "${oc.decode")):  # text that may be a mapping
-            raise UserError(
-                f"{node._get_full_key(key)}={raw} cannot be read before it is run."
-            ) from error
+            raise UserError(f"{where}={raw} cannot be read before it is run.") from error
         return raw
 
 

@@ -26,7 +26,7 @@ import torch
 import transformers
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
@@ -323,15 +323,9 @@ def module_entries(
     """[class, arguments] of those of these modules that are not what the stock architecture has
     there; and which have a bias where it has none (SoCo's deviation term).
     """
-    base = base_model_type(model.config)
-    fields = {
-        k: v for k, v in model.config.to_dict().items() if k not in ("model_type", "auto_map")
-    }
-    with torch.device("meta"):
-        stock = getattr(transformers, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[base])(
-            CONFIG_MAPPING[base](**fields)
-        )
-    entries, biases = {}, []
+    stock = _stock(model.config)
+    entries: dict[str, list[Any]] = {}
+    biases: list[str] = []
     for name in names:
         module, plain = model.get_submodule(name), stock.get_submodule(name)
         if module.bias is not None and plain.bias is None:
@@ -341,6 +335,27 @@ def module_entries(
         elif _arguments(module) != _arguments(plain):
             entries[name] = [full_name(nn.Linear), _arguments(module)]
     return entries, biases
+
+
+def check_biases(config: PreTrainedConfig) -> None:
+    """Whether the dense form of this architecture can have an output bias on every linear, told
+    before there is a model. Raises UserError where it cannot.
+    """
+    stock = _stock(config)
+    names = [x.name for x in family_of(config).linears(stock)]
+    bare = [name for name in names if stock.get_submodule(name).bias is None]
+    bias_switches(stock, len(names), bare)
+
+
+def _stock(config: PreTrainedConfig) -> PreTrainedModel:
+    """The architecture as transformers has it, without numbers."""
+    base = base_model_type(config)
+    fields = {k: v for k, v in config.to_dict().items() if k not in ("model_type", "auto_map")}
+    with torch.device("meta"):
+        stock: PreTrainedModel = getattr(transformers, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[base])(
+            CONFIG_MAPPING[base](**fields)
+        )
+    return stock
 
 
 def _arguments(linear: Any) -> dict[str, Any]:
