@@ -64,7 +64,7 @@ def text(request: Request) -> str:
 def plan_for(config, method="svd_llm", dtype="float32", **calibration) -> Plan:
     base = rows.built(rows.load("calibration", "_base"), "calibration") | calibration
     settings = rows.importlib.import_module("specomp.api").calibration_of(
-        {k: v for k, v in base.items() if k not in ("num_samples", "length")}
+        {k: v for k, v in base.items() if k not in ("num_samples", "length", "bos")}
     )
     return planned(config, dtype, rows.method(method), Numbers(compression=0.4), settings, 4, 32)
 
