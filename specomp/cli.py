@@ -33,6 +33,7 @@ from specomp.interrupts import heeded, until_interrupted
 from specomp.settings import CONF, choices
 
 log = logging.getLogger("specomp")
+handle_error = logging.Handler.handleError
 NO_NAME = re.compile(
     r"[+-]?(\d+\.?\d*|\.\d+)(e[+-]?\d+)?|[+-]?(inf|nan)|null|true|false", re.IGNORECASE
 )
@@ -168,12 +169,27 @@ def _run(typed: list[str]) -> int:
     return code
 
 
+def log_once(handler: logging.Handler, record: logging.LogRecord) -> None:
+    """A log that cannot be written, on a full disk say, stops nothing: one line instead of a
+    traceback for every message.
+    """
+    error = sys.exc_info()[1]
+    if isinstance(error, OSError):
+        handler.acquire()
+        handler.setLevel(logging.CRITICAL + 1)
+        handler.release()
+        sys.stderr.write(f"specomp: the log ends here: {error.strerror}.\n")
+    else:
+        handle_error(handler, record)
+
+
 def told(work: Callable[[], Any]) -> int:
     """What goes wrong in it is one line, or for a fault of the program the traceback. The exit
     code.
     """
     full = os.environ.get(FULL)
     os.environ[FULL] = "1"  # Hydra prints nothing of its own, and hands over what was raised
+    logging.Handler.handleError = log_once  # type: ignore[assignment, method-assign]
     try:
         work()
     except Refused as refused:
@@ -189,6 +205,7 @@ def told(work: Callable[[], Any]) -> int:
             sys.stderr.write(f"{line}\n")
         return 1
     finally:
+        logging.Handler.handleError = handle_error  # type: ignore[method-assign]
         os.environ.pop(FULL)
         if full is not None:
             os.environ[FULL] = full

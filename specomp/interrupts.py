@@ -2,19 +2,20 @@
 into exit codes, or lose it.
 """
 
-import _thread
 import contextlib
 import logging
 import multiprocessing
 import os
 import signal
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from typing import Any
 
 CODE = 130  # what shells expect of a program that Ctrl-C ended
 SAID = "Interrupted. Finished work is kept; the same command goes on from there."
 GRACE = 3.0  # seconds that processes of a training have to end by themselves
+AGAIN = 0.1  # seconds
 _asked: set[int] = set()  # the process that was told to end; a fork starts without
 
 
@@ -52,7 +53,7 @@ def _listening() -> Iterator[None]:
     def not_lost(told: Any) -> None:
         """In a finalizer it would be printed and forgotten."""
         if issubclass(told.exc_type, KeyboardInterrupt):
-            _thread.interrupt_main()
+            threading.Timer(AGAIN, _again).start()  # later: here it would be lost once more
         else:
             lost(told)
 
@@ -64,6 +65,11 @@ def _listening() -> Iterator[None]:
         signal.signal(signal.SIGINT, before)
         sys.unraisablehook = lost
         _asked.clear()
+
+
+def _again() -> None:
+    if os.getpid() in _asked:
+        signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)
 
 
 def _hear(*_: Any) -> None:

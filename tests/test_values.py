@@ -3,6 +3,8 @@ others, before any work.
 """
 
 import ast
+import contextlib
+import logging
 import os
 from pathlib import Path
 
@@ -11,6 +13,7 @@ from command import typed
 from running import compose_config
 from test_bad_input import check_line, refused
 
+from specomp.cli import log_once
 from specomp.experiment import guard, making
 from specomp.experiment.environment import PLACES, hidden, plain_config, remember
 from specomp.experiment.record import point_of
@@ -155,3 +158,28 @@ def test_only_what_could_be_a_secret_is_hidden(tmp_path, monkeypatch):
     monkeypatch.setenv("SHORT", "1")
     remember(compose_config(tmp_path, "+x=${oc.env:SHORT}"))
     assert hidden("11 of 21") == "11 of 21"
+
+
+def test_a_log_that_cannot_be_written_ends_in_one_line(capsys):
+    """Not a traceback a message."""
+    handler = logging.FileHandler("/dev/full")
+    log = logging.getLogger("of.this.test")
+    log.addHandler(handler)
+    try:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(logging.Handler, "handleError", log_once)
+            for _ in range(3):
+                log.critical("something")
+    finally:
+        log.removeHandler(handler)
+        with contextlib.suppress(OSError):
+            handler.close()
+    assert capsys.readouterr().err == "specomp: the log ends here: No space left on device.\n"
+
+
+def test_outputs_that_cannot_be_made_are_one_line(tmp_path):
+    (tmp_path / "a_file").touch()
+    for words in ([f"paths.outputs={tmp_path}/a_file"], [f"hydra.run.dir={tmp_path}/a_file/x"]):
+        done = typed(tmp_path, "debug=tiny", *words)
+        assert done.returncode == 1 and len(done.stderr.splitlines()) == 1, done.stderr
+        assert done.stderr.startswith("specomp: Cannot") and "a_file" in done.stderr

@@ -136,7 +136,7 @@ def check_stored(path: Path, key: str) -> None:
         "id": key,
         "group": GROUP,
         "job_type": "svd",
-        "name": "svd cr40",
+        "name": "tiny_llama svd cr40",
         "project": "specomp",
     }
     assert config["table"] == {"caption": GROUP}
@@ -287,7 +287,7 @@ def test_a_server_that_goes_away_in_the_middle(tmp_path):
     assert (first["groupName"], first["jobType"], first["displayName"]) == (
         GROUP,
         "svd",
-        "svd cr40",
+        "tiny_llama svd cr40",
     )
     assert json.loads(first["config"])["table"] == {"value": {"caption": GROUP}}
     assert [x for x in server.history if "train/kl" in x][0]["train/kl"] == 0.25

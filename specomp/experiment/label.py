@@ -1,5 +1,6 @@
 """What an experiment is called: in the first line of a run, above its summary, in tables."""
 
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cache
 from typing import Any
@@ -10,15 +11,80 @@ from specomp.settings import CONF
 
 SETTINGS = ("method.", "calibration.", "quantizer.", "seed=")
 SLOT = "method/"
+UNSAFE = re.compile(r"[^A-Za-z0-9_.+=-]+")
 
 
 def first_line(hydra: Any, cfg: Any) -> str:
-    """Model, method, ratio and calibration of what is about to run."""
+    """Model, method, ratio and text of what is about to run."""
     choices, typed = hydra.runtime.choices, hydra.overrides.task
-    ratio = [f"ratio={choices['ratio']}", *(x for x in typed if x.startswith("ratio."))]
-    named = [cfg.model.name, " ".join([cfg.method.name, *changes(choices, typed)]), " ".join(ratio)]
-    text = cfg.corpus.name if cfg.get("corpus") else choices["calibration"]
-    return ", ".join([*named, f"calibrated on {text}"])
+    ratio = ratio_name(choices["ratio"], cfg.ratio)
+    amount = f"ratio={ratio}" if ratio == choices["ratio"] else ratio
+    method = " ".join([cfg.method.name, *changes(choices, typed)])
+    return f"{cfg.model.name}, {method}, {amount}, calibrated on {text_name(choices, cfg)}"
+
+
+def method_name(choices: Mapping[str, str], config: Mapping[str, Any]) -> str:
+    """What a record's method is called. A dense reference has the config of the run that measured
+    it.
+    """
+    dense = choices.get("method") == "dense"
+    return "dense" if dense else _name(choices, config, "method")
+
+
+def model_name(choices: Mapping[str, str], config: Mapping[str, Any]) -> str:
+    """What a record's model is called."""
+    return _name(choices, config, "model")
+
+
+def _name(choices: Mapping[str, str], config: Mapping[str, Any], group: str) -> str:
+    return str((config.get(group) or {}).get("name") or choices.get(group))
+
+
+def text_name(choices: Mapping[str, str], config: Mapping[str, Any]) -> str:
+    """The text that a method is calibrated on; empty where that is not known."""
+    corpus = config.get("corpus")
+    return str(corpus["name"] if corpus else choices.get("calibration") or "")
+
+
+def ratio_name(choice: str | None, ratio: Mapping[str, Any] | None) -> str:
+    """A ratio by its choice where it is what the choice says, else by its numbers: 0.333 typed over
+    cr40 is compression=0.333.
+    """
+    own = _ratio_of(str(choice))
+    told = {k: v for k, v in (ratio or {}).items() if not k.startswith("_")}
+    if not told or own == told:
+        return str(choice)
+    return " ".join(f"{key}={value}" for key, value in told.items())
+
+
+@cache
+def _ratio_of(choice: str) -> dict[str, Any] | None:
+    path = CONF / "ratio" / f"{choice}.yaml"
+    if not path.is_file():
+        return None
+    return {str(k): v for k, v in OmegaConf.load(path).items() if not str(k).startswith("_")}
+
+
+def run_name(choices: Mapping[str, str], config: Mapping[str, Any]) -> str:
+    """All that tells a record from another, in one line: model, method with what differs from its
+    row, ratio, text.
+    """
+    method = method_name(choices, config)
+    words = [model_name(choices, config), method]
+    if method != "dense":
+        words += changes(choices, config.get("overrides") or [])
+        words.append(ratio_name(choices.get("ratio"), config.get("ratio")))
+        words.append(text_name(choices, config))
+    return " ".join(filter(None, words))
+
+
+def folder_name(choices: Mapping[str, str], config: Mapping[str, Any]) -> str:
+    """Model, method and ratio for the name of a folder: letters, digits and .+=- only, at most 100
+    characters. A key has to follow: what differs beyond these three is not in it.
+    """
+    ratio = ratio_name(choices.get("ratio"), config.get("ratio"))
+    words = [model_name(choices, config), method_name(choices, config), ratio]
+    return "-".join(UNSAFE.sub("_", x).lstrip(".-")[:40] for x in words)[:100]
 
 
 def changes(choices: Mapping[str, str], overrides: Sequence[str]) -> list[str]:
@@ -26,9 +92,11 @@ def changes(choices: Mapping[str, str], overrides: Sequence[str]) -> list[str]:
     on the command line or by an experiment, and settings that were typed; the quantizer too.
     """
     method = str(choices.get("method"))
+    if method == "dense":
+        return []  # nothing is compressed, by whatever settings
     row = slots_of(method)
     found = []
-    if choices.get("quantizer", "none") != "none" and method != "dense":
+    if choices.get("quantizer", "none") != "none":
         found.append(f"quantizer={choices['quantizer']}")
     typed = [x.lstrip("+") for x in overrides]
     chosen = {k.split("@")[0]: v for k, v in choices.items() if k.startswith(SLOT)}

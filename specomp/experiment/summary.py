@@ -5,10 +5,12 @@ import sys
 from rich.box import SIMPLE
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from specomp.compression.ledger import Ledger
 from specomp.compression.report import size_row, size_rows
 from specomp.evaluation.metric import is_detail
+from specomp.experiment.label import method_name, text_name
 from specomp.experiment.record import Record
 
 FILE_WIDTH = 110  # columns where the output is no terminal
@@ -17,9 +19,11 @@ FILE_WIDTH = 110  # columns where the output is no terminal
 def show(record: Record, *, console: Console | None = None) -> None:
     """Print the comparison table of one record, its folder and its notes."""
     console = console or Console(width=None if sys.stdout.isatty() else FILE_WIDTH)
-    method = " ".join([record.label("method"), *record.changes])
+    method = " ".join([method_name(record.choices, record.config), *record.changes])
+    text = text_name(record.choices, record.config)
     title = f"{record.label('model')}, {method}, {asked_for(record.counted)}"
-    table = Table(title=title, box=SIMPLE, title_justify="left")
+    title += f", calibrated on {text}" if text and method != "dense" else ""
+    table = Table(title=Text(title), box=SIMPLE, title_justify="left")
     table.add_column("")
     for column in ("dense", "compressed", "compressed / dense"):
         table.add_column(column, justify="right")
@@ -85,5 +89,5 @@ def asked_for(ledger: Ledger) -> str:
     return (
         f"{ledger.target_bits:g} bits a weight"
         if ledger.target_bits
-        else f"compression {ledger.target_compression or 0:.0%}"
+        else f"compression {100 * (ledger.target_compression or 0):.6g}%"
     )

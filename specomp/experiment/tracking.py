@@ -8,6 +8,7 @@ online the process stays offline.
 import contextlib
 import logging
 import os
+import re
 import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -18,6 +19,7 @@ from typing import Annotated, Any, Literal, Protocol
 from pydantic import Field
 
 from specomp.disk import make_folder
+from specomp.experiment.label import method_name, model_name, run_name
 from specomp.experiment.record import Record
 from specomp.settings import configurable
 
@@ -29,6 +31,7 @@ BYTES = "model_bytes"
 LINEARS = "linears"
 POINTS = "points"
 REPORT = "report"
+LONGEST = 128  # characters of a name
 # of this process: a sweep of many jobs waits for a dead server once, not once per job
 _offline_from_now = threading.Event()
 
@@ -133,10 +136,10 @@ class WandbTracking:
             "group": (
                 self.group
                 or (record.config.get("table") or {}).get("caption")
-                or choice.get("model")
+                or model_name(choice, record.config)
             ),
-            "job_type": choice.get("method"),
-            "name": f"{choice.get('method')} {choice.get('ratio')}",
+            "job_type": method_name(choice, record.config),
+            "name": shown(run_name(choice, record.config)),
             "config": record.config,
         }
 
@@ -207,6 +210,12 @@ class WandbTracking:
         )
 
 
+def shown(text: str) -> str:
+    """A name as W&B takes one: one line of at most 128 characters, without control characters."""
+    line = "".join(x if x.isprintable() else " " for x in text)
+    return line if len(line) <= LONGEST else f"{line[: LONGEST - 1]}…"
+
+
 def _leave_service(limit: float) -> None:
     """End W&B's background process, which refuses the id of a run it could not start from then on;
     the next run starts another.
@@ -269,8 +278,9 @@ def _log_sweep(run: Any, sweep: SweepReport) -> None:
             {"series": p["series"], x: p[x], y: p[y]} for p in sweep.points if p[y] is not None
         ]
         run.log({name: wandb.plot.line(_table(drawn), x, y, stroke="series", title=name)})
-    artifact = wandb.Artifact(f"{sweep.name}-{REPORT}", type=REPORT, description=sweep.caption)
-    with artifact.new_file(f"{sweep.name}.html", encoding="utf-8") as file:
+    name = re.sub(r"[^\w.-]+", "-", sweep.name)[:LONGEST]  # all that W&B takes for an artifact
+    artifact = wandb.Artifact(f"{name}-{REPORT}", type=REPORT, description=sweep.caption)
+    with artifact.new_file(f"{name}.html", encoding="utf-8") as file:
         file.write(sweep.html)
     run.log_artifact(artifact)
 

@@ -8,7 +8,7 @@ from statistics import fmean
 
 from specomp.evaluation.metric import FRACTION
 from specomp.experiment.record import Record
-from specomp.tables.render import MISSING, Form, captioned, render
+from specomp.tables.render import MISSING, Form, as_markdown, captioned, one_line, render
 from specomp.tables.sweep import LEDGER, RATIO, Column, Point, Sweep
 
 DENSE = "dense"
@@ -21,8 +21,10 @@ def paper_table(sweep: Sweep, form: Form) -> str:
         return render(*long_grid(sweep), "csv")
     table = render(*grid(sweep), form)
     if form == "latex":
-        return "".join(f"% {line}\n" for line in facts(sweep)) + captioned(table, sweep.caption)
-    parts = [f"# {sweep.caption}", _bullets(facts(sweep)), table.rstrip()]
+        return "".join(f"% {one_line(line)}\n" for line in facts(sweep)) + captioned(
+            table, sweep.caption
+        )
+    parts = [f"# {as_markdown(sweep.caption)}", _bullets(facts(sweep)), table.rstrip()]
     if notes := sweep.notes():
         parts += ["On the paper's numbers:", _bullets(notes)]
     if missing := sweep.missing():
@@ -33,7 +35,7 @@ def paper_table(sweep: Sweep, form: Form) -> str:
 
 
 def _bullets(lines: Sequence[str]) -> str:
-    return "\n".join(f"- {line}" for line in lines)
+    return "\n".join(f"- {as_markdown(line)}" for line in lines)
 
 
 def facts(sweep: Sweep) -> list[str]:

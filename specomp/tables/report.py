@@ -8,7 +8,6 @@ stage, provenance.
 import argparse
 import html
 import json
-import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -20,6 +19,7 @@ from specomp.tables import charts
 from specomp.tables.charts import Frames
 from specomp.tables.command import command, sweep_parser
 from specomp.tables.paper import facts, grid
+from specomp.tables.render import as_file, as_html
 from specomp.tables.sweep import Sweep, load_sweep
 
 Table = tuple[list[str], list[list[str]]]
@@ -41,7 +41,7 @@ def report(
         lstrip_blocks=True,
         keep_trailing_newline=True,
     )
-    pages.filters |= {"e": html.escape, "marked": _marked, "kind": _kind}
+    pages.filters |= {"e": html.escape, "marked": as_html, "kind": _kind}
     maps = {f"Stored share of every linear: {k}": charts.rank_map(x) for k, x in linears.items()}
     return charts.numbered(
         pages.get_template("report.html.jinja").render(
@@ -67,19 +67,10 @@ def write(sweep: Sweep, folders: Sequence[RecordStore], folder: Path) -> list[Pa
     quality = charts.quality(sweep)
     files = {"report.html": report(sweep, folders, quality)}
     for caption, drawing in quality.items():
-        files[re.sub("[^a-z0-9]+", "-", caption.lower()) + ".svg"] = f"{drawing}\n"
+        files[f"{as_file(caption)}.svg"] = f"{drawing}\n"
     for name, text in files.items():
         (folder / name).write_text(text)
     return [folder / name for name in files]
-
-
-def _marked(text: str) -> str:
-    """Escaped text. Of markdown only what `facts` and cells use: `code`, **bold**, *emphasis*."""
-    marks = {r"`([^`]+)`": "code", r"\*\*(.+?)\*\*": "b", r"\*(\w+)\*": "em"}
-    text = html.escape(text)
-    for pattern, tag in marks.items():
-        text = re.sub(pattern, rf"<{tag}>\1</{tag}>", text)
-    return text
 
 
 def _kind(line: Sequence[str]) -> str:

@@ -12,6 +12,7 @@ from typing import Any
 
 from specomp.errors import UserError
 from specomp.evaluation.metric import is_quoted
+from specomp.experiment.label import method_name, model_name, text_name
 from specomp.experiment.record import (
     Record,
     RecordStore,
@@ -34,15 +35,15 @@ def flatten(record: Record) -> dict[str, Any]:
     """One record as a flat row; metrics are called `<benchmark id> <metric>`."""
     ledger = record.ledger
     row: dict[str, Any] = {
-        "model": record.label("model"),
-        "method": record.label("method"),
+        "model": model_name(record.choices, record.config),
+        "method": method_name(record.choices, record.config),
         "variant": " ".join(record.changes),
         "packing": ledger.packing if ledger else "factors",
         "compression": ledger and ledger.target_compression,
         "target": ledger and ledger.target_retention,
         "measured": ledger and ledger.measured_retention,
         "bytes": ledger and ledger.compressed.model_bytes,
-        "calibration": record.choices.get("calibration"),
+        "calibration": text_name(record.choices, record.config),
         "status": record.status,
         "record": record.key[:12],
     }
@@ -92,6 +93,9 @@ def default_columns(rows: Sequence[Row]) -> list[str]:
     # other without a label.
     if any(row["packing"] != "factors" for row in rows):
         leading.append("packing")
+    texts = {row["calibration"] for row in rows if row["method"] != "dense"}
+    if len(texts - {""}) > 1:
+        leading.append("calibration")
     training = ("train seconds", "train tokens")
     costs = ["seconds", *(c for c in training if any(row.get(c) is not None for row in rows))]
     return [*leading, "compression", "target", "measured", *metrics, *costs, "status", "record"]
@@ -109,7 +113,7 @@ def cell(row: Row, column: str) -> str:
         if collapsed or not math.isfinite(value):
             return f"{value:.3g} (collapsed)"
     if column == "compression":
-        return f"{value:.0%}"
+        return f"{100 * value:.6g}%"
     share = column in {"target", "measured"} or column.endswith("acc")
     return f"{value:.4f}" if share else f"{value:.2f}"
 

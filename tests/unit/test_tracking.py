@@ -140,7 +140,7 @@ def test_one_run_per_record(fake):
     assert options["resume"] == "allow", "a benchmark added later goes to the same run"
     assert options["job_type"] == "svd"
     assert options["group"] == "tiny_llama"
-    assert options["name"] == "svd cr40"
+    assert options["name"] == "tiny_llama svd cr40"
     assert options["mode"] == "offline"
     assert options["config"] == {"seed": 0}
     assert options["settings"]["init_timeout"] == 5.0
