@@ -296,7 +296,7 @@ def test_damaged_converted_model_is_converted_again(tmp_path, monkeypatch, caplo
     weights.write_bytes(weights.read_bytes()[:-100])
     with caplog.at_level(logging.WARNING):
         assert run(compose_config(tmp_path, *typed, "options.redo=true")) == expected
-    assert "Converted model in the cache is damaged, converting again" in caplog.text
+    assert "is damaged" in caplog.text and "making it again" in caplog.text
 
 
 def test_damaged_compressed_model_is_made_again(tmp_path, caplog):

@@ -17,7 +17,7 @@ FLOORS = {
     **dict.fromkeys(
         ("numerics", "cache", "disk", "errors", "settings", "progress", "profiling"), 0
     ),
-    **dict.fromkeys(("interrupts", "targets"), 0),
+    **dict.fromkeys(("checksums", "interrupts", "targets"), 0),
     "models": 1,
     **dict.fromkeys(("slots", "forms", "quantization", "data"), 2),
     **dict.fromkeys(("compression", "training", "evaluation"), 3),
@@ -87,8 +87,8 @@ THIRD_PARTY = {
         "specomp/experiment/tracking.py",
     },
     "safetensors": {"specomp/cache.py", "specomp/disk.py", "specomp/models/", "specomp/data/"},
-    "xxhash": {"specomp/cache.py"},
-    "filelock": {"specomp/cache.py", "specomp/experiment/record.py"},
+    "xxhash": {"specomp/cache.py", "specomp/checksums.py"},
+    "filelock": {"specomp/cache.py", "specomp/disk.py", "specomp/experiment/record.py"},
     "rich": {
         "specomp/progress.py",
         "specomp/compression/report.py",

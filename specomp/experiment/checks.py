@@ -14,8 +14,8 @@ from specomp.compression.route import Route
 from specomp.errors import UserError, needed, one_line
 from specomp.evaluation.suite import Suite
 from specomp.experiment.options import Options
+from specomp.models.identity import check_biases
 from specomp.models.load import torch_device
-from specomp.models.save import check_biases
 from specomp.models.sources import Source
 from specomp.slots import Method
 

@@ -29,8 +29,7 @@ from specomp.models.families import family_of
 from specomp.models.family import ModelFamily
 from specomp.models.files import some
 from specomp.models.load import open_streamed, read_config
-from specomp.models.modules import Substitute
-from specomp.models.registration import full_name
+from specomp.models.modules import Substitute, full_name
 
 log = logging.getLogger(__name__)
 

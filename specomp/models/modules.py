@@ -78,6 +78,11 @@ class GridLinear(nn.Linear):
         return module
 
 
+def full_name(kind: type) -> str:
+    """What a config calls a class."""
+    return f"{kind.__module__}.{kind.__qualname__}"
+
+
 def weight_of(module: nn.Module) -> Tensor:
     """(m n) as it acts, in at least float32: of an nn.Linear or what stands in its place."""
     if isinstance(module, Substitute):

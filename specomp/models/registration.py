@@ -65,7 +65,7 @@ def _complete(model_class: Any, config_class: Any) -> None:
 
     def save_pretrained(self: Any, save_directory: Any, *args: Any, **options: Any) -> None:
         super(model_class, self).save_pretrained(save_directory, *args, **options)
-        from specomp.models.save import write_identity
+        from specomp.models.identity import write_identity
 
         if (Path(save_directory) / "config.json").is_file():  # of several processes one writes
             write_identity(Path(save_directory), self, "factors")
@@ -98,7 +98,7 @@ class Kinds:
         from torch import nn
 
         from specomp.errors import UserError
-        from specomp.models.modules import Substitute
+        from specomp.models.modules import Substitute, full_name
 
         module, _, _ = name.rpartition(".")
         if module.split(".")[0] == "specomp":
@@ -111,11 +111,6 @@ class Kinds:
                 " which runs the copy in the folder."
             )
         return known[name]
-
-
-def full_name(kind: type) -> str:
-    """What a config calls a class."""
-    return f"{kind.__module__}.{kind.__qualname__}"
 
 
 def _subclasses(kind: type) -> list[type]:

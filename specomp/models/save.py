@@ -12,33 +12,29 @@ saves no memory.
 """
 
 import contextlib
-import inspect
-import json
 import logging
 import os
 import sys
 import tempfile
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-import torch
-import transformers
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
-from transformers.models.auto.configuration_auto import CONFIG_MAPPING
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from specomp import __version__
 from specomp.cache import Cache
 from specomp.checksums import checking, reseal, seal
 from specomp.disk import disk_errors, whole_folder
-from specomp.errors import UserError, first_line
+from specomp.errors import UserError
+from specomp.models.beside import write_beside
 from specomp.models.door import Walk, logits
 from specomp.models.door import check as check_door
-from specomp.models.families import COMPRESSED_PREFIX, base_model_type, family_of
+from specomp.models.families import family_of
 from specomp.models.files import TOKEN_FILES, checked_folder, model_folder, safetensors_header
+from specomp.models.identity import Form, check_form, write_identity, write_json
 from specomp.models.load import LoadedModel, open_model, quiet, torch_device
 from specomp.models.modules import Substitute
 from specomp.models.packed import (
@@ -48,9 +44,6 @@ from specomp.models.packed import (
     unpack_model,
     unpacking,
 )
-from specomp.models.portable import for_all_versions, write_beside
-from specomp.models.registration import full_name
-from specomp.models.remote import OWN_FIELDS, compressed_config, compressed_model
 from specomp.models.sources import folder_config, folder_tokenizer, streamed
 from specomp.settings import default_cache
 
@@ -60,7 +53,6 @@ INFO_FILE = "specomp.json"  # also marks a folder as ours, which may be replaced
 MAX_SHARD = "5GB"
 # what decides its numbers; the rest of a folder may be edited
 SEALED = ("*.safetensors", "*.json", "*.py", *TOKEN_FILES)
-Form = Literal["factors", "dense"]
 
 
 def save_compressed(
@@ -158,7 +150,7 @@ class Export:
         write_beside(target, tokenizer, self.beside)
         packed = form == "factors" and bool(grid_linears(model))
         write_identity(target, model, form, quantization_config(model) if packed else None)
-        _write_json(target / INFO_FILE, {"specomp": __version__, "form": form, **info})
+        write_json(target / INFO_FILE, {"specomp": __version__, "form": form, **info})
 
     def _save_rest(self, model: PreTrainedModel) -> None:
         """config.json, generation settings and what was not added; beside files that were, an index
@@ -200,43 +192,13 @@ class Export:
             for name in sorted(file)
         }
         size = sum(sum(file.values()) for file in self.files)
-        _write_json(
+        write_json(
             self.target / "model.safetensors.index.json",
             {
                 "metadata": {"total_parameters": model.num_parameters(), "total_size": size},
                 "weight_map": weights,
             },
         )
-
-
-def write_identity(
-    folder: Path, model: PreTrainedModel, form: Form, quantization: dict[str, Any] | None = None
-) -> None:
-    """Say in a saved folder's config.json which classes open it, and write the code of those that
-    transformers has not.
-    """
-    base = base_model_type(model.config)
-    entries, switches = check_form(model, form)
-    config = json.loads((folder / "config.json").read_text())
-    # of the folder that the model itself was loaded from
-    foreign = ("auto_map", "quantization_config", *OWN_FIELDS)
-    kept = {key: value for key, value in config.items() if key not in foreign}
-    quantized = {} if quantization is None else {"quantization_config": quantization}
-    content = kept | switches | _identity(base, entries, form) | quantized
-    _write_json(folder / "config.json", for_all_versions(content))
-    if form == "factors":
-        (folder / f"{_file_stem(base)}.py").write_text(
-            modelling_source(base, {type(model.get_submodule(name)) for name in entries})
-        )
-
-
-def check_form(model: PreTrainedModel, form: Form) -> tuple[dict[str, list[Any]], dict[str, bool]]:
-    """What config.json says of the modules, and of biases, in a folder of this form. Raises
-    UserError where it cannot hold the model.
-    """
-    names = [x.name for x in family_of(model.config).linears(model)]
-    entries, biases = module_entries(model, names)
-    return entries, bias_switches(model, len(names), biases) if form == "dense" else {}
 
 
 def refresh(
@@ -317,71 +279,6 @@ def substitutes(model: nn.Module) -> dict[str, Substitute]:
     }
 
 
-def module_entries(
-    model: PreTrainedModel, names: Sequence[str]
-) -> tuple[dict[str, list[Any]], list[str]]:
-    """[class, arguments] of those of these modules that are not what the stock architecture has
-    there; and which have a bias where it has none (SoCo's deviation term).
-    """
-    stock = _stock(model.config)
-    entries: dict[str, list[Any]] = {}
-    biases: list[str] = []
-    for name in names:
-        module, plain = model.get_submodule(name), stock.get_submodule(name)
-        if module.bias is not None and plain.bias is None:
-            biases.append(name)
-        if isinstance(module, Substitute):
-            entries[name] = [full_name(type(module)), module.arguments()]
-        elif _arguments(module) != _arguments(plain):
-            entries[name] = [full_name(nn.Linear), _arguments(module)]
-    return entries, biases
-
-
-def check_biases(config: PreTrainedConfig) -> None:
-    """Whether the dense form of this architecture can have an output bias on every linear, told
-    before there is a model. Raises UserError where it cannot.
-    """
-    stock = _stock(config)
-    names = [x.name for x in family_of(config).linears(stock)]
-    bare = [name for name in names if stock.get_submodule(name).bias is None]
-    bias_switches(stock, len(names), bare)
-
-
-def _stock(config: PreTrainedConfig) -> PreTrainedModel:
-    """The architecture as transformers has it, without numbers."""
-    base = base_model_type(config)
-    fields = {k: v for k, v in config.to_dict().items() if k not in ("model_type", "auto_map")}
-    with torch.device("meta"):
-        stock: PreTrainedModel = getattr(transformers, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[base])(
-            CONFIG_MAPPING[base](**fields)
-        )
-    return stock
-
-
-def _arguments(linear: Any) -> dict[str, Any]:
-    return {
-        "in_features": linear.in_features,
-        "out_features": linear.out_features,
-        "bias": linear.bias is not None,
-    }
-
-
-def bias_switches(model: PreTrainedModel, count: int, biases: Sequence[str]) -> dict[str, bool]:
-    """The config fields with which the stock architecture has these biases. Raises UserError when
-    there are none.
-    """
-    if not biases:
-        return {}
-    switches = ("attention_bias", "mlp_bias")
-    if len(biases) == count and all(hasattr(model.config, x) for x in switches):
-        return dict.fromkeys(switches, True)
-    raise UserError(
-        f"{len(biases)} of {count} linears have an output bias, which a stock"
-        f" {type(model).__name__} cannot hold: use export=factors, or train with"
-        " method.training.deviation=false."
-    )
-
-
 def merged_state(model: nn.Module) -> dict[str, Tensor]:
     """The state dict with what stands in the place of a linear multiplied out to `weight` (m n),
     and its bias under `bias`.
@@ -396,80 +293,3 @@ def merged_state(model: nn.Module) -> dict[str, Tensor]:
         if bias is not None:
             state[f"{name}.bias"] = bias.detach()
     return state
-
-
-def modelling_source(base: str, kinds: Collection[type]) -> str:
-    """The Python file that goes with the weights of a compressed `base` model: the classes of its
-    modules, copied, and two lines.
-
-    Raises UserError for a class whose source cannot be had.
-    """
-    config, model = _class_names(base)
-    own = [
-        x
-        for kind in sorted(kinds, key=full_name)
-        for x in reversed(kind.__mro__)
-        if issubclass(x, Substitute)
-    ]
-    copied_items: list[Any] = [*dict.fromkeys(own), compressed_config, compressed_model]
-    try:
-        copied = "\n\n".join(inspect.getsource(item) for item in copied_items)
-    except (OSError, TypeError) as error:
-        raise UserError(
-            f"The source of {', '.join(map(full_name, kinds))} cannot be copied into the folder:"
-            f" {first_line(error)}."
-        ) from error
-    named = "".join(f'    "{full_name(x)}": {x.__name__},\n' for x in dict.fromkeys(own))
-    return f'''"""A {base} model with other modules in place of some linears, as config.json says.
-
-Written by specomp {__version__}. Loads with
-AutoModelForCausalLM.from_pretrained(FOLDER, trust_remote_code=True), or after `import specomp`
-without that option.
-"""
-
-from typing import Any
-
-import torch
-from torch import Tensor, nn
-from transformers import {config}, {model}
-
-
-{copied}
-
-KINDS = {{
-    "{full_name(nn.Linear)}": nn.Linear,
-{named}}}
-Specomp{config} = compressed_config({config}, "{COMPRESSED_PREFIX}{base}")
-Specomp{model} = compressed_model(
-    {model}, Specomp{config}, lambda config, _: config.specomp_modules or {{}}, KINDS
-)
-'''
-
-
-def _identity(base: str, entries: dict[str, list[Any]], form: str) -> dict[str, Any]:
-    """The fields of config.json that say which classes open the folder."""
-    config, model = _class_names(base)
-    if form == "dense":
-        return {"model_type": base, "architectures": [model]}
-    classes = {
-        "AutoConfig": f"{_file_stem(base)}.Specomp{config}",
-        "AutoModelForCausalLM": f"{_file_stem(base)}.Specomp{model}",
-    }
-    return {
-        "model_type": COMPRESSED_PREFIX + base,
-        "architectures": [f"Specomp{model}"],
-        "auto_map": classes,
-        "specomp_modules": entries,
-    }
-
-
-def _class_names(base: str) -> tuple[str, str]:
-    return CONFIG_MAPPING[base].__name__, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[base]
-
-
-def _file_stem(base: str) -> str:
-    return f"modeling_{COMPRESSED_PREFIX}{base}"
-
-
-def _write_json(path: Path, content: dict[str, Any]) -> None:
-    path.write_text(json.dumps(content, indent=2) + "\n")

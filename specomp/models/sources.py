@@ -115,16 +115,8 @@ class HubModel(Source):
     )
 
     def fingerprint(self, cache: Cache) -> dict[str, Any]:
-        """What determines the weights. A revision that is not a commit is logged, since it may
-        change under the same name.
-        """
-        if not COMMIT.fullmatch(self.revision):
-            log.warning(
-                "%s: revision '%s' is not a commit hash, so results are not tied to fixed weights.",
-                self.repo,
-                self.revision,
-            )
-        return {"source": "hub", "repo": self.repo, "revision": self.revision, "dtype": self.dtype}
+        """What determines the weights: the commit, also where a branch was named."""
+        return {"source": "hub", "repo": self.repo, "revision": self._commit, "dtype": self.dtype}
 
     def config_for_plan(self, cache: Cache) -> PreTrainedConfig:
         """The published shape; without one the hub's config."""
@@ -138,7 +130,7 @@ class HubModel(Source):
         """The tokenizer of the repository."""
         with hub_errors(self.repo, self.revision), quiet():
             return AutoTokenizer.from_pretrained(
-                self.repo, revision=self.revision, trust_remote_code=self.trust_remote_code
+                self.repo, revision=self._commit, trust_remote_code=self.trust_remote_code
             )
 
     def load(self, cache: Cache) -> LoadedModel:
@@ -153,7 +145,7 @@ class HubModel(Source):
         # ask the hub for such a conversion
         os.environ["DISABLE_SAFETENSORS_CONVERSION"] = "1"
         if self.stream:
-            folder = checked_folder(str(downloaded(self.repo, self.revision)))
+            folder = checked_folder(str(downloaded(self.repo, self._commit)))
             return streamed(
                 folder,
                 config,
@@ -169,7 +161,7 @@ class HubModel(Source):
                 dtype=self.dtype,
                 device=self.device,
                 device_map=self.device_map,
-                revision=self.revision,
+                revision=self._commit,
                 trust_remote_code=self.trust_remote_code,
                 use_safetensors=self.weights == "safetensors",
             )
@@ -179,7 +171,7 @@ class HubModel(Source):
 
     def side_files(self, cache: Cache) -> Path | None:
         """The repository in the hub's cache, as far as it was downloaded."""
-        config = try_to_load_from_cache(self.repo, "config.json", revision=self.revision)
+        config = try_to_load_from_cache(self.repo, "config.json", revision=self._commit)
         return Path(config).parent if isinstance(config, str) else None
 
     @property
@@ -199,8 +191,27 @@ class HubModel(Source):
     def _config(self) -> PreTrainedConfig:
         with hub_errors(self.repo, self.revision):
             return read_config(
-                self.repo, revision=self.revision, trust_remote_code=self.trust_remote_code
+                self.repo, revision=self._commit, trust_remote_code=self.trust_remote_code
             )
+
+    @cached_property
+    def _commit(self) -> str:
+        """The commit that the revision is now: a branch moves, a run's weights must not."""
+        if COMMIT.fullmatch(self.revision):
+            return self.revision
+        with hub_errors(self.repo, self.revision):
+            read_config(self.repo, revision=self.revision, trust_remote_code=self.trust_remote_code)
+        found = try_to_load_from_cache(self.repo, "config.json", revision=self.revision)
+        commit = Path(found).parent.name if isinstance(found, str) else ""
+        if not COMMIT.fullmatch(commit):
+            log.warning(
+                "%s: revision '%s' is not a commit hash, so results are not tied to fixed weights.",
+                self.repo,
+                self.revision,
+            )
+            return self.revision
+        log.info("%s: revision '%s' is commit %s.", self.repo, self.revision, commit)
+        return commit
 
 
 @configurable

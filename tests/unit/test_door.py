@@ -17,7 +17,8 @@ import specomp
 from specomp.cache import Cache
 from specomp.errors import UserError
 from specomp.models import door
-from specomp.models.portable import for_all_versions, write_beside
+from specomp.models.beside import write_beside
+from specomp.models.identity import for_all_versions
 from specomp.models.save import save_compressed
 
 IDS = torch.arange(30)[None]

@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors import safe_open
 from tiny import CONTEXT, VOCAB, tiny_model, tiny_tokenizer
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from units import Known
 
 import specomp
@@ -21,8 +21,8 @@ from specomp.forms.factors import Factors, LowRankLinear
 from specomp.forms.pivoted import Pivoted, PivotedLinear
 from specomp.models.families import family_of
 from specomp.models.load import cast_weights
-from specomp.models.modules import replace_linear
-from specomp.models.registration import full_name, register
+from specomp.models.modules import full_name, replace_linear
+from specomp.models.registration import register
 from specomp.models.save import save_compressed, substitutes
 from specomp.numerics.factors import LowRankFactors
 
@@ -364,7 +364,7 @@ def test_a_full_disk_is_one_line_and_leaves_nothing(export, tmp_path, monkeypatc
     def full(*args, **options):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(type(model), "save_pretrained", full)
+    monkeypatch.setattr(PreTrainedModel, "save_pretrained", full)
     with pytest.raises(UserError, match="No space left while writing"):
         export(model)
     assert not list(tmp_path.iterdir())

@@ -180,9 +180,24 @@ def test_other_hub_failures_stay_readable():
         raise KeyError("a bug stays a bug")
 
 
-def test_a_branch_is_not_a_pin(cache, caplog):
-    hub_model(revision="main").fingerprint(cache)
-    assert "not a commit hash" in caplog.text
+def test_a_branch_is_the_commit_that_it_names(cache, monkeypatch, tmp_path):
+    """And the weights are those of that commit, though the branch moves on."""
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    repo, models = tmp_path / "models--nobody--nothing", {}
+    for digit in "12":
+        models[digit] = tiny_model("llama", seed=int(digit))
+        models[digit].save_pretrained(repo / "snapshots" / (digit * 40))
+        tiny_tokenizer().save_pretrained(repo / "snapshots" / (digit * 40))
+    (repo / "refs").mkdir()
+    for digit in "12":
+        (repo / "refs" / "main").write_text(digit * 40)
+        source = hub_model(revision="main")
+        assert source.fingerprint(cache)["revision"] == digit * 40
+        (repo / "refs" / "main").write_text("2" * 40)
+        loaded = source.load(cache).model
+        assert torch.equal(loaded.lm_head.weight, models[digit].lm_head.weight)
+        assert source.side_files(cache) == repo / "snapshots" / (digit * 40)
 
 
 # ---- the embedded model

@@ -1,51 +1,19 @@
-"""What a folder says besides its weights, so that every transformers that people have reads the
-same model: config.json in the words of versions 4 and 5, and what goes with the source model.
+"""What lies beside the weights in a folder, and follows the source model: the tokenizer with its
+chat template, generation settings, the licence.
 """
 
 import json
-import logging
 import shutil
 import tempfile
 from pathlib import Path
-from typing import Any
 
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from specomp.models.load import quiet, told
 
-log = logging.getLogger(__name__)
-
-# of the machine the model was loaded on, no property of the model
-MACHINE = (
-    "attn_implementation",
-    "_attn_implementation",
-    "_attn_implementation_internal",
-    "_attn_implementation_autoset",
-)
 COPIED = ("LICENSE*", "LICENCE*", "NOTICE*", "USE_POLICY*")
 # that transformers 5 writes, by what both versions know
 TOKENIZERS = {"TokenizersBackend": "PreTrainedTokenizerFast"}
-
-
-def for_all_versions(config: dict[str, Any]) -> dict[str, Any]:
-    """A config.json of transformers 5 with the words of version 4 beside: RoPE, and the dtype.
-
-    Version 4 takes defaults for what it does not find, without a word.
-    """
-    found = {key: value for key, value in config.items() if key not in MACHINE}
-    if "dtype" in found:
-        found["torch_dtype"] = found["dtype"]
-    rope = found.get("rope_parameters")
-    if isinstance(rope, dict) and "rope_theta" in rope:  # one for all decoder layers
-        scaling = {
-            k: v for k, v in rope.items() if k not in ("rope_theta", "partial_rotary_factor")
-        }
-        plain = scaling.get("rope_type", "default") == "default"
-        found["rope_theta"] = rope["rope_theta"]
-        found["rope_scaling"] = None if plain else scaling
-        if "partial_rotary_factor" in rope:
-            found["partial_rotary_factor"] = rope["partial_rotary_factor"]
-    return found
 
 
 def write_beside(
