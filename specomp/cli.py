@@ -45,7 +45,7 @@ COMMANDS = {
 }
 # how Hydra tells of a choice that there is not
 UNKNOWN = re.compile(
-    r"Could not find '(\S+)/([^'/]+)'\s+Available options in '[^']*':\s+(.*)", re.S
+    r"Could not find '(\S+)/([^'/]*)'\s+Available options in '[^']*':\s+(.*)", re.S
 )
 # how it begins where it answers with a ValueError: options that exclude each other, no name
 OPTIONS = ("Only one of --", "The --resolve", "Config group override")
@@ -118,7 +118,7 @@ def _said_by_hydra(error: HydraException) -> str:
     text = str(error).partition("Config search path:")[0]
     if unknown := UNKNOWN.search(text):
         group, choice, there = unknown.groups()
-        text = f"{group} has no choice {choice}{meant(choice, there.split())}"
+        text = f"{group} has no choice {choice or repr(choice)}{meant(choice, there.split())}"
         return text + extra_of(f"{group} {choice}")
     if isinstance(error.__cause__, OmegaConfBaseException):
         text += f": {first(error.__cause__)}"

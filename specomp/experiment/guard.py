@@ -30,6 +30,7 @@ LOGGERS = ("logging", "colorlog")  # modules whose classes Hydra's logging confi
 STREAMS = ("ext://sys.stdout", "ext://sys.stderr")
 # Variables that a config may set for its jobs; others decide what programs run.
 VARIABLES = ("CUDA_", "HF_", "MKL_", "NCCL_", "OMP_")
+PLACES = ("path", "repo", "revision")  # keys that say where something is
 UNSAFE = re.compile(r"[/\\\x00-\x1f\x7f]|^[.-]|^\s*$")
 LONGEST = 100  # characters of a name: folders are called by two of them and a key
 SEEDS = 2**32  # numpy takes no larger ones
@@ -175,7 +176,7 @@ def _check_value(key: str, value: Any) -> None:
             raise UserError(f"{key}={value}: no setting of specomp is negative.")
     if name == "path" and value is None:
         raise UserError(f"{key}=null: it has no default, give it a value, {key}=VALUE.")
-    if (name == "path" or within(key, "paths")) and value == "":
+    if (name in PLACES or within(key, "paths")) and value == "":
         raise UserError(f"{key} is empty: give it a value, {key}=VALUE.")
 
 
