@@ -8,7 +8,6 @@ import errno
 import glob
 import hashlib
 import os
-import re
 import shutil
 import stat
 import time
@@ -39,11 +38,6 @@ def make_folder(folder: Path) -> None:
     """Create a folder and its parents. Raises UserError where that is not possible."""
     with disk_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
-
-
-def file_name(text: str) -> str:
-    """A text as the name of a file: letters, digits and .+=_- stay."""
-    return re.sub(r"[^\w.+=-]+", "_", text).lstrip(".")[-200:]
 
 
 def remove(path: Path) -> bool:

@@ -25,7 +25,7 @@ FLOORS = {
     **dict.fromkeys(("rows", "pricing", "api"), 5),
     "experiment": 6,
     "tables": 7,
-    "cli": 8,
+    **dict.fromkeys(("cli", "results"), 8),
     **dict.fromkeys(("__main__", "run"), 9),
 }
 # Besides the standard library, torch and pydantic.

@@ -86,6 +86,7 @@ def test_example_method_runs(tmp_path, monkeypatch) -> None:
     monkeypatch.setitem(sys.modules, module.__name__, module)
     exec(compile(source.group(1), "clipped.py", "exec", dont_inherit=True), module.__dict__)
     monkeypatch.setattr(sys.modules["specomp.methods"], "clipped", module, raising=False)
+    monkeypatch.setenv("SPECOMP_ALLOW", module.__name__)  # its file is not in the package here
     folder = tmp_path / "conf" / "method"
     folder.mkdir(parents=True)
     (folder / "clipped.yaml").write_text(yaml.group(1))

@@ -22,11 +22,11 @@ from specomp.compression.ledger import Size, ledger, measure
 from specomp.compression.module import CalibrationOnlyModule
 from specomp.compression.report import LinearReport
 from specomp.compression.run import Progress, Run
-from specomp.disk import file_name
 from specomp.errors import UserError, first_line
 from specomp.evaluation.suite import Benchmark
 from specomp.experiment.checks import actionable
 from specomp.experiment.config import Experiment, ask, build
+from specomp.experiment.label import folder_name
 from specomp.experiment.plan import show_plan
 from specomp.experiment.record import Record, point_of, provenance, record_key
 from specomp.experiment.summary import show
@@ -362,9 +362,8 @@ def model_folder(experiment: Experiment, record: Record) -> Path | None:
     end = f"{record.key[:12]}{suffix}"
     models = experiment.outputs / "models"
     known = [x for x in models.glob(f"*-{end}") if x.is_dir() and not x.name.startswith(".")]
-    ratio = [f"{key}{value:.10g}" for key, value in experiment.ratio.identity().items()]
-    named = "-".join([experiment.source.name, experiment.method.name, *ratio, end])
-    return known[0] if known else models / file_name(named)
+    named = folder_name(record.choices, record.config)
+    return known[0] if known else models / f"{named}-{end}"
 
 
 def side_files(experiment: Experiment) -> Path | None:

@@ -32,6 +32,7 @@ from specomp.cache import digest
 from specomp.compression.ledger import Ledger
 from specomp.disk import atomic_path, lock_file, make_folder
 from specomp.errors import UserError, one_line
+from specomp.experiment.environment import hidden
 from specomp.experiment.label import changes
 from specomp.experiment.names import portable
 
@@ -193,7 +194,7 @@ class RecordStore:
         something was last added.
         """
         path = self.path(record.key)
-        content = as_dict(record)
+        content = json.loads(hidden(json.dumps(as_dict(record), default=str)))
         content[CHECKSUM] = checksums.of_content(content)
         text = json.dumps(content, indent=1, default=str, allow_nan=True) + "\n"
         with contextlib.suppress(OSError, ValueError):  # absent or damaged

@@ -1,0 +1,1 @@
+"""The tools by their names of before the command `specomp`: `python -m specomp.results.table`."""
