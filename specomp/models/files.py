@@ -75,6 +75,12 @@ def checked_folder(path: str) -> Path:
     return folder
 
 
+def weight_names(folder: Path) -> set[str]:
+    """The names of the tensors in a checked folder."""
+    headers = (safetensors_header(shard)[1] for shard in shards(folder))
+    return {name for header in headers for name in header if name != "__metadata__"}
+
+
 def content_hash(path: Path, cache: Cache) -> str:
     """sha256 of a file, remembered in the cache by its place, size, times and number on the disk: a
     13 GB file is read once. SPECOMP_REHASH=1 reads all files again, whatever these say.
@@ -164,11 +170,14 @@ def shards(folder: Path) -> list[Path]:
 
 def _names_in(index: Path) -> list[str]:
     try:
-        names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+        content = json.loads(index.read_text(encoding="utf-8"))
+        names = sorted(set(content["weight_map"].values()))
         if not names:
             raise ValueError("it names no files")
+        if not isinstance(content.get("metadata"), dict):
+            raise ValueError('it has no "metadata": {}, which transformers asks for')
         return [str(x) for x in names]
-    except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
+    except (OSError, ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
         raise UserError(
             f"{index} is damaged ({one_line(error)}): copy or download the folder again."
         ) from error

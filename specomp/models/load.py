@@ -120,7 +120,7 @@ def _renamed(missing: Sequence[str], unexpected: Collection[str]) -> str:
     for name in unexpected:
         prefix = name.removesuffix(missing[0])
         if prefix != name and all(prefix + x in unexpected for x in missing):
-            return f"there they are called {prefix}...: save them without '{prefix}'"
+            return f"there their names begin with '{prefix}': save them without it"
     return "the folder is incomplete"
 
 

@@ -28,7 +28,8 @@ from transformers import (
 from specomp.cache import Cache
 from specomp.errors import UserError, one_line
 from specomp.models.families import family_of
-from specomp.models.files import checked_folder, folder_hashes, model_folder
+from specomp.models.family import ModelFamily
+from specomp.models.files import checked_folder, folder_hashes, model_folder, weight_names
 from specomp.models.hub import downloaded, hub_errors
 from specomp.models.load import (
     LoadedModel,
@@ -270,8 +271,10 @@ class LocalModel(Source):
         """
         folder = model_folder(self.path)
         config = folder_config(folder, trust_remote_code=self.trust_remote_code)
-        dense_family(config, folder)
-        return checked_folder(self.path), config
+        family = dense_family(config, folder)
+        checked_folder(self.path)
+        check_depth(folder, config, family)
+        return folder, config
 
 
 @configurable
@@ -348,6 +351,21 @@ class RandomModel(Source):
                 f"model.architecture={self.architecture} with this model.config is refused:"
                 f" {one_line(error)}"
             ) from error
+
+
+def check_depth(folder: Path, config: PreTrainedConfig, family: ModelFamily) -> None:
+    """Whether the files have as many decoder layers as config.json says, before any is built.
+    Raises UserError.
+    """
+    told, leaf = config.num_hidden_layers, family.decoder_layers.rpartition(".")[2]
+    inside = re.compile(rf"(?:^|\.){re.escape(leaf)}\.(\d+)\.")
+    found = {int(x.group(1)) for name in weight_names(folder) if (x := inside.search(name))}
+    if not isinstance(told, int) or not 0 < told <= len(found):
+        raise UserError(
+            f"{folder / 'config.json'} says num_hidden_layers={told}, and the files have weights of"
+            f" {len(found)} decoder layers: the folder is incomplete, or its config.json is of"
+            " another model."
+        )
 
 
 def streamed(folder: Path, config: PreTrainedConfig, tokenizer: Any, **options: Any) -> LoadedModel:

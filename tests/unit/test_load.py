@@ -217,3 +217,192 @@ def test_loading_says_nothing(folder, cache, capfd):
     local(folder).load(cache)
     out, err = capfd.readouterr()
     assert out == "" and err == ""
+
+
+# ---- which files the weights are
+
+
+@pytest.fixture
+def single(tmp_path):
+    """An ordinary model folder, in one file."""
+    path = tmp_path / "single"
+    tiny_model("llama").save_pretrained(path)
+    tiny_tokenizer().save_pretrained(path)
+    return path
+
+
+def two_sets(folder):
+    tiny_model("llama", seed=1).save_pretrained(folder / "other", max_shard_size="40KB")
+    for path in (folder / "other").glob("model*"):
+        path.rename(folder / path.name)
+
+
+def outside(folder):
+    (folder / "model.safetensors").rename(folder.parent / "elsewhere.safetensors")
+    index = {"metadata": {}, "weight_map": {"lm_head.weight": "../elsewhere.safetensors"}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+
+
+def named_in_config(folder):
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "other.safetensors").write_bytes((folder / "model.safetensors").read_bytes())
+    named = config | {"transformers_weights": "other.safetensors"}
+    (folder / "config.json").write_text(json.dumps(named))
+
+
+def adapter(folder):
+    settings = {"base_model_name_or_path": "another/model", "peft_type": "LORA"}
+    (folder / "adapter_config.json").write_text(json.dumps(settings))
+
+
+def twice(folder):
+    state = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    save_file(state, folder / "a.safetensors")
+    save_file({"lm_head.weight": state["lm_head.weight"] + 1}, folder / "b.safetensors")
+    where = dict.fromkeys(state, "a.safetensors") | {"lm_head.weight": "b.safetensors"}
+    (folder / "model.safetensors.index.json").write_text(
+        json.dumps({"metadata": {}, "weight_map": where})
+    )
+
+
+def prefixed(folder):
+    state = load_file(folder / "model.safetensors")
+    save_file(
+        {f"_orig_mod.{name}": value for name, value in state.items()},
+        folder / "model.safetensors",
+        metadata={"format": "pt"},
+    )
+
+
+def stored_as(dtype):
+    def change(folder):
+        state = load_file(folder / "model.safetensors")
+        name = "model.layers.1.mlp.up_proj.weight"
+        state[name] = (state[name] * 10).to(dtype)
+        save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
+
+    return change
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (two_sets, r"two sets of weights, model\.safetensors and the \d+ files that"),
+        (outside, r"names files outside its folder \(\.\./elsewhere"),
+        (named_in_config, r"names its weights itself \(transformers_weights=other"),
+        (adapter, r"has adapter_config\.json, so transformers would load another model"),
+        (twice, r"has lm_head\.weight twice, in a\.safetensors and b\.safetensors"),
+        (stored_as(torch.int8), r"up_proj\.weight is stored as I8, which are not the weights"),
+        (stored_as(torch.float8_e4m3fn), r"up_proj\.weight is stored as F8_E4M3"),
+        (prefixed, r"there their names begin with '_orig_mod\.': save them without it"),
+    ],
+    ids=["two sets", "outside", "named", "adapter", "twice", "int8", "fp8", "prefixed"],
+)
+def test_weights_that_are_not_those_of_the_folder(single, cache, change, said, stream):
+    """Refused before any work, by every way to open it, in one line."""
+    change(single)
+    source = local(single, stream=stream)
+    with pytest.raises(UserError, match=said) as error:
+        source.fingerprint(cache)
+        source.load(cache)
+    message(error)
+
+
+def test_shards_in_sub_folders_count(single, cache):
+    """In what is read, and in what the model is known by."""
+    expected = local(single).load(cache).model
+    (single / "part").mkdir()
+    (single / "model.safetensors").rename(single / "part" / "all.safetensors")
+    state = load_file(single / "part" / "all.safetensors")
+    where = dict.fromkeys(state, "part/all.safetensors")
+    (single / "model.safetensors.index.json").write_text(
+        json.dumps({"metadata": {}, "weight_map": where})
+    )
+    known = local(single).fingerprint(cache)["files"]
+    assert known["part/all.safetensors"] and "model.safetensors" not in known
+    for stream in (False, True):
+        loaded = local(single, stream=stream).load(cache).model
+        assert torch.equal(loaded.lm_head.weight, expected.lm_head.weight)
+    save_file(
+        {**state, "lm_head.weight": state["lm_head.weight"] + 1},
+        single / "part" / "all.safetensors",
+        metadata={"format": "pt"},
+    )
+    assert local(single).fingerprint(cache)["files"] != known
+
+
+def test_other_bytes_of_the_same_size_and_time_are_another_model(single, cache):
+    path = single / "model.safetensors"
+    before, known = path.stat(), local(single).fingerprint(cache)
+    state = load_file(path)
+    save_file({k: v * 1.5 for k, v in state.items()}, path, metadata={"format": "pt"})
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+    assert path.stat().st_size == before.st_size
+    assert local(single).fingerprint(cache) != known
+
+
+def test_all_files_are_hashed_again_where_that_is_asked(single, cache, monkeypatch):
+    """For disks whose numbers and times say nothing."""
+    known = local(single).fingerprint(cache)
+    for memo in (cache.root / "hashes").iterdir():
+        cache.save_json(f"hashes/{memo.name}", {"sha256": "0" * 64})
+    assert local(single).fingerprint(cache) != known, "what is remembered is believed"
+    monkeypatch.setenv("SPECOMP_REHASH", "1")
+    files._hashed.clear()  # another process
+    assert local(single).fingerprint(cache) == known
+
+
+def test_code_that_runs_is_part_of_the_model(single, cache):
+    (single / "modeling_own.py").write_text("x = 1")
+    plain, trusted = (local(single, trust_remote_code=x).fingerprint(cache) for x in (False, True))
+    assert "modeling_own.py" in trusted["files"] and "modeling_own.py" not in plain["files"]
+
+
+@pytest.mark.parametrize("name", ["qwen2", "qwen3"])
+def test_sliding_windows_while_streaming(tmp_path, cache, name):
+    """The masks of decoder layers that are not there yet have to be prepared."""
+    model = tiny_model(name)
+    config = model.config
+    config.use_sliding_window, config.sliding_window, config.max_window_layers = True, 4, 1
+    config.layer_types = ["full_attention", "sliding_attention"]
+    model = type(model)(config).eval()
+    model.save_pretrained(tmp_path / "m")
+    tiny_tokenizer().save_pretrained(tmp_path / "m")
+    ids = torch.arange(40)[None]
+    with torch.no_grad():
+        streamed = local(tmp_path / "m", stream=True).load(cache).model(input_ids=ids).logits
+        assert torch.equal(streamed, model(input_ids=ids).logits)
+        config.layer_types = ["full_attention", "full_attention"]
+        assert not torch.allclose(type(model)(config).eval()(input_ids=ids).logits, streamed)
+
+
+def test_attention_that_is_not_installed(single, cache):
+    config = json.loads((single / "config.json").read_text())
+    wanted = config | {"attn_implementation": "flash_attention_2"}
+    (single / "config.json").write_text(json.dumps(wanted))
+    with pytest.raises(UserError, match=r"cannot be opened \(.*[Ff]lash") as error:
+        local(single).load(cache)
+    message(error)
+
+
+@pytest.mark.parametrize("how", ["null", "[]", "{", "\xff", "[" * 100_000, ""])
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors.index.json"])
+def test_json_that_is_none_of_it(single, cache, name, how):
+    (single / name).write_text(how, encoding="latin-1")
+    with pytest.raises(UserError, match=name.replace(".", r"\.")) as error:
+        local(single).load(cache)
+    message(error)
+
+
+@pytest.mark.parametrize("field", ["hidden_size", "num_attention_heads", "num_hidden_layers"])
+@pytest.mark.parametrize("value", [None, "many", -1, 0, 10**30, [1], {"a": 1}, 1.5])
+def test_fields_of_a_config_that_cannot_be(single, cache, field, value):
+    """One line, whoever notices: the config, the model, or the weights that do not fit."""
+    config = json.loads((single / "config.json").read_text())
+    (single / "config.json").write_text(json.dumps(config | {field: value}))
+    try:
+        local(single).load(cache)
+    except UserError as error:
+        assert "\n" not in str(error)
