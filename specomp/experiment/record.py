@@ -178,8 +178,12 @@ class RecordStore:
         return lock_file(self.folder / ".locks" / f"{key[:12]}.lock")
 
     def load(self, key: str) -> Record | None:
-        """The record, or None; a damaged one is reported and made again."""
+        """The record, or None; a damaged one is reported and made again. Raises UserError where
+        none can be written.
+        """
         path = self.path(key)
+        if path.is_dir():
+            raise UserError(f"{path} is a folder where a record belongs: rm -r '{path}'.")
         if not path.exists():
             return None
         try:
@@ -227,12 +231,17 @@ class RecordStore:
 
     def all(self) -> list[Record]:
         """Every readable record, oldest first."""
-        records = []
-        for path in sorted(self.folder.glob("*.json"), key=lambda p: p.stat().st_mtime):
+        records, older = [], 0
+        for path in sorted(self.folder.glob("*.json"), key=lambda p: p.lstat().st_mtime):
             try:
-                records.append(read_record(path))
+                record, sealed = _read(path)
             except UserError as error:
                 log.warning("%s Skipped.", error)
+                continue
+            records.append(record)
+            older += not sealed
+        if older:
+            log.info("%s: %d of %d records have no checksum.", self.folder, older, len(records))
         return records
 
 
@@ -306,7 +315,14 @@ def publish(records: Sequence[Record], sources: Sequence[RecordStore], folder: P
 
 
 def read_record(path: Path) -> Record:
-    """Read one file. Raises UserError when it is not a record of this schema."""
+    """Read one file. Raises UserError when it is not a record of this schema, or not what was
+    written.
+    """
+    return _read(path)[0]
+
+
+def _read(path: Path) -> tuple[Record, bool]:
+    """A record, and whether its file has a checksum."""
     try:
         content = json.loads(path.read_text())
         known = {x.name for x in fields(Record)}
@@ -316,9 +332,8 @@ def read_record(path: Path) -> Record:
         if checksum not in (None, checksums.of_content(content)):
             raise ValueError("its checksum is another: it is not what was written")
         ledger = Ledger.from_dict(content["ledger"]) if content.get("ledger") else None
-        return Record(
-            **{name: value for name, value in content.items() if name in known} | {"ledger": ledger}
-        )
+        found = {name: value for name, value in content.items() if name in known}
+        return Record(**found | {"ledger": ledger}), checksum is not None
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise UserError(f"{path} is not a readable record ({one_line(error)}).") from error
 

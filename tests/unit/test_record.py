@@ -15,6 +15,7 @@ from specomp.experiment.record import (
     SCHEMA,
     Record,
     RecordStore,
+    companions,
     peak_memory,
     provenance,
     read_record,
@@ -243,3 +244,59 @@ def test_two_processes_cannot_work_on_one_record(store):
         with store.lock(record_key({"other": 1})):
             pass
     assert not store.lock(KEY).is_locked
+
+
+def test_no_flipped_bit_of_a_record_gives_another_one(store):
+    store.save(full_record())
+    path = store.path(KEY)
+    raw = path.read_bytes()
+    for position in range(0, len(raw), 3):
+        flipped = bytearray(raw)
+        flipped[position] ^= 1 << (position % 8)
+        path.write_bytes(flipped)
+        assert store.load(KEY) in (None, full_record()), position
+
+
+@pytest.mark.parametrize("how", ["null", "[]", "{}", "", "\xff", "[" * 100_000, "folder", "link"])
+def test_what_is_no_record_is_left_out_and_made_again(store, how, caplog):
+    store.save(full_record())
+    other = store.path("0" * 64)
+    if how == "folder":
+        other.mkdir()
+    elif how == "link":
+        other.symlink_to("/nowhere/at/all")
+    else:
+        other.write_text(how, encoding="latin-1")
+    assert store.all() == [full_record()]
+    assert f"{other} is not a readable record" in caplog.text and "Skipped" in caplog.text
+    if how == "folder":  # before any work is done that could not be kept
+        with pytest.raises(UserError, match="is a folder where a record belongs: rm -r"):
+            store.load("0" * 64)
+    else:
+        assert store.load("0" * 64) is None
+
+
+def test_files_beside_a_record_are_what_was_written(store, caplog):
+    record = full_record()
+    store.save_linears(KEY, [{"name": "x", "rank": 3}])
+    store.seal(record)
+    store.save(record)
+    [found] = companions([store], record, "linears.csv")
+    found.write_text(found.read_text().replace("3", "4"))
+    assert companions([store], record, "linears.csv") == []
+    assert "is not what was written" in caplog.text
+    record.files = {}  # as of records from before
+    assert companions([store], record, "linears.csv") == [found]
+
+
+def test_older_records_are_said_to_have_no_checksum(store, caplog):
+    store.save(full_record())
+    with caplog.at_level(logging.INFO):
+        store.all()
+    assert not caplog.text
+    content = json.loads(store.path(KEY).read_text())
+    del content["checksum"]
+    store.path(KEY).write_text(json.dumps(content))
+    with caplog.at_level(logging.INFO):
+        assert store.all() == [full_record()]
+    assert "1 of 1 records have no checksum" in caplog.text
