@@ -20,7 +20,11 @@ _asked: set[int] = set()  # the process that was told to end; a fork starts with
 
 
 def until_interrupted(work: Callable[[], int]) -> int:
-    """What `work` returns, or 130 after one line where Ctrl-C ended it."""
+    """What `work` returns, or 130 after one line where Ctrl-C ended it. Inside another one it is
+    left to that.
+    """
+    if signal.getsignal(signal.SIGINT) is _hear:
+        return work()
     with _listening():
         try:
             with heeded():

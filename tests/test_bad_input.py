@@ -97,6 +97,7 @@ TYPED: list[tuple[list[str], list[str]]] = [
     (["ratio.compression=abc"], ["ratio.compression=abc", "valid number"]),
     (["ratio.compression=1.0"], ["ratio.compression=1.0", "less than 1"]),
     (["ratio.compression=-0.1"], ["ratio.compression=-0.1", "negative"]),
+    (["benchmark.window=-5"], ["window=-5", "greater than"]),
     (["ratio.compression=nan"], ["ratio.compression=nan"]),
     (["ratio.compression=null"], ["ratio.compression=null", "valid number"]),
     (["calibration.num_samples=many"], ["calibration.num_samples=many", "valid integer"]),

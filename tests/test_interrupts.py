@@ -15,6 +15,14 @@ from command import start
 from specomp.interrupts import CODE, SAID, heeded, until_interrupted
 
 
+@pytest.fixture(autouse=True)
+def heard():
+    """A shell's background jobs start with Ctrl-C ignored, and so does pytest in one."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 def press() -> None:
     os.kill(os.getpid(), signal.SIGINT)
 

@@ -104,7 +104,7 @@ def test_a_run_leaves_a_complete_record(tmp_path):
                 tmp_path
                 / "outputs"
                 / "models"
-                / f"tiny_llama-svd-{record.key[:12]}"
+                / f"tiny_llama-svd-cr40-{record.key[:12]}"
                 / "specomp.json"
             ).read_text()
         )["record"]

@@ -251,10 +251,11 @@ def test_a_streamed_model_of_the_hub(folders, cache, monkeypatch):
         "trust_remote_code": False,
         "stream": True,
     }
-    source = HubModel(name="m", repo=str(folder), revision="main", weights="safetensors", **place)
+    commit = "a" * 40
+    source = HubModel(name="m", repo=str(folder), revision=commit, weights="safetensors", **place)
     assert source.unstreamable() is None
     assert torch.equal(logits(source.load(cache).model), logits(tiny_model("llama")))
-    assert asked == [(str(folder), "main")]
+    assert asked == [(str(folder), commit)]
 
 
 def test_the_fingerprint_does_not_know_of_streaming(folders, cache):

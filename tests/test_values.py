@@ -27,7 +27,6 @@ VALUES: list[tuple[list[str], list[str]]] = [
     (["calibration.num_samples=-1"], ["calibration.num_samples=-1", "negative"]),
     (["calibration.num_samples=1e300"], ["calibration.num_samples=1e+300", "64 bits"]),
     (["calibration.length=-1"], ["calibration.length=-1", "negative"]),
-    (["benchmark.window=-5"], ["window=-5", "negative"]),
     (["seed=99999999999999999999"], ["seed=99999999999999999999", "from 0 to 4294967295"]),
     (["seed=4294967296"], ["seed=4294967296", "from 0 to 4294967295"]),
     (["seed=-1"], ["seed=-1", "from 0 to 4294967295"]),

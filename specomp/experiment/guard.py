@@ -31,6 +31,8 @@ STREAMS = ("ext://sys.stdout", "ext://sys.stderr")
 # Variables that a config may set for its jobs; others decide what programs run.
 VARIABLES = ("CUDA_", "HF_", "MKL_", "NCCL_", "OMP_")
 PLACES = ("path", "repo", "revision")  # keys that say where something is
+# where settings are of classes of anybody's, or of Lightning: these say themselves what may be
+OPEN = ("method", "benchmark", "quantizer", "trainer", "tracking")
 UNSAFE = re.compile(r"[/\\\x00-\x1f\x7f]|^[.-]|^\s*$")
 LONGEST = 100  # characters of a name: folders are called by two of them and a key
 SEEDS = 2**32  # numpy takes no larger ones
@@ -172,7 +174,7 @@ def _check_value(key: str, value: Any) -> None:
             raise UserError(f"{key}={value}: a seed is a whole number from 0 to {SEEDS - 1}.")
         if abs(value) >= 2**63:
             raise UserError(f"{key}={value}: too large, 64 bits do not hold it.")
-        if value < 0 and not within(key, "trainer"):  # Lightning's -1 means all
+        if value < 0 and not any(within(key, x) for x in OPEN):
             raise UserError(f"{key}={value}: no setting of specomp is negative.")
     if name == "path" and value is None:
         raise UserError(f"{key}=null: it has no default, give it a value, {key}=VALUE.")
