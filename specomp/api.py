@@ -127,8 +127,10 @@ def save(
     """Write a folder that `from_pretrained` loads, and `load` below; form "dense" merges factors
     into plain linears.
 
+    Before it gets its name the folder is opened again, and has to compute what the model does; once
+    a kind also in a process without specomp (some seconds; SPECOMP_FRESH_CHECK=0 leaves that out).
     report: what its specomp.json should say. Raises UserError where the folder holds something
-    else, or the disk is full.
+    else, the model cannot be opened again, or the disk is full.
     """
     info = {} if report is None else {"ledger": report.ledger.as_dict(), "notes": report.notes}
     save_compressed(model, tokenizer, Path(folder), form=form, info=info)

@@ -248,8 +248,9 @@ def damage(name: str, whole: Place, right: str, args: argparse.Namespace) -> Ite
                 continue
             place = whole.copy("trial")
             make(place.root / relative)
-            fault = place.judged(place.go(name, MORE), right)
-            if fault is None:  # and it stays so
+            code = place.go(name, MORE)
+            fault = place.judged(code, right)
+            if fault is None and code:  # refused: again in one line, not half repaired
                 fault = place.judged(place.go(name, MORE), right)
             yield Trial("damage", name, f"{relative} {how}", fault)
 
@@ -355,8 +356,10 @@ def main() -> int:
             }
             for kind in args.kinds or kinds:
                 start = time.perf_counter()
-                for trial in tried[kind]:
+                for number, trial in enumerate(tried[kind], start=1):
                     trials.append(trial)
+                    if number % 50 == 0:
+                        print(f"{kind}, {name}: {number} so far", flush=True)
                     if trial.fault:
                         print(f"FAULT  {trial.kind}, {trial.run}, {trial.what}: {trial.fault}")
                         sys.stdout.flush()
