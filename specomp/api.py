@@ -47,7 +47,7 @@ def compress(
     model: PreTrainedModel,
     tokens: Tensor | CalibrationSet,
     method: str | Method = "adasvd",
-    ratio: float | Budget = 0.4,
+    ratio: float | str | Budget = 0.4,
     *,
     calibration: Mapping[str, Any] | Calibration | None = None,
     training_tokens: Tensor | CalibrationSet | None = None,
@@ -60,7 +60,8 @@ def compress(
 
     tokens: what to calibrate on, int64 (samples, length) from the model's own tokenizer. method: a
     row's name (see `method_names`), `specomp.method(...)`, or a `Method` of your own slots. ratio:
-    the fraction of the decoder layers' linear weights to remove, in [0, 1), or
+    the fraction of the decoder layers' linear weights to remove, in [0, 1), a choice of conf/ratio,
+    or
     `Numbers(compression=...)`, or `Bits(bits=...)`: stored bits a weight. calibration: settings
     other than those of conf/calibration/_base.yaml (batch_size, upstream, layers_at_once,
     accumulate, precision). training_tokens: what a row that trains reads, where that is not
@@ -68,6 +69,11 @@ def compress(
     are kept for other methods and ratios; None: a temporary one. Raises UserError, in general
     before anything is changed.
     """
+    if not isinstance(model, PreTrainedModel):
+        raise UserError(
+            f"model is a {type(model).__name__}: give a loaded model of transformers, such as"
+            " AutoModelForCausalLM.from_pretrained(...)."
+        )
     family = family_of(model.config)
     if any(isinstance(x, Substitute) for x in model.modules()):
         raise UserError("This model is compressed already: compress its dense original.")
@@ -197,8 +203,11 @@ def calibration_of(calibration: Mapping[str, Any] | Calibration | None) -> Calib
         ) from error
 
 
-def budget_of(ratio: float | Budget) -> Budget:
-    """A fraction to remove is one of parameters."""
+def budget_of(ratio: float | str | Budget) -> Budget:
+    """A fraction to remove is one of parameters; a name is a choice of conf/ratio."""
+    if isinstance(ratio, str):
+        made: Budget = rows.built(rows.load("ratio", ratio), "ratio")
+        return made
     if not isinstance(ratio, (int, float)):
         return ratio
     if not 0 <= ratio < 1:

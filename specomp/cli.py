@@ -12,6 +12,7 @@ import textwrap
 import traceback
 from collections.abc import Callable, Sequence
 from importlib import import_module
+from pathlib import Path
 from typing import Any
 
 import hydra
@@ -30,7 +31,7 @@ from specomp.experiment.guard import extra_of
 from specomp.experiment.label import first_line
 from specomp.experiment.making import make
 from specomp.interrupts import heeded, until_interrupted
-from specomp.settings import CONF, choices
+from specomp.settings import BESIDE, CONF, choices
 
 log = logging.getLogger("specomp")
 handle_error = logging.Handler.handleError
@@ -145,9 +146,11 @@ def run(typed: Sequence[str]) -> int:
 def _run(typed: list[str]) -> int:
     forget_empty()
     hide_in_logs()
-    first, rest = (typed[0], typed[1:]) if typed else ("", [])
+    own, others = own_yamls(typed)
+    first, rest = (others[0], others[1:]) if others else ("", [])
     if first == "plan":
-        typed = [*rest, "plan=true"]
+        rest = [f"experiment={x}" if x in choices("experiment") else x for x in rest]
+        typed = [*own, *rest, "plan=true"]
     elif first in COMMANDS:
         return tool(first, rest)
     elif first and re.fullmatch(r"\w+", first):
@@ -167,6 +170,23 @@ def _run(typed: list[str]) -> int:
         sys.stdout = None  # type: ignore[assignment]
         return 0
     return code
+
+
+def own_yamls(typed: Sequence[str]) -> tuple[list[str], list[str]]:
+    """`--config-dir FOLDER`, from wherever it stands, and all else; from here on its choices are
+    known.
+    """
+    own, others, left = [], [], list(typed)
+    while left:
+        word = left.pop(0)
+        if word in ("--config-dir", "-cd") and left:
+            own.append(left.pop(0))
+        elif word.startswith("--config-dir="):
+            own.append(word.partition("=")[2])
+        else:
+            others.append(word)
+    BESIDE[:] = [Path(x).expanduser().absolute() for x in own]
+    return [x for folder in own for x in ("--config-dir", folder)], others
 
 
 def log_once(handler: logging.Handler, record: logging.LogRecord) -> None:

@@ -699,7 +699,7 @@ def _pass(
 def plan(
     model: PreTrainedModel | PreTrainedConfig,
     method: str | Method = "adasvd",
-    ratio: float | Budget = 0.4,
+    ratio: float | str | Budget = 0.4,
     *,
     num_samples: int = 256,
     length: int = 2048,

@@ -18,9 +18,13 @@ CONF = HERE / "conf" if INSTALLED else HERE.parent / "conf"
 PROGRAM = "specomp" if INSTALLED else "python run.py"  # as it is typed there
 
 
+BESIDE: list[Path] = []  # the folder of one's own yamls, of --config-dir
+
+
 def choices(group: str) -> list[str]:
     """The files of a group."""
-    return sorted(path.stem for path in (CONF / group).glob("[!_]*.yaml"))
+    found = (path for root in (CONF, *BESIDE) for path in (root / group).glob("[!_]*.yaml"))
+    return sorted({path.stem for path in found})
 
 
 @dataclass_transform(frozen_default=True, kw_only_default=True)

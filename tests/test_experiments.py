@@ -16,6 +16,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from command import typed as typed_in_this_process
 from hydra import compose, initialize_config_dir
 from running import CONF, ROOT, compose_config, store
 
@@ -429,3 +430,18 @@ def test_committed_tables_and_reports_come_from_committed_records(path, tmp_path
             assert path.with_name(file.name).read_text() == file.read_text(), (
                 f"made again by report --write {path.parent}"
             )
+
+
+def test_a_sweep_of_yamls_of_ones_own_has_its_table(tmp_path, capsys):
+    """Its points are composed again, with the same folder beside ours."""
+    (tmp_path / "own" / "method").mkdir(parents=True)
+    (tmp_path / "own" / "method" / "mine.yaml").write_text("defaults: [svd, _self_]\nname: mine\n")
+    beside = ["--config-dir", str(tmp_path / "own")]
+    done = typed_in_this_process(
+        tmp_path, *beside, "-m", "debug=tiny", "method=mine,svd", "ratio=cr40"
+    )
+    assert done.returncode == 0 and "| mine " in done.stdout
+    again = re.search(r"This table again: specomp (table .*)", done.stdout).group(1)
+    assert again.endswith(shlex.join(beside)) or f" {shlex.join(beside)} " in again
+    done = typed_in_this_process(tmp_path, *shlex.split(again))
+    assert done.returncode == 0 and "| mine " in done.stdout

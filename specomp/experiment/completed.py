@@ -3,28 +3,39 @@ run, its point in a table and its plan are of the same config.
 """
 
 import copy
+import re
+from pathlib import Path
 
 from omegaconf import DictConfig, OmegaConf, open_dict
 
 from specomp.errors import UserError
 from specomp.experiment.environment import forget_empty, remember
-from specomp.experiment.guard import check_config
+from specomp.experiment.guard import LONGEST, check_config
 
 
 def completed(cfg: DictConfig) -> DictConfig:
     """The config with the text that corpus=NAME puts in place of others, and with a name for a
-    model of the hub that has none; checked for what no run can work with. Raises UserError.
+    model that has none; checked for what no run can work with. Raises UserError.
     """
     forget_empty()
     remember(cfg)
     made = copy.deepcopy(cfg)
     with open_dict(made):
-        if made.model.name is None and not OmegaConf.is_missing(made.model, "repo"):
-            made.model.name = str(made.model.repo).rpartition("/")[2]
+        if made.model.name is None:
+            made.model.name = _called(made.model)
         if made.get("corpus") is not None:
             put_corpus(made)
     check_config(made)
     return made
+
+
+def _called(model: DictConfig) -> str | None:
+    """The last part of where a model is, as far as it can be part of a folder's name."""
+    place = next((x for x in ("repo", "path") if x in model), None)
+    if place is None or OmegaConf.is_missing(model, place) or model[place] is None:
+        return None
+    last = Path(str(model[place])).expanduser().absolute().name
+    return re.sub(r"[^\w.+=-]+", "_", last).lstrip(".-")[:LONGEST] or None
 
 
 def put_corpus(cfg: DictConfig) -> None:

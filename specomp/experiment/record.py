@@ -241,7 +241,12 @@ class RecordStore:
             records.append(record)
             older += not sealed
         if older:
-            log.info("%s: %d of %d records have no checksum.", self.folder, older, len(records))
+            log.info(
+                "%s: %d of %d records are from before they had checksums.",
+                self.folder,
+                older,
+                len(records),
+            )
         return records
 
 

@@ -183,11 +183,6 @@ def open_streamed(
         TensorFiles(folder, packed),
         around.device,
     )
-    log.info(
-        "%s is streamed: its %d decoder layers are read from disk one at a time.",
-        folder,
-        len(store.layers),
-    )
     return model, store
 
 

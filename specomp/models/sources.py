@@ -374,6 +374,11 @@ def streamed(folder: Path, config: PreTrainedConfig, tokenizer: Any, **options: 
     """
     family = family_of(config)
     model, store = open_streamed(folder, config, family, **options)
+    log.info(
+        "%s is streamed: its %d decoder layers are read from disk one at a time.",
+        folder,
+        len(store.layers),
+    )
     return LoadedModel(model, tokenizer, family, store)
 
 

@@ -27,7 +27,7 @@ from specomp.experiment.completed import completed
 from specomp.experiment.environment import plain_config
 from specomp.experiment.making import make
 from specomp.experiment.record import Record, point_of
-from specomp.settings import CONF, PROGRAM, choices
+from specomp.settings import BESIDE, CONF, PROGRAM, choices
 
 EXPERIMENT = "experiment="
 SEED = "seed"
@@ -247,13 +247,16 @@ def _load(asked: Sequence[str], records: Iterable[Record]) -> Sweep:
     name = _experiment(named)
     fixed, axes = _axes(named, overrides)
     seeds = [[f"{SEED}={x}"] for x in axes.pop(SEED)] if SEED in axes else [[]]
-    command = [*PROGRAM.split(), *named, *(["hydra.mode=RUN"] if named else [])]
+    program = [*PROGRAM.split(), *own_yamls()]
+    command = [*program, *named, *(["hydra.mode=RUN"] if named else [])]
     points: list[Point] = []
     measured: dict[str, tuple[Column, ...]] = {}  # by what is asked of a benchmark suite
     for chosen in product(*axes.values()):
         keys = dict(zip(axes, chosen, strict=True))
         lines = [[*fixed, *(f"{k}={v}" for k, v in keys.items()), *seed] for seed in seeds]
-        configs = [completed(compose("config", overrides=[*named, *line])) for line in lines]
+        configs = [
+            completed(compose("config", overrides=[*_searched(), *named, *line])) for line in lines
+        ]
         marks = [_point_of(cfg) for cfg in configs]
         suite = OmegaConf.to_yaml(configs[0].benchmark)
         if suite not in measured:
@@ -271,8 +274,8 @@ def _load(asked: Sequence[str], records: Iterable[Record]) -> Sweep:
     return Sweep(
         name=name or "sweep",
         caption=str(caption or f"Sweep of {', '.join(axes)}"),
-        command=shlex.join([*PROGRAM.split(), "-m", *named, *overrides]),
-        asked=shlex.join([*([name] if name else []), *overrides]),
+        command=shlex.join([*program, "-m", *named, *overrides]),
+        asked=shlex.join([*([name] if name else []), *overrides, *own_yamls()]),
         keys=list(axes),
         columns=list(dict.fromkeys(c for found in measured.values() for c in found)),
         points=points,
@@ -280,10 +283,19 @@ def _load(asked: Sequence[str], records: Iterable[Record]) -> Sweep:
     )
 
 
+def own_yamls() -> list[str]:
+    """As it is typed."""
+    return [x for folder in BESIDE for x in ("--config-dir", str(folder))]
+
+
+def _searched() -> list[str]:
+    return [f"hydra.searchpath=[{','.join(f'file://{x}' for x in BESIDE)}]"] if BESIDE else []
+
+
 def _axes(named: list[str], overrides: list[str]) -> tuple[list[str], dict[str, list[str]]]:
     """Of what was asked for: overrides that hold for every point, and the values of the others."""
     parser = OverridesParser.create()
-    base = compose("config", overrides=named, return_hydra_config=True)
+    base = compose("config", overrides=[*_searched(), *named], return_hydra_config=True)
     swept = {str(k): f"{k}={v}" for k, v in (base.hydra.sweeper.params or {}).items()}
     fixed = []
     for x in parser.parse_overrides(overrides):

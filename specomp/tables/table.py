@@ -177,7 +177,7 @@ def sweep(options: argparse.Namespace) -> str:
     if options.write is not None:
         lines += map(str, write(sweep, options.write))
     if options.missing:
-        lines += sweep.missing()
+        lines += sweep.missing() or ["Nothing is missing."]
     if options.publish or options.write or options.missing:
         return "".join(f"{line}\n" for line in lines)
     return paper_table(sweep, options.format)

@@ -299,4 +299,4 @@ def test_older_records_are_said_to_have_no_checksum(store, caplog):
     store.path(KEY).write_text(json.dumps(content))
     with caplog.at_level(logging.INFO):
         assert store.all() == [full_record()]
-    assert "1 of 1 records have no checksum" in caplog.text
+    assert "1 of 1 records are from before they had checksums" in caplog.text
