@@ -34,7 +34,7 @@ from specomp.evaluation.perplexity import mean_perplexity
 from specomp.forms.prices import Bits, Budget, Numbers
 from specomp.models.families import family_of
 from specomp.models.load import LoadedModel
-from specomp.models.modules import Substitute
+from specomp.models.modules import Substitute, evaluating
 from specomp.models.registration import adopt
 from specomp.models.save import load as load_folder
 from specomp.models.save import save_compressed
@@ -94,8 +94,7 @@ def compress(
             if cache is None
             else cache
         )
-        stack.callback(model.train, model.training)
-        model.eval()  # type: ignore[no-untyped-call]
+        stack.enter_context(evaluating(model))
         run = Run(
             model=model,
             family=family,

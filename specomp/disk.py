@@ -8,6 +8,7 @@ import errno
 import glob
 import hashlib
 import os
+import re
 import shutil
 import stat
 import time
@@ -30,7 +31,12 @@ _NOT_WRITABLE = (
     errno.EEXIST,
     errno.EISDIR,
     errno.ENOTEMPTY,
+    errno.ENAMETOOLONG,
+    errno.EBUSY,
 )
+PREVIOUS = "old"
+# of a temporary name: machine, process, whether it is new or what was there before
+MADE = re.compile(r"([0-9a-f]{12})-(\d+)-(new|old)[0-9a-f]{12}\.tmp")
 ABANDONED = 7 * 24 * 3600  # seconds after which another machine's unfinished work is left over
 
 
@@ -57,6 +63,8 @@ def lock_file(path: Path) -> FileLock:
     make_folder(path.parent)
     if path.is_dir():
         raise UserError(f"{path} is a folder where a lock belongs: rm -r '{path}'.")
+    if path.is_symlink() and not path.exists():  # it leads nowhere
+        remove(path)
     with disk_errors(path):
         path.touch()  # with the permissions of any other file, so that whoever shares it can lock
     return FileLock(path, is_singleton=True)
@@ -113,7 +121,11 @@ def whole_folder(final: Path) -> Iterator[Path]:
     """The same for a folder, which takes the place of an earlier one."""
     make_folder(final.parent)
     remove_left(final)
-    with disk_errors(final), _temporary(final) as temporary, _temporary(final) as previous:
+    with (
+        disk_errors(final),
+        _temporary(final) as temporary,
+        _temporary(final, PREVIOUS) as previous,
+    ):
         temporary.mkdir()
         yield temporary
         _open_up(temporary)
@@ -123,19 +135,22 @@ def whole_folder(final: Path) -> Iterator[Path]:
 
 
 def remove_left(final: Path) -> None:
-    """What killed processes left of writing `final`. What a process that lives is writing stays; of
-    other machines, and of containers, that is what is younger than a week.
+    """What killed processes left of writing `final`; a folder that one of them had just moved away
+    comes back. What a process that lives is writing stays; of other machines, and of containers,
+    that is what is younger than a week.
     """
-    for left in final.parent.glob(f".{glob.escape(final.name)}.*.tmp"):
-        place, _, pid = (
-            left.name.removesuffix(".tmp").split(".")[-1].rpartition("-")[0].partition("-")
-        )
+    for left in final.parent.glob(f".{glob.escape(_short(final))}.*.tmp"):
+        if (made := MADE.fullmatch(left.name.removeprefix(f".{_short(final)}."))) is None:
+            continue
+        place, pid, kind = made.groups()
         with contextlib.suppress(OSError):
             if place == _place():
                 living = left in _living if pid == str(os.getpid()) else _lives(pid)
             else:
                 living = time.time() - left.stat().st_mtime < ABANDONED
-            if not living:
+            if not living and kind == PREVIOUS and not os.path.lexists(final):
+                os.replace(left, final)
+            elif not living:
                 remove(left)
 
 
@@ -143,11 +158,11 @@ _living: set[Path] = set()  # temporary paths of this process
 
 
 @contextlib.contextmanager
-def _temporary(final: Path) -> Iterator[Path]:
+def _temporary(final: Path, kind: str = "new") -> Iterator[Path]:
     """A path beside `final` that no other process uses, on whatever machine; nothing is there
     afterwards.
     """
-    name = f".{final.name}.{_place()}-{os.getpid()}-{uuid.uuid4().hex[:12]}.tmp"
+    name = f".{_short(final)}.{_place()}-{os.getpid()}-{kind}{uuid.uuid4().hex[:12]}.tmp"
     path = final.with_name(name)
     _living.add(path)
     try:
@@ -155,6 +170,12 @@ def _temporary(final: Path) -> Iterator[Path]:
     finally:
         remove(path)
         _living.discard(path)
+
+
+def _short(final: Path) -> str:
+    """Its name, as long as there is room for more in a temporary one."""
+    name = final.name.encode()
+    return final.name if len(name) < 180 else hashlib.sha256(name).hexdigest()
 
 
 @cache

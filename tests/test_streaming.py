@@ -457,7 +457,9 @@ def test_an_interrupted_run_leaves_nothing_and_can_be_repeated(
     name = next((tmp_path / "other" / "outputs" / "models").iterdir()).name
     dead = subprocess.Popen(["true"])
     dead.wait()
-    (models / f".{name}.{disk._place()}-{dead.pid}-0.tmp").mkdir()  # of a process that was killed
+    (
+        models / f".{name}.{disk._place()}-{dead.pid}-new{'0' * 12}.tmp"
+    ).mkdir()  # of a process that was killed
     record = store(tmp_path).load(key_of(cfg))
     assert (
         record.status == ("running" if error is KeyboardInterrupt else "failed")

@@ -44,7 +44,19 @@ LLAMA3 = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 16,
 }
-KINDS = {**{name: (name, {}) for name in FAMILY_NAMES}, "llama3": ("llama", LLAMA3)}
+# as Phi-3 with its long context has it
+LONG = {
+    "rope_type": "longrope",
+    "rope_theta": 10000.0,
+    "short_factor": [1.0, 1.1, 1.2, 1.3],
+    "long_factor": [2.0, 3.0, 4.0, 5.0],
+    "original_max_position_embeddings": 16,
+}
+KINDS = {
+    "longrope": ("phi3", LONG),
+    **{name: (name, {}) for name in FAMILY_NAMES},
+    "llama3": ("llama", LLAMA3),
+}
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -54,6 +66,7 @@ def test_transformers_4_gives_the_same(tmp_path, kind, form):
     model, tokenizer = tiny_model(name), tiny_tokenizer()
     if rope:
         model.config.rope_parameters = rope
+        model.config.original_max_position_embeddings = 16
         model = type(model)(model.config).eval()
     elif hasattr(model.config, "rope_parameters"):
         model.config.rope_parameters |= {

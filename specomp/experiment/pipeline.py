@@ -123,7 +123,8 @@ def run(cfg: DictConfig) -> float | None:
             experiment.records.save(record)
     if done or HydraConfig.get().mode != RunMode.MULTIRUN:
         show(record)
-    return next((value for values in record.metrics.values() for value in values.values()), None)
+    first = experiment.suite.benchmarks[:1]  # others may be in the record from earlier runs
+    return next((value for x in first for value in record.metrics[x.id].values()), None)
 
 
 def resume(experiment: Experiment, key: str) -> Record:
@@ -156,8 +157,12 @@ def execute(experiment: Experiment, record: Record) -> bool:
     kept = folder is not None and _usable(folder)
     if folder is not None and kept:
         record.model_folder = str(folder)
-        if changed := refresh(folder, experiment.tokenizer, side_files(experiment)):
-            record.note(f"{', '.join(changed)} of the source model changed: brought along")
+        try:
+            if changed := refresh(folder, experiment.tokenizer, side_files(experiment)):
+                record.note(f"{', '.join(changed)} brought up to the source model's")
+        except UserError as error:
+            log.warning("%s Compressing again.", error)
+            kept = False
     lost = experiment.options.save and folder is not None and not kept
     if record.ledger and not missing and not lost:
         log.info("Record %s is complete.", record.key[:12])
@@ -275,6 +280,7 @@ def produce(experiment: Experiment, record: Record) -> tuple[Any, Any, list[Line
                     run.model,
                     run.cache,
                     side_files(experiment),
+                    ours=True,
                 )
             )
             progress.layers = export.add
@@ -301,6 +307,7 @@ def produce(experiment: Experiment, record: Record) -> tuple[Any, Any, list[Line
                 info=info | {"ledger": record.ledger.as_dict()},
                 cache=run.cache,
                 beside=side_files(experiment),
+                ours=True,  # its name has the record's key
             )
         record.model_folder = str(folder)
     return run.model, loaded.tokenizer, report.linears

@@ -9,11 +9,14 @@ from pathlib import Path
 
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
+from specomp.disk import atomic_path, remove
 from specomp.models.load import quiet, told
 
 COPIED = ("LICENSE*", "LICENCE*", "NOTICE*", "USE_POLICY*")
 # that transformers 5 writes, by what both versions know
 TOKENIZERS = {"TokenizersBackend": "PreTrainedTokenizerFast"}
+
+LOST = ("legacy", "add_bos_token", "add_eos_token")
 
 
 def write_beside(
@@ -27,24 +30,30 @@ def write_beside(
         if tokenizer is not None:
             with quiet():
                 tokenizer.save_pretrained(made)
-            _known_class(made / "tokenizer_config.json")
+            _complete(made / "tokenizer_config.json", tokenizer)
         if source is not None:
-            for path in (x for pattern in COPIED for x in source.glob(pattern) if x.is_file()):
-                shutil.copyfile(path, made / path.name)
+            for found in (x for pattern in COPIED for x in source.glob(pattern) if x.is_file()):
+                shutil.copyfile(found, made / found.name)
             if (source / "generation_config.json").is_file():
                 with told(f"{source / 'generation_config.json'} cannot be used"), quiet():
                     GenerationConfig.from_pretrained(source).save_pretrained(made)
         changed = []
-        for path in sorted(made.iterdir()):
-            target = folder / path.name
-            if not target.is_file() or target.read_bytes() != path.read_bytes():
-                shutil.copyfile(path, target)
-                changed.append(path.name)
+        for made_file in sorted(x for x in made.rglob("*") if x.is_file()):
+            name = made_file.relative_to(made).as_posix()
+            target = folder / name
+            if not target.is_file() or target.read_bytes() != made_file.read_bytes():
+                if not target.is_file():  # a folder or a link to nowhere is in its place
+                    remove(target)
+                with atomic_path(target) as writing:
+                    shutil.copyfile(made_file, writing)
+                changed.append(name)
         return changed
 
 
-def _known_class(path: Path) -> None:
-    """A class of tokenizers that version 4 knows too, and its way to list special tokens."""
+def _complete(path: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+    """A class of tokenizers that version 4 knows too, its way to list special tokens, and settings
+    that version 5 reads but does not write.
+    """
     if not path.is_file():
         return
     content = json.loads(path.read_text(encoding="utf-8"))
@@ -53,4 +62,6 @@ def _known_class(path: Path) -> None:
     if isinstance(more := content.get("extra_special_tokens"), list):
         del content["extra_special_tokens"]
         content.setdefault("additional_special_tokens", more)
+    given = {name: tokenizer.init_kwargs[name] for name in LOST if name in tokenizer.init_kwargs}
+    content |= {name: value for name, value in given.items() if value is not None}
     path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

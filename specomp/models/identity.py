@@ -84,6 +84,9 @@ def for_all_versions(config: dict[str, Any]) -> dict[str, Any]:
         }
         plain = scaling.get("rope_type", "default") == "default"
         found["rope_theta"] = rope["rope_theta"]
+        if scaling.get("rope_type") == "longrope":  # version 4 asks for these three and no others
+            scaling = {name: scaling[name] for name in ("short_factor", "long_factor")}
+            scaling |= {"type": "longrope"}
         found["rope_scaling"] = None if plain else scaling
         if "partial_rotary_factor" in rope:
             found["partial_rotary_factor"] = rope["partial_rotary_factor"]

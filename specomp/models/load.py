@@ -294,7 +294,10 @@ def torch_device(device: str, device_map: str | None) -> torch.device:
         if cuda > 1 and device_map is None:
             return torch.device("cuda", claim("gpu", cuda))
         return torch.device("cuda" if cuda else "mps" if mps else "cpu")
-    target = torch.device(device)
+    try:
+        target = torch.device(device)
+    except RuntimeError as error:
+        raise UserError(f"device={device}: {one_line(error)}") from error
     if (target.type == "cuda" and (target.index or 0) >= cuda) or (
         target.type == "mps" and not mps
     ):

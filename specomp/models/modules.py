@@ -4,6 +4,8 @@ The source of `Substitute` and of its subclasses is copied into every folder of 
 (models/save.py): they use torch and each other alone.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -81,6 +83,18 @@ class GridLinear(nn.Linear):
 def full_name(kind: type) -> str:
     """What a config calls a class."""
     return f"{kind.__module__}.{kind.__qualname__}"
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """In eval mode while the block runs; afterwards every module in the mode it was in."""
+    training = [x for x in model.modules() if x.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
 
 
 def weight_of(module: nn.Module) -> Tensor:

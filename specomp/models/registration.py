@@ -64,11 +64,20 @@ def _complete(model_class: Any, config_class: Any) -> None:
     """Saved again they write the code that goes with the weights; pickled they are found here."""
 
     def save_pretrained(self: Any, save_directory: Any, *args: Any, **options: Any) -> None:
+        folder = Path(save_directory)
+        before = {path: path.stat() for path in folder.glob("model*.safetensors*")}
         super(model_class, self).save_pretrained(save_directory, *args, **options)
+        from specomp.checksums import LIST
+        from specomp.disk import remove
         from specomp.models.identity import write_identity
 
-        if (Path(save_directory) / "config.json").is_file():  # of several processes one writes
-            write_identity(Path(save_directory), self, "factors")
+        if (folder / "config.json").is_file():  # of several processes one writes
+            write_identity(folder, self, "factors")
+        # of another model in this place, in another number of files: two sets would be refused
+        old = {x for x, stat in before.items() if x.exists() and x.stat() == stat}
+        if set(folder.glob("model*.safetensors*")) - old:
+            for path in (*old, folder / LIST):
+                remove(path)
 
     save_pretrained.__doc__ = model_class.save_pretrained.__doc__
     model_class.save_pretrained = save_pretrained

@@ -20,6 +20,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -28,9 +29,9 @@ from specomp import __version__
 from specomp.cache import Cache
 from specomp.checksums import checking, reseal, seal
 from specomp.disk import disk_errors, whole_folder
-from specomp.errors import UserError
+from specomp.errors import UserError, one_line
 from specomp.models.beside import write_beside
-from specomp.models.door import Walk, logits
+from specomp.models.door import Walk, check_tokenizer, logits
 from specomp.models.door import check as check_door
 from specomp.models.families import family_of
 from specomp.models.files import TOKEN_FILES, checked_folder, model_folder, safetensors_header
@@ -51,6 +52,7 @@ log = logging.getLogger(__name__)
 
 INFO_FILE = "specomp.json"  # also marks a folder as ours, which may be replaced
 MAX_SHARD = "5GB"
+HALVES = (torch.float16, torch.bfloat16)
 # what decides its numbers; the rest of a folder may be edited
 SEALED = ("*.safetensors", "*.json", "*.py", *TOKEN_FILES)
 
@@ -64,6 +66,7 @@ def save_compressed(
     info: dict[str, Any],
     cache: Cache | None = None,
     beside: Path | None = None,
+    ours: bool = False,
 ) -> None:
     """Write a model, what stands in the place of its linears, its tokenizer, generation settings
     and `info` (specomp.json).
@@ -71,11 +74,11 @@ def save_compressed(
     The folder appears complete or not at all, and only when it was opened and gave the model's
     logits (models/door.py); an earlier export there is replaced. cache: where it is remembered that
     such folders open where specomp is not installed; None: the default one. beside: a folder whose
-    licence and generation settings go with the model. Raises UserError when the folder holds
-    something else, when a linear is of another type, when the model cannot be opened again, and
-    when the disk is full.
+    licence and generation settings go with the model. ours: whatever is in the folder's place may
+    be replaced. Raises UserError when the folder holds something else, when a linear is of another
+    type, when the model cannot be opened again, and when the disk is full.
     """
-    with exporting(folder, form, model, cache, beside) as export:
+    with exporting(folder, form, model, cache, beside, ours=ours) as export:
         export.finish(tokenizer, info)
 
 
@@ -86,12 +89,15 @@ def exporting(
     model: PreTrainedModel,
     cache: Cache | None = None,
     beside: Path | None = None,
+    *,
+    ours: bool = False,
 ) -> Iterator["Export"]:
     """The same for a model that is never in memory as a whole: the decoder layers that were `add`ed
     need no numbers any more when it is finished.
     """
-    folder = Path(folder).expanduser().absolute()
-    ours = (folder / INFO_FILE).is_file()
+    folder = Path(folder).expanduser()
+    folder = folder.absolute() if ours else folder.resolve()  # a link stays, and is written through
+    ours = ours or (folder / INFO_FILE).is_file()
     if os.path.lexists(folder) and not ours and not (folder.is_dir() and not any(folder.iterdir())):
         raise UserError(
             f"{folder} exists and was not written by specomp: name another folder, or remove it."
@@ -99,10 +105,19 @@ def exporting(
     with whole_folder(folder) as target:
         export = Export(target, folder, form, model, beside)
         yield export
-        if export.logits is not None:
-            seal(target, SEALED)
-            known = cache or Cache(default_cache())
-            check_door(target, folder, export.logits, form, str(model.device), known)
+        seal(target, SEALED)
+        half = any(x.dtype in HALVES for x in model.parameters())
+        check_door(
+            target,
+            folder,
+            export.logits,
+            form=form,
+            half=half,
+            device=str(model.device),
+            cache=cache or Cache(default_cache()),
+        )
+        if tokenizer := export.tokenizer:
+            check_tokenizer(target, folder, tokenizer)
 
 
 class Export:
@@ -117,6 +132,7 @@ class Export:
         self.files: list[dict[str, int]] = []  # bytes of every tensor, file by file
         self.walk: Walk | None = None  # through the decoder layers that are added
         self.logits: Tensor | None = None  # of the model before it was saved
+        self.tokenizer: PreTrainedTokenizerBase | None = None
 
     def add(self, index: int) -> None:
         """Write one decoder layer of the model to a file of its own."""
@@ -135,6 +151,13 @@ class Export:
     def finish(self, tokenizer: PreTrainedTokenizerBase | None, info: dict[str, Any]) -> None:
         """Write all that was not added, and what makes the folder a model."""
         folder, target, form, model = self.folder, self.target, self.form, self.model
+        if getattr(model.config, "quantization_config", None) is not None:
+            raise UserError(
+                "This model is quantized as transformers opens it: open its folder with"
+                " specomp.load, and save that."
+            )
+        if self.walk is None and any(x.is_meta for x in model.parameters()):
+            raise UserError("This model is not in memory: load it without stream=True to save it.")
         check_form(model, form)
         dtypes = {
             parameter.dtype for parameter in model.parameters() if parameter.is_floating_point()
@@ -145,8 +168,16 @@ class Export:
                 folder,
                 ", ".join(sorted(map(str, dtypes))),
             )
-        self.logits = logits(model) if self.walk is None else self.walk.logits()
+        try:
+            self.logits = logits(model) if self.walk is None else self.walk.logits()
+        except RuntimeError as error:  # of several dtypes: one that was never meant to run
+            log.warning(
+                "%s: the model does not run (%s), so what is saved is not compared with it.",
+                folder,
+                one_line(error),
+            )
         self._save_rest(model)
+        self.tokenizer = tokenizer
         write_beside(target, tokenizer, self.beside)
         packed = form == "factors" and bool(grid_linears(model))
         write_identity(target, model, form, quantization_config(model) if packed else None)

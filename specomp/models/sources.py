@@ -20,6 +20,7 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
+    GenerationConfig,
     PreTrainedConfig,
     PreTrainedTokenizerBase,
     PreTrainedTokenizerFast,
@@ -274,6 +275,9 @@ class LocalModel(Source):
         family = dense_family(config, folder)
         checked_folder(self.path)
         check_depth(folder, config, family)
+        if (settings := folder / "generation_config.json").is_file():
+            with told(f"{settings} cannot be used"), quiet():
+                GenerationConfig.from_pretrained(folder)
         return folder, config
 
 

@@ -26,18 +26,20 @@ def dead_pid() -> int:
 @pytest.mark.parametrize("kind", ["file", "folder"])
 def test_what_a_dead_process_left_is_removed_by_the_next(tmp_path, kind):
     final, here = tmp_path / "final", disk._place()
+    end = f"new{'0' * 12}.tmp"
     names = {
-        f".final.{here}-{dead_pid()}-1.tmp": True,
-        f".final.{here}-{os.getppid()}-1.tmp": False,  # lives
-        f".final.elsewhere1-{dead_pid()}-1.tmp": False,  # of another machine: not known
-        f".final.elsewhere2-{dead_pid()}-1.tmp": True,  # of another machine, long ago
-        f".final2.{here}-{dead_pid()}-1.tmp": False,  # of another file
-        f".final.{here}-{os.getpid()}-1.tmp": True,  # another process had this number before
+        f".final.{here}-{dead_pid()}-{end}": True,
+        f".final.{here}-{os.getppid()}-{end}": False,  # lives
+        f".final.{'1' * 12}-{dead_pid()}-{end}": False,  # of another machine: not known
+        f".final.{'2' * 12}-{dead_pid()}-{end}": True,  # of another machine, long ago
+        f".final2.{here}-{dead_pid()}-{end}": False,  # of another file
+        f".final.{here}-{os.getpid()}-{end}": True,  # another process had this number before
+        ".final.mine.tmp": False,  # somebody's own
     }
     for name in names:
         (tmp_path / name).mkdir()
         (tmp_path / name / "weights").touch()
-        age = 8 * 24 * 3600 if "elsewhere2" in name else 0
+        age = 8 * 24 * 3600 if "2222" in name or "mine" in name else 0
         os.utime(tmp_path / name, (time.time() - age,) * 2)
     if kind == "file":
         with atomic_path(final) as temporary:
@@ -47,6 +49,29 @@ def test_what_a_dead_process_left_is_removed_by_the_next(tmp_path, kind):
             (temporary / "x").touch()
     left = {path.name for path in tmp_path.iterdir()}
     assert left == {"final", *(name for name, gone in names.items() if not gone)}
+
+
+def test_what_was_moved_away_by_a_process_that_died_comes_back(tmp_path):
+    """Killed between the two renames: what was there before is still the last whole one."""
+    final = tmp_path / "final"
+    previous = tmp_path / f".final.{disk._place()}-{dead_pid()}-old{'0' * 12}.tmp"
+    previous.mkdir()
+    (previous / "weights").touch()
+    with pytest.raises(KeyError), whole_folder(final):
+        raise KeyError("the next one fails too")
+    assert [path.name for path in tmp_path.iterdir()] == ["final"]
+    assert (final / "weights").exists()
+
+
+@pytest.mark.parametrize("name", ["n" * 240, "模型" * 40])
+def test_long_names(tmp_path, name):
+    with whole_folder(tmp_path / name) as temporary:
+        (temporary / "x").touch()
+    with atomic_path(tmp_path / name / "file") as temporary:
+        temporary.touch()
+    assert (tmp_path / name / "x").exists()
+    with pytest.raises(UserError, match="file name too long"), whole_folder(tmp_path / ("n" * 300)):
+        pass
 
 
 def test_what_this_process_is_writing_stays(tmp_path):

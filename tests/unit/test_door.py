@@ -205,3 +205,77 @@ def test_what_goes_with_the_source_model_follows_it(tmp_path):
     assert json.loads((folder / "generation_config.json").read_text())["max_new_tokens"] == 9
     settings = json.loads((folder / "tokenizer_config.json").read_text())
     assert settings["tokenizer_class"] == "PreTrainedTokenizerFast"
+
+
+def test_several_chat_templates_go_with_the_model(tmp_path):
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = {"default": "a {{ messages }}", "tool_use": "b"}
+    specomp.save(compressed(), tmp_path / "m", tokenizer)
+    again = specomp.load(tmp_path / "m").tokenizer
+    assert again.chat_template == tokenizer.chat_template
+
+
+def test_a_tokenizer_that_gives_other_ids_is_refused(tmp_path, monkeypatch):
+    from transformers import AutoTokenizer
+
+    other = tiny_tokenizer()
+    other.add_tokens(["hello"])
+    monkeypatch.setattr(AutoTokenizer, "from_pretrained", lambda *_, **__: other)
+    with pytest.raises(UserError, match="opened again its tokenizer makes .* of 'hello', not"):
+        specomp.save(compressed(), tmp_path / "m", tiny_tokenizer())
+    assert not (tmp_path / "m").exists()
+
+
+def test_settings_that_transformers_5_reads_but_does_not_write(tmp_path):
+    tokenizer = tiny_tokenizer()
+    tokenizer.init_kwargs |= {"legacy": True, "add_bos_token": False, "add_eos_token": None}
+    tmp_path.joinpath("m").mkdir()
+    write_beside(tmp_path / "m", tokenizer, None)
+    settings = json.loads((tmp_path / "m" / "tokenizer_config.json").read_text())
+    assert settings["legacy"] is True and settings["add_bos_token"] is False
+
+
+def test_saved_over_itself_it_is_whole(tmp_path):
+    """As after fine-tuning, in one file and in shards."""
+    specomp.save(compressed(), tmp_path / "m", tiny_tokenizer())
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "m")
+    for size in ("5GB", "40KB", "5GB"):
+        model.lm_head.weight.data += 0.5
+        wanted = logits(model)
+        model.save_pretrained(tmp_path / "m", max_shard_size=size)
+        assert torch.equal(logits(specomp.load(tmp_path / "m").model), wanted), size
+
+
+def test_what_cannot_be_saved_is_one_line(tmp_path):
+    specomp.save(compressed(), tmp_path / "m")
+    streamed = specomp.load(tmp_path / "m", stream=True).model
+    with pytest.raises(UserError, match="not in memory: load it without stream=True"):
+        specomp.save(streamed, tmp_path / "x")
+    specomp.save(compressed("llama", quantizer="rtn_int4"), tmp_path / "int4")
+    plain = AutoModelForCausalLM.from_pretrained(tmp_path / "int4")
+    with pytest.raises(UserError, match=r"open its folder with specomp\.load"):
+        specomp.save(plain, tmp_path / "x")
+    with pytest.raises(UserError, match="device=foo"):
+        specomp.load(tmp_path / "m", device="foo")
+    assert not (tmp_path / "x").exists()
+
+
+def test_saving_through_a_link_and_modes_of_modules(tmp_path):
+    model = compressed()
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "disk")
+    model.train()
+    model.model.norm.eval()
+    specomp.save(model, tmp_path / "link")
+    assert (tmp_path / "link").is_symlink() and (tmp_path / "disk" / "config.json").exists()
+    assert model.training and not model.model.norm.training
+
+
+def test_another_rope_is_noticed_in_half_precision_too(tmp_path):
+    model = compressed().to(torch.bfloat16)
+    model.config.rope_parameters = {"rope_type": "default", "rope_theta": 3.0}
+    with pytest.raises(UserError, match="logits that differ"):
+        specomp.save(model, tmp_path / "m")
+    model.config.rope_parameters = {"rope_type": "default", "rope_theta": 10000.0}
+    model.lm_head.weight.data.zero_()
+    specomp.save(model, tmp_path / "m")

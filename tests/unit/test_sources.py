@@ -51,7 +51,8 @@ def message(error) -> str:
 def test_every_model_yaml_builds_its_source(path, cache):
     assert path.read_text().startswith("# ")
     config = rows.load("model", path.stem)
-    given = {"path": "somewhere", "repo": "someone/model", "revision": "a" * 40, "name": "hub"}
+    given = {"path": "somewhere", "repo": "someone/model", "revision": "a" * 40}
+    given["name"] = path.stem
     for key, value in given.items():
         if OmegaConf.is_missing(config, key) or config.get(key, "") is None:
             config[key] = value
