@@ -51,6 +51,7 @@ LONG = {
     "short_factor": [1.0, 1.1, 1.2, 1.3],
     "long_factor": [2.0, 3.0, 4.0, 5.0],
     "original_max_position_embeddings": 16,
+    "partial_rotary_factor": 1.0,
 }
 KINDS = {
     "longrope": ("phi3", LONG),

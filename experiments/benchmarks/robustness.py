@@ -344,7 +344,13 @@ def main() -> int:
     os.chdir(ROOT)
     trials: list[Trial] = []
     with folder() as root:
-        model = tiny_folder(root / "model")
+        model = root / "model"
+        if (
+            pid := os.fork()
+        ) == 0:  # torch computes nothing here: its threads do not survive a fork
+            tiny_folder(model)
+            os._exit(0)
+        os.waitpid(pid, 0)
         for name in args.run or RUNS:
             empty = Place(root / "empty", model)
             whole = empty.copy("whole")
