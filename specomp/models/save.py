@@ -54,7 +54,7 @@ INFO_FILE = "specomp.json"  # also marks a folder as ours, which may be replaced
 MAX_SHARD = "5GB"
 HALVES = (torch.float16, torch.bfloat16)
 # what decides its numbers; the rest of a folder may be edited
-SEALED = ("*.safetensors", "*.json", "*.py", *TOKEN_FILES)
+SEALED = ("*.safetensors", "*.index.json", "config.json", INFO_FILE, "*.py", *TOKEN_FILES)
 
 
 def save_compressed(

@@ -279,3 +279,14 @@ def test_another_rope_is_noticed_in_half_precision_too(tmp_path):
     model.config.rope_parameters = {"rope_type": "default", "rope_theta": 10000.0}
     model.lm_head.weight.data.zero_()
     specomp.save(model, tmp_path / "m")
+
+
+def test_what_decides_no_number_may_be_edited(tmp_path):
+    specomp.save(compressed(), tmp_path / "m", tiny_tokenizer())
+    GenerationConfig(max_new_tokens=9).save_pretrained(tmp_path / "m")
+    (tmp_path / "m" / "README.md").write_text("mine")
+    assert specomp.load(tmp_path / "m").model.generation_config.max_new_tokens == 9
+    config = tmp_path / "m" / "config.json"
+    config.write_text(config.read_text().replace("10000.0", "10001.0"))
+    with pytest.raises(UserError, match=r"config\.json is not what it was"):
+        specomp.load(tmp_path / "m")
