@@ -68,7 +68,7 @@ def open_model(
     passing: tuple[type[Exception], ...] = () if os.path.isdir(where) else (OSError, ValueError)
     with (
         told(f"The model in {where} cannot be opened", passing=passing),
-        _fitting(where),
+        _fitting(where, config),
         quiet(),
     ):
         loaded: Any = AutoModelForCausalLM.from_pretrained(
@@ -103,16 +103,30 @@ def open_model(
 
 
 @contextlib.contextmanager
-def _fitting(where: Path | str) -> Iterator[None]:
-    """What transformers raises about weights of another shape than the config says."""
+def _fitting(where: Path | str, config: PreTrainedConfig) -> Iterator[None]:
+    """What transformers raises about weights of another shape than the config says, with the first
+    of them.
+    """
     try:
         yield
     except RuntimeError as error:
         if "mismatch" not in str(error):
             raise
+        found = _misfit(Path(where), config) if os.path.isdir(where) else None
         raise UserError(
-            f"Weights of {where} do not fit its config.json: {one_line(error)}"
+            f"Weights of {where} do not fit its config.json: {found or one_line(error)}"
         ) from error
+
+
+def _misfit(folder: Path, config: PreTrainedConfig) -> str | None:
+    model = skeleton(config, "float32")
+    stored = TensorFiles(folder).places
+    for name, tensor in model.state_dict().items():
+        base = name.removeprefix(f"{model.base_model_prefix}.")
+        place = stored.get(name) or stored.get(base)
+        if place is not None and place.shape != tuple(tensor.shape):
+            return f"{name} is {place.shape}, expected {tuple(tensor.shape)}."
+    return None
 
 
 def _renamed(missing: Sequence[str], unexpected: Collection[str]) -> str:
