@@ -21,6 +21,7 @@ from specomp.experiment.completed import completed
 from specomp.experiment.config import build
 from specomp.experiment.making import make
 from specomp.forms.prices import Bits, Numbers
+from specomp.settings import default_cache
 from specomp.slots import Method, describe
 
 FILES = sorted(CONF.rglob("*.yaml"))
@@ -485,3 +486,12 @@ def test_a_text_of_ones_own_takes_the_place_of_calibration_and_benchmark(tmp_pat
 def test_a_text_that_has_no_place_is_refused(typed, says):
     with pytest.raises(UserError, match=says):
         composed("debug=tiny", *typed)
+
+
+def test_the_library_keeps_its_cache_where_runs_do(monkeypatch):
+    """conf/config.yaml says it for runs, settings.py for `specomp.save`."""
+    for place in (None, "/somewhere/else"):
+        monkeypatch.delenv("SPECOMP_CACHE", raising=False)
+        if place is not None:
+            monkeypatch.setenv("SPECOMP_CACHE", place)
+        assert Path(str(composed().paths.cache)).expanduser() == default_cache()

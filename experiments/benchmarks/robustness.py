@@ -297,27 +297,14 @@ def folder() -> Iterator[Path]:
         yield Path(temporary).resolve()
 
 
-def tiny_folder(folder: Path) -> Path:
-    """A model folder for the streamed run."""
-    import torch
-    from transformers import LlamaConfig, LlamaForCausalLM
+def tiny_folder(folder: Path) -> None:
+    """A model folder for the streamed run: the random model of debug=tiny."""
+    from specomp import rows
+    from specomp.cache import Cache
 
-    from specomp.models.sources import byte_tokenizer
-
-    tokenizer = byte_tokenizer()
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=32,
-        intermediate_size=80,
-        num_hidden_layers=3,
-        num_attention_heads=4,
-        max_position_embeddings=256,
-        initializer_range=0.1,
-    )
-    LlamaForCausalLM(config).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return folder
+    loaded = rows.built(rows.load("model", "tiny_llama"), "model").load(Cache(folder / "unused"))
+    loaded.model.save_pretrained(folder)
+    loaded.tokenizer.save_pretrained(folder)
 
 
 def main() -> int:

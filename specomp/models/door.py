@@ -141,9 +141,9 @@ def check_tokenizer(folder: Path, name: Path, tokenizer: Any) -> None:
 
 
 def _compare(wanted: Tensor, got: Tensor, allowed: float, what: str) -> None:
-    finite = wanted.isfinite() & got.isfinite()
     if wanted.shape != got.shape or not torch.equal(wanted.isfinite(), got.isfinite()):
         raise UserError(f"{what} gives other logits {tuple(got.shape)}, or such as are no numbers.")
+    finite = wanted.isfinite()
     if not finite.all():
         log.warning("The logits of the saved model are not all finite.")
     off = (got[finite].double() - wanted[finite].double()).norm()

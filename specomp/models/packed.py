@@ -82,14 +82,12 @@ def unpack_model(model: PreTrainedModel) -> None:
     """Replace in place what transformers made of packed weights by GridLinear modules: the model
     that was saved.
     """
-    from compressed_tensors.compressors.pack_quantized import unpack_from_int32
-
     packed = [
         (name, module) for name, module in model.named_modules() if hasattr(module, "weight_packed")
     ]
     for name, module in packed:
         linear: Any = module
-        args, shape = linear.quantization_scheme.weights, torch.Size(linear.weight_shape.tolist())
+        args = linear.quantization_scheme.weights
         dtype, zeros = linear.weight_scale.dtype, getattr(linear, "weight_zero_point", None)
         grid = Grid(
             # As they were stored: transformers casts them to the model's dtype.
@@ -100,10 +98,8 @@ def unpack_model(model: PreTrainedModel) -> None:
             bits=args.num_bits,
             group_size=args.group_size or args.block_structure[1],
         )
-        plain = nn.Linear(shape[1], shape[0], bias=False, device="meta")
-        weight = grid.values(unpack_from_int32(linear.weight_packed, args.num_bits, shape)).to(
-            dtype
-        )
+        weight = _values(grid, linear.weight_packed, linear.weight_shape).to(dtype)
+        plain = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
         plain.weight, plain.bias = nn.Parameter(weight, requires_grad=False), linear.bias
         replace_linear(model, name, GridLinear.of(plain, grid))
     hook: Any = model.ct_decompress_hook
@@ -131,18 +127,22 @@ def grids_of(quantization: Any) -> dict[str, tuple[int, int]]:
 
 
 def unpacked(grid: tuple[int, int], part: Callable[[str], Tensor | None]) -> Tensor:
-    """A weight (m n) in the dtype of its scales. part: what is stored as weight_packed,
+    """A weight (m n) in float32. part: what is stored as weight_packed,
     weight_scale, weight_shape and weight_zero_point, by the last word.
     """
     needed("compressed_tensors", "int4", "Reading a folder of packed integers")
-    from compressed_tensors.compressors.pack_quantized import unpack_from_int32
-
     bits, group_size = grid
     words, scales, shape = (part(name) for name in ("packed", "scale", "shape"))
     assert words is not None and scales is not None and shape is not None, "a packed weight"
-    integers = unpack_from_int32(words, bits, torch.Size(shape.tolist()))
     whole = Grid(scales=scales, zeros=part("zero_point"), bits=bits, group_size=group_size)
-    return whole.values(integers)
+    return _values(whole, words, shape)
+
+
+def _values(grid: Grid, words: Tensor, shape: Tensor) -> Tensor:
+    """The weight (m n) in float32 that packed words stand for; shape: (m, n) as it is stored."""
+    from compressed_tensors.compressors.pack_quantized import unpack_from_int32
+
+    return grid.values(unpack_from_int32(words, grid.bits, torch.Size(shape.tolist())))
 
 
 def grid_linears(model: nn.Module) -> dict[str, GridLinear]:

@@ -16,6 +16,7 @@ from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
 from specomp.evaluation.metric import FRACTION
 from specomp.experiment.record import Record
+from specomp.tables.render import is_number
 from specomp.tables.sweep import RATIO, Point, Sweep
 
 SIZE = (6.4, 4.0)  # inches
@@ -40,7 +41,7 @@ def quality(sweep: Sweep) -> dict[str, str]:
         axes["retention"] = stored, RATIO, lambda p: p.retention
         megabytes = "MB of the whole model"
         axes["bytes of the model"] = megabytes, RATIO, lambda p: p.model_bytes / 1e6
-    numeric = [k for k in sweep.keys if all(_is_number(p.keys[k]) for p in sweep.points)]
+    numeric = [k for k in sweep.keys if all(is_number(p.keys[k]) for p in sweep.points)]
     if numeric:
         key = numeric[-1]
         axes["the swept number"] = key, key, lambda p: float(p.keys[key])
@@ -279,11 +280,3 @@ def _new() -> tuple[Figure, Any]:
 def _against_depth(values: Sequence[float]) -> list[tuple[float, float]]:
     """Values at equal distances from 0 to 1."""
     return [(i / max(1, len(values) - 1), x) for i, x in enumerate(values)]
-
-
-def _is_number(text: str) -> bool:
-    try:
-        float(text)
-    except ValueError:
-        return False
-    return True

@@ -68,7 +68,7 @@ def as_csv(text: str) -> str:
     """A cell of a csv: text that a spreadsheet would calculate begins with an apostrophe."""
     line = one_line(text)
     calculated = line.lstrip().startswith(FORMULA) and not NUMBER.fullmatch(line)
-    return f"'{line}" if calculated and not _is_number(line) else line
+    return f"'{line}" if calculated and not is_number(line) else line
 
 
 def as_latex(text: str) -> str:
@@ -106,7 +106,8 @@ def _markdown(header: Sequence[str], body: Sequence[Sequence[str]]) -> str:
     return "\n".join([lines[0], rule, *lines[1:]]) + "\n"
 
 
-def _is_number(text: str) -> bool:
+def is_number(text: str) -> bool:
+    """Whether a text reads as a number."""
     try:
         float(text)
     except ValueError:

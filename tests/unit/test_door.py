@@ -290,3 +290,8 @@ def test_what_decides_no_number_may_be_edited(tmp_path):
     config.write_text(config.read_text().replace("10000.0", "10001.0"))
     with pytest.raises(UserError, match=r"config\.json is not what it was"):
         specomp.load(tmp_path / "m")
+
+
+def test_logits_of_another_shape_are_one_line():
+    with pytest.raises(UserError, match=r"it gives other logits \(16, 7\)"):
+        door._compare(torch.ones(16, 9), torch.ones(16, 7), 0.1, "it")
