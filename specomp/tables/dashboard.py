@@ -156,6 +156,8 @@ def publish(options: Namespace) -> str:
     tracking = tracking_of(overrides)
     about_points = [x for x in overrides if not about_tracking(x)]
     sweep = load_sweep(about_points, stored(options.records))
+    if not sweep.records:
+        raise UserError(f"No point of it has run, so there is nothing to show: `{sweep.command}`.")
     shown = sweep_report(sweep, report(sweep, stores(options.records)))
     entity = tracking.publish_sweep(shown)
     made = view(

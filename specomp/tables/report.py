@@ -14,7 +14,15 @@ from pathlib import Path
 import pandas
 from jinja2 import Environment, PackageLoader
 
-from specomp.experiment.record import COMMITTED, Record, RecordStore, companions, stored, stores
+from specomp.experiment.record import (
+    COMMITTED,
+    Record,
+    RecordStore,
+    companions,
+    own_records,
+    stored,
+    stores,
+)
 from specomp.tables import charts
 from specomp.tables.charts import Frames
 from specomp.tables.command import command, sweep_parser
@@ -155,7 +163,7 @@ def _provenance(records: Sequence[Record]) -> Table:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Command line; returns the exit code."""
     parser = sweep_parser("report", __doc__)
-    output = "file to write (default: EXPERIMENT.html)"
+    output = f"file to write (default: {own_records().parent}/EXPERIMENT.html)"
     parser.add_argument("--output", type=Path, help=output)
     folder = "write report.html there, and the figures of quality as svg files"
     parser.add_argument("--write", type=Path, metavar="FOLDER", help=folder)
@@ -168,7 +176,7 @@ def _written(options: argparse.Namespace) -> str:
     folders = stores(options.records)
     if options.write is not None:
         return "".join(f"{path}\n" for path in write(sweep, folders, options.write))
-    path = options.output or Path(f"{sweep.name}.html")
+    path = options.output or own_records().parent / f"{sweep.name}.html"
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(report(sweep, folders))
     return f"{path}\n"

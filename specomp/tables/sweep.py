@@ -27,6 +27,7 @@ from specomp.experiment.completed import completed
 from specomp.experiment.environment import plain_config
 from specomp.experiment.making import make
 from specomp.experiment.record import Record, point_of
+from specomp.progress import track
 from specomp.settings import BESIDE, CONF, PROGRAM, choices
 
 EXPERIMENT = "experiment="
@@ -251,7 +252,8 @@ def _load(asked: Sequence[str], records: Iterable[Record]) -> Sweep:
     command = [*program, *named, *(["hydra.mode=RUN"] if named else [])]
     points: list[Point] = []
     measured: dict[str, tuple[Column, ...]] = {}  # by what is asked of a benchmark suite
-    for chosen in product(*axes.values()):
+    count = math.prod(map(len, axes.values()))
+    for chosen in track(product(*axes.values()), "points of the table", count, traced=False):
         keys = dict(zip(axes, chosen, strict=True))
         lines = [[*fixed, *(f"{k}={v}" for k, v in keys.items()), *seed] for seed in seeds]
         configs = [
@@ -315,6 +317,9 @@ def _experiment(named: Sequence[str]) -> str:
     if len(found) > 1 or "," in name:
         raise UserError(f"{' '.join(named)}: a table is of one experiment.")
     if name and name not in known:
+        if Path(name).is_dir():
+            told = "is a folder, and this is of a sweep"
+            raise UserError(f"{name} {told}: `specomp table {name}` lists a folder.")
         raise UserError(f"No experiment {name}{meant(name, known)}")
     return name
 
