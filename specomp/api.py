@@ -84,8 +84,7 @@ def compress(
     budget = budget_of(ratio)
     dtype = str(model.dtype).removeprefix("torch.")
     check_method(chosen, budget, settings.upstream, samples.num_samples, 1, dtype)
-    units = family.units(model)
-    check_budget(units, chosen, budget, model.dtype)
+    check_budget(model, family, chosen, budget)
     if chosen.training.active:
         chosen.training.check(chosen, budget, more.num_samples, 1, dtype)
     with ExitStack() as stack:
@@ -116,7 +115,7 @@ def compress(
         with run.progress.stage("calibrate"):
             statistics = calibrate(run)
         report = compress_calibrated(run, statistics)
-    if any(isinstance(x, Substitute) for x in model.modules()):
+    if not all(x.dense for x in report.linears):
         adopt(model)
     return report
 

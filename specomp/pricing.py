@@ -28,14 +28,15 @@ from specomp.compression.run import Run
 from specomp.compression.spectra import decompose, kept_components, stores_more
 from specomp.data.calibration import CalibrationSet
 from specomp.evaluation.workload import Workload
-from specomp.forms.options import DENSE, fill, options
+from specomp.forms.options import DENSE, Options, fill, options
 from specomp.forms.prices import Budget, bits, numbers
 from specomp.models.families import family_of
 from specomp.models.family import LinearSpec, Unit
 from specomp.models.load import skeleton
-from specomp.numerics.statistics import Statistic
+from specomp.numerics.elimination import eliminating
+from specomp.numerics.statistics import Statistic, shapes
 from specomp.numerics.work import Counter, Work, work
-from specomp.slots import Choice, Method
+from specomp.slots import Choice, Form, Method
 
 FLOAT = 4  # bytes: spectra, statistics of float32 sums, logits
 # Largest side of the linear that stands in for one.
@@ -119,19 +120,24 @@ class Plan:
     def _chosen(self) -> tuple[dict[Unit, Choice], str | None]:
         run, data, wanted = self.run, NoData(), "a training"
         share = run.budget.share(run.model.dtype)
-        menu = options(
-            run.units,
-            [self.method.packing],
-            run.budget,
-            run.model.dtype,
-            data,  # type: ignore[arg-type]
-            self.method.rounding.grid,
-        )
+
+        def made(wide: Mapping[Unit, Sequence[Form]] | None = None) -> dict[Unit, Options]:
+            return options(
+                run.units,
+                [self.method.packing],
+                run.budget,
+                run.model.dtype,
+                data,  # type: ignore[arg-type]
+                self.method.rounding.grid,
+                wide,
+            )
+
         if not self.method.training.chooses:
             try:
-                return self.method.allocation(menu, share, data), None
+                return self.method.allocation(made(run.wide_units), share, data), None
             except NeedsData as error:
                 wanted = str(error)
+        menu = made()
         return {
             unit: menu[unit].choice(i)
             for unit, i in fill(menu, dict.fromkeys(menu, share), share).items()
@@ -203,7 +209,9 @@ class Plan:
         if self.method.training.chooses:
             return self.run.linears * (2 if self.method.repairs else 1)
         if self.asked in ("spectra", "trials"):
-            return self.run.linears
+            whole = self.route.caches_spectra or self.method.allocation.needs_spectra
+            mlps = {x.name for unit in self.run.wide_units for x in unit.linears}
+            return [x for x in self.run.linears if whole or x.name in mlps]
         return [x for unit in self.low for x in unit.linears] if self.route.caches_spectra else []
 
     @cached_property
@@ -223,6 +231,17 @@ class Plan:
     def spectra_cached(self) -> int:
         """Spectra."""
         return FLOAT * sum(map(self.spectrum_numbers, self.decomposed))
+
+    @cached_property
+    def eliminated(self) -> list[tuple[int, int]]:
+        """(hidden size, inner dimensions) of every MLP whose dimensions are put in order."""
+        downs = [unit.linears[-1] for unit in self.run.family.mlps(self.run.model)]
+        return [(x.m, x.n) for x in downs] if self.run.wide_units else []
+
+    @property
+    def units_cached(self) -> int:
+        """An order, and what every size of it loses."""
+        return sum(8 * (2 * inner + 1) for _, inner in self.eliminated)
 
     def statistics_of(self, statistics: Iterable[Statistic]) -> int:
         """What one decoder layer accumulates."""
@@ -289,17 +308,11 @@ class Plan:
         found: dict[str, Tensor] = {}
         for statistic in statistics:
             for x in linears:
-                seen: dict[str, list[tuple[int, ...]]] = {
-                    "site": [(1, tokens, x.n)],
-                    "pair": [(1, tokens, x.n), (1, tokens, x.n)],
-                    "linear": [(x.m, x.n)],
-                    "output": [(1, tokens, x.m), (1, tokens, x.n)],
-                    "decoder_layer": [(1, tokens, self.hidden), (1, tokens, self.hidden)],
-                }
                 name = f"{place_of(x, statistic)}:{statistic.name}"
                 if name not in found:
                     accumulator = statistic.start(self.run.precision, 1)
-                    accumulator.update(*(random(*shape) for shape in seen[statistic.scope]))
+                    seen = shapes(statistic, x.m, x.n, tokens, self.hidden)
+                    accumulator.update(*(random(*shape) for shape in seen))
                     found[name] = accumulator.value()
         return found
 
@@ -503,6 +516,11 @@ class Plan:
             return Stage(name="allocate", detail="", work=Work(), held=0)
         total, detail = self.spectra(), f"{len(self.decomposed)} eigenproblems"
         held = self.activations(1, self.run.samples.length) + self.workspace
+        if self.eliminated:
+            total += sum((eliminating(*x) for x in self.eliminated), Work())
+            total += work("disk", self.units_cached)
+            held += max(8 * (4 * inner**2 + 3 * m * inner) for m, inner in self.eliminated)
+            detail += f"; {len(self.eliminated)} MLPs put in order"
         trials = self.asked == "trials"
         return Stage(
             name="allocate",
@@ -738,7 +756,7 @@ def planned(
     family, model = family_of(config), skeleton(config, dtype)
     check_method(method, budget, calibration.upstream, num_samples, more.pop("processes", 1), dtype)
     if not method.is_dense:
-        check_budget(family.units(model), method, budget, model.dtype)
+        check_budget(model, family, method, budget)
     samples = CalibrationSet.of_shape(num_samples, length, calibration.batch_size)
     run = Run(
         model=model,

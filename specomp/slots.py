@@ -9,7 +9,7 @@ import inspect
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields, is_dataclass
-from typing import Any, Literal, Protocol
+from typing import Any, ClassVar, Literal, Protocol
 
 import torch
 from pydantic import SkipValidation
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from specomp.cache import digest
 from specomp.errors import UserError
-from specomp.models.family import LinearSpec, Unit
+from specomp.models.family import LinearSpec, ModelFamily, Unit
 from specomp.numerics.factors import LowRankFactors, Norm, Spectrum
 from specomp.numerics.grid import Grid, GridSpec
 from specomp.numerics.statistics import Statistic, Stats
@@ -68,13 +68,29 @@ class Evidence(Protocol):
         assemble: Callable[..., Tensor],
         *,
         free_basis: bool,
+        inputs: Tensor | None = None,
     ) -> tuple[Rounded, ...]:
         """Matrices that are applied one after the other to the linear's inputs, as the method
         rounds them.
 
         assemble: makes the weight (m n) of them; free_basis: any invertible map may be put between
-        two of them.
+        two of them; inputs: indices of the linear's inputs, where the first reads only these.
         """
+
+    def norm(self, linear: LinearSpec) -> Norm:
+        """In which errors of the weight count; where it predicts the model's loss, those of all
+        linears compare.
+        """
+
+    def remembered(
+        self, unit: Unit, made_by: Any, make: Callable[[], Mapping[str, Tensor]]
+    ) -> Mapping[str, Tensor]:
+        """What `make` makes of a unit's statistics and weights, free of any ratio: from the cache,
+        or into it; made_by: the slot or form that asks, whose settings it depends on.
+        """
+
+    def lost(self, linear: LinearSpec, share: float) -> None:
+        """For the report: the share of a linear's norm that is lost where its shape changes."""
 
     def bias(self, linear: LinearSpec) -> Tensor | None:
         """(m) of what is stored."""
@@ -110,6 +126,46 @@ class Form(Protocol):
 
     def notes(self, facts: Mapping[str, Mapping[str, float]], count: int) -> Iterable[str]:
         """What a reader should know of all of them; facts: by linear; count: linears in all."""
+
+
+class Units(Protocol):
+    """Which units wider than a linear may be stored as one. active: whether there are any."""
+
+    active: bool
+
+    def forms(self, units: Sequence[Unit]) -> Mapping[Unit, Sequence[Form]]:
+        """How units may be stored as one, each of several linears: of the given ones, which are
+        the MLPs of a model, or made of them. Linears of others are stored by themselves.
+        """
+
+    def check(self, method: "Method") -> None:
+        """Whether the other slots fit. Raises UserError."""
+
+    def check_family(self, family: ModelFamily) -> None:
+        """Whether models of the family have such units. Raises UserError."""
+
+    def check_export(self, form: str) -> None:
+        """Whether a model cut so can be written as "factors" or "dense". Raises UserError."""
+
+
+@configurable
+class NoUnits:
+    """Every linear is stored by itself."""
+
+    active: ClassVar[bool] = False
+
+    def forms(self, units: Sequence[Unit]) -> Mapping[Unit, Sequence[Form]]:
+        """None."""
+        return {}
+
+    def check(self, method: "Method") -> None:
+        """Fits everything."""
+
+    def check_family(self, family: ModelFamily) -> None:
+        """Fits everything."""
+
+    def check_export(self, form: str) -> None:
+        """Either."""
 
 
 class Target(Protocol):
@@ -318,6 +374,7 @@ class Method:
     training: SkipValidation[Training]
     packing: SkipValidation[Form]
     rounding: SkipValidation[Rounding]
+    units: SkipValidation[Units] = NoUnits()  # type: ignore[assignment]
 
     @property
     def is_dense(self) -> bool:
@@ -339,6 +396,7 @@ SLOTS: dict[str, type] = {
     "training": Training,
     "packing": Form,
     "rounding": Rounding,
+    "units": Units,
 }
 
 
@@ -376,10 +434,10 @@ def _fields(made: Any) -> set[str]:
 # Files whose formulas are pinned by tests; one beside them is somebody's own.
 OURS = {
     "methods": (
-        "adasvd anchored asvd block_refine fwsvd global_loss kronecker lora soco spectrum svd"
-        " svd_llm"
+        "adasvd anchored asvd block_refine functional fwsvd global_loss kronecker lora soco"
+        " spectrum svd svd_llm"
     ),
-    "forms": "dense factors pivoted ranked",
+    "forms": "cut dense factors pivoted ranked",
     "quantization": "factors gptq none rtn",
 }
 

@@ -221,7 +221,7 @@ def test_a_rounding():
 
 def test_a_form_is_priced_chosen_saved_and_reloaded(tmp_path):
     model = tiny_model("llama_gqa")
-    method = specomp.method("specomp", packing=HalvesForm())
+    method = specomp.method("specomp_low_rank", packing=HalvesForm())
     report = specomp.compress(model, TOKENS, method, 0.4, calibration={"batch_size": 2})
     chosen = {x.name: x for x in report.linears if not x.dense}
     assert chosen and report.ledger.measured_retention == pytest.approx(0.6, abs=0.02)

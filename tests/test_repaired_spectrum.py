@@ -23,7 +23,12 @@ from specomp.forms.factors import Factors
 from specomp.forms.pivoted import Pivoted
 
 COMMON = ["method=specomp", "ratio=cr40", "benchmark=none", "save=false"]
-REFINED = [*COMMON, "method/refinement=block_refine", "method.refinement.steps=3"]
+REFINED = [
+    *COMMON,
+    "method/units=none",
+    "method/refinement=block_refine",
+    "method.refinement.steps=3",
+]
 STILL = ["method.training.learning_rate=1e-12", "method.training.learning_rate_deviation=1e-12"]
 POLISH = [
     "method/training=polish",

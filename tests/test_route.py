@@ -38,6 +38,7 @@ AXES = {
     "training": list(TRAININGS),
     "refinement": ["none", "block_refine"],
     "compensation": ["own", "update_u"],
+    "units": ["none", "cut"],
 }
 
 
@@ -63,6 +64,8 @@ def possible():
         if (
             point["method"] == "dense"
             and len(set(values) & {"none", "factors", "dense", "own"}) < 4
+            or point["method"] == "dense"
+            and point["units"] == "cut"
         ):
             continue
         try:
@@ -78,13 +81,21 @@ def method_of(point):
     return made(
         *(
             point[x]
-            for x in ("method", "quantizer", "packing", "training", "refinement", "compensation")
+            for x in (
+                "method",
+                "quantizer",
+                "packing",
+                "training",
+                "refinement",
+                "compensation",
+                "units",
+            )
         )
     )
 
 
 @functools.cache
-def made(name, quantizer, packing, training, refinement, compensation):
+def made(name, quantizer, packing, training, refinement, compensation, units):
     slots = dict(TRAININGS[training]) | QUICK.get(name, {})
     if training == "none" and name == "soco":
         slots["training"] = {"steps_factor": 0.005}
@@ -92,7 +103,7 @@ def made(name, quantizer, packing, training, refinement, compensation):
         slots["compensation"] = compensation
     if refinement != "none":
         slots["refinement"] = rows.slot("refinement", "block_refine", steps=1)
-    return rows.method(name, packing=packing, quantizer=quantizer, **slots)
+    return rows.method(name, packing=packing, quantizer=quantizer, units=units, **slots)
 
 
 class Watched(Progress):
@@ -175,6 +186,7 @@ def test_a_run_does_what_its_plan_says(tmp_path, executed, point):
     assert executed["tokens"] == tokens
     assert executed["gradient tokens"] == sum(n for gradients, n in plan.passes if gradients)
     assert executed["statistics"] == plan.statistics_cached
+    assert executed["units"] == plan.units_cached
     assert executed["carried"] == plan.hidden_carried
     assert executed["teacher"] == plan.teacher_cached
     assert list(dict.fromkeys(progress.stages)) == list(dict.fromkeys(plan.route.stages))

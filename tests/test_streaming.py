@@ -319,6 +319,8 @@ def test_a_streamed_run_makes_the_same_folder(folders, tmp_path, name, method):
         ["method=svd_llm", "calibration.upstream=compressed"],
         ["method=svd_llm", "calibration.precision=bfloat16"],
         ["method=svd_llm_update"],
+        ["method=adasvd", "method/units=cut"],
+        ["method=svd_llm", "method/units=cut", "quantizer=gptq_int4"],
         ["method=asvd", "quantizer=gptq_int4"],
         ["method=svd_llm", "method/allocation=global_loss"],
         [

@@ -20,6 +20,7 @@ from specomp.compression.run import Run
 from specomp.compression.stream import HiddenStream
 from specomp.errors import UserError, not_finite
 from specomp.models.family import LinearSpec
+from specomp.models.modules import PartLinear
 from specomp.numerics.statistics import GRADIENT_SCOPES, VERSION, Statistic, Stats
 from specomp.progress import track
 
@@ -156,6 +157,18 @@ class Statistics:
         )
         device = self.run.device(index)
         return None if part is None else {name: value.to(device) for name, value in part.items()}
+
+
+class PartStatistics(Statistics):
+    """Of linears of which only some outputs and inputs are left."""
+
+    def __call__(self, linear: LinearSpec) -> Stats:
+        """All statistics of what is left of one linear."""
+        module = self.run.model.get_submodule(linear.name)
+        found = super().__call__(linear)
+        return (
+            found.part(module.outputs, module.inputs) if isinstance(module, PartLinear) else found
+        )
 
 
 def part_name(decoder_layer: int) -> str:

@@ -2,15 +2,13 @@
 alike.
 """
 
-from collections.abc import Sequence
-
-import torch
+from typing import Any
 
 from specomp.compression.route import Route
 from specomp.errors import UserError
 from specomp.forms.options import DENSE
 from specomp.forms.prices import Budget
-from specomp.models.family import Unit
+from specomp.models.family import ModelFamily
 from specomp.slots import Method, Upstream, check_slots
 
 
@@ -35,15 +33,18 @@ def check_method(
             f"{type(getattr(method, moves)).__name__} moves numbers off the grid they were rounded"
             f" to: use another method/{moves}, or quantizer=none."
         )
+    method.units.check(method)
     if training.active:
         training.check(method, budget, training.samples_of(num_samples), processes, dtype)
     return route
 
 
-def check_budget(units: Sequence[Unit], method: Method, budget: Budget, dtype: torch.dtype) -> None:
-    """No allocation helps when the budget cannot pay the smallest form everywhere. Raises
-    UserError.
+def check_budget(model: Any, family: ModelFamily, method: Method, budget: Budget) -> None:
+    """Whether the method's units fit the model, and the budget pays the smallest form everywhere:
+    else no allocation helps. model: of transformers, without numbers too. Raises UserError.
     """
+    units, dtype = family.units(model), model.dtype
+    method.units.check_family(family)
     form, grid, least, whole = method.packing, method.rounding.grid, 0, 0
     for unit in units:
         sizes, dense = form.sizes(unit), budget.price(DENSE.parts(unit, 0), dtype)

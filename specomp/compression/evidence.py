@@ -8,16 +8,17 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from specomp.cache import digest, waiting
 from specomp.compression.calibrate import Statistics
 from specomp.compression.observe import stats_of
 from specomp.compression.run import Run
 from specomp.compression.spectra import Spectra, decompose, target_of
 from specomp.errors import UserError, not_finite
-from specomp.models.family import LinearSpec
+from specomp.models.family import LinearSpec, Unit
 from specomp.numerics.factors import LowRankFactors, Norm, Spectrum, truncate
 from specomp.numerics.linalg import relative
 from specomp.numerics.statistics import Stats
-from specomp.slots import Rounded, Trained
+from specomp.slots import Rounded, Trained, describe
 
 Values = Mapping[str, Tensor]
 """What a decoder layer accumulated, by place and statistic."""
@@ -42,6 +43,28 @@ class DenseEvidence:
         """From the cache, or into it."""
         return self.spectra(linear)
 
+    def norm(self, linear: LinearSpec) -> Norm:
+        """Of these statistics."""
+        return self.spectra.whitening(self.stats(linear))
+
+    def remembered(
+        self, unit: Unit, made_by: Any, make: Callable[[], Mapping[str, Tensor]]
+    ) -> Mapping[str, Tensor]:
+        """From the cache, or into it."""
+        run = self.run
+        key = digest({"spectra": self.spectra.key, "of": describe(made_by)})
+        with waiting(run.cache.lock("units", digest([key, unit.name])), f"works on {unit.name}"):
+            found = run.cache.load("units", key, unit.name)
+            run.cache.count("units", hit=found is not None)
+            if found is None:
+                with run.resident(unit.decoder_layer):
+                    found = dict(make())
+                run.cache.save("units", key, unit.name, found)
+        return found
+
+    def lost(self, linear: LinearSpec, share: float) -> None:
+        """Of a trial: not reported."""
+
     def factors(self, linear: LinearSpec, rank: int) -> LowRankFactors:
         """Truncated, not compensated: what a probe tries."""
         return truncate(self.spectrum(linear), rank)
@@ -53,6 +76,7 @@ class DenseEvidence:
         assemble: Callable[..., Tensor],
         *,
         free_basis: bool,
+        inputs: Tensor | None = None,
     ) -> tuple[Rounded, ...]:
         """As they are."""
         return tuple(map(Rounded, matrices))
@@ -75,6 +99,7 @@ class DenseEvidence:
 class Account:
     """What was found out about one linear on the way. See LinearReport."""
 
+    norm_error: float = 0.0
     compensation_gain: float | None = None
     quantization_error: float | None = None
     quantization_damping: float = 0.0
@@ -110,6 +135,18 @@ class LayerEvidence(DenseEvidence):
     def weight(self, linear: LinearSpec) -> Tensor:
         """T (m n) on these inputs."""
         return self._seen(linear)[2]
+
+    def remembered(
+        self, unit: Unit, made_by: Any, make: Callable[[], Mapping[str, Tensor]]
+    ) -> Mapping[str, Tensor]:
+        """Of these inputs: from the cache only where they are the dense model's."""
+        if self.run.route.caches_spectra:
+            return super().remembered(unit, made_by, make)
+        return make()
+
+    def lost(self, linear: LinearSpec, share: float) -> None:
+        """Kept for the report."""
+        self.account(linear).norm_error = share
 
     def _seen(self, linear: LinearSpec) -> tuple[Stats, Norm, Tensor]:
         if linear.name not in self._norms:
@@ -175,6 +212,7 @@ class LayerEvidence(DenseEvidence):
         assemble: Callable[..., Tensor],
         *,
         free_basis: bool,
+        inputs: Tensor | None = None,
     ) -> tuple[Rounded, ...]:
         """On the inputs that the route says. Raises UserError where that is numerically
         impossible.
@@ -185,6 +223,8 @@ class LayerEvidence(DenseEvidence):
             if self.run.route.rounds == "compensation"
             else self.stats(linear)
         )
+        if inputs is not None:
+            stats = stats.part(None, inputs)
         try:
             found = rounding(matrices, stats, self.place(linear)["dtype"], free_basis=free_basis)
         except ValueError as error:
@@ -211,8 +251,10 @@ class LayerEvidence(DenseEvidence):
         if self.trained is None:
             return super().dense(linear)
         factors, dtype = self.trained.factors(linear, min(linear.m, linear.n)), self.run.model.dtype
-        whole = nn.Linear(linear.n, linear.m, bias=False, device="meta")
-        whole.weight = nn.Parameter(factors.product().to(dtype))
+        weight = factors.product().to(dtype)
+        # of an MLP that was cut it is smaller than the linear
+        whole = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
+        whole.weight = nn.Parameter(weight)
         bias = self.bias(linear)
         whole.register_parameter(
             "bias", None if bias is None else nn.Parameter(bias.to(whole.weight.device, dtype))

@@ -23,7 +23,7 @@ from specomp.compression.report import LinearReport, Report, errors_of, explaine
 from specomp.compression.run import Run
 from specomp.compression.spectra import Spectra, Weight
 from specomp.compression.stream import HiddenStream
-from specomp.forms.options import DENSE, options
+from specomp.forms.options import DENSE, options, settled
 from specomp.forms.prices import numbers, parts_of
 from specomp.models.family import Unit
 from specomp.models.modules import replace_linear, weight_of
@@ -43,10 +43,20 @@ def compress(run: Run, statistics: Statistics) -> Report:
     with progress.stage("allocate"):
         evidence = DenseEvidence(run, spectra)
         menu = options(
-            run.units, [method.packing], run.budget, run.model.dtype, evidence, method.rounding.grid
+            run.units,
+            [method.packing],
+            run.budget,
+            run.model.dtype,
+            evidence,
+            method.rounding.grid,
+            run.wide_units,
+            # gradients of outputs say how much those of different linears matter
+            comparable=any(x.scope == "output" for x in method.whitening.needs),
         )
-        choices = method.allocation(
-            menu, run.budget.share(run.model.dtype), Probe(run, statistics, evidence)
+        choices = settled(
+            method.allocation(
+                menu, run.budget.share(run.model.dtype), Probe(run, statistics, evidence)
+            )
         )
     prepared = method.training.before(run)
     trained = method.training.forms(run, prepared, choices, statistics, spectra)
@@ -173,6 +183,8 @@ def _compress_layer(
             )
             for x in part
         ]
+    place = {x.name: i for i, x in enumerate(run.linears)}
+    found.sort(key=lambda x: place[x.name])
     if refinement is not None and not all(x.dense for x in found):
         assert streams is not None and streams.own is not None and streams.dense is not None
         gain = refined(run, refinement, index, streams.own, streams.dense)
@@ -199,23 +211,22 @@ def store_unit(run: Run, unit: Unit, choice: Choice, evidence: LayerEvidence) ->
             evidence.account(linear).compensation_gain = evidence.trained.gains.get(linear.name)
         if module is not run.model.get_submodule(linear.name):
             run.model.get_submodule(linear.name).requires_grad_(False)
-            weight = weight_of(module)
-            errors = errors_of(
-                weight,
-                evidence.weight(linear).float(),
-                evidence.norm(linear),
-                evidence.spectrum(linear),
-                choice.size,
-            )
+            found = dict(vars(evidence.account(linear)))
+            shape: Any = (module.out_features, module.in_features)
+            whole = shape == (linear.m, linear.n)
+            if whole:
+                spectrum, target = evidence.spectrum(linear), evidence.weight(linear).float()
+                norm = evidence.norm(linear)
+                found |= errors_of(weight_of(module), target, norm, spectrum, choice.size)
+                found |= {"damping": spectrum.damping}
             replace_linear(run.model, linear.name, module.requires_grad_(False))
             report = replace(
                 report,
                 stored=numbers(parts_of(module)),
-                damping=evidence.spectrum(linear).damping,
+                dense=report.dense and whole,
                 facts=dict(choice.form.facts(module)),
                 seconds=time.perf_counter() - start,
-                **errors,
-                **vars(evidence.account(linear)),
+                **found,
             )
         evidence.forget(linear)
         reports.append(report)

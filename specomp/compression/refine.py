@@ -51,6 +51,7 @@ def refinement_key(run: Run, choices: Mapping[Unit, Choice]) -> str:
     spec, method = run.calibration, run.method
     slots = (method.target, method.whitening, method.packing, method.refinement)
     more = {"compensation": describe(method.compensation)} if method.compensation.active else {}
+    more |= {"units": describe(method.units)} if method.units.active else {}
     return digest(
         {
             "version": VERSION,

@@ -107,7 +107,8 @@ class Route:
         )
         if training.chooses or (upstream == "dense" and not by_repair):
             dense |= rounding.needs
-        if method.allocation.needs_spectra:  # of the dense model, whatever the norm sees later
+        # of the dense model, whatever the norm sees later
+        if method.allocation.needs_spectra or method.units.active:
             dense |= method.whitening.needs
         carried = whitening.streamed | compensation.streamed
         stream_samples = 0

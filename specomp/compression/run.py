@@ -4,7 +4,7 @@ before numbers are seen.
 
 import logging
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -22,7 +22,7 @@ from specomp.forms.prices import Budget
 from specomp.models.family import LinearSpec, ModelFamily, Unit
 from specomp.models.store import LayerStore
 from specomp.numerics.statistics import Precision
-from specomp.slots import Method
+from specomp.slots import Form, Method
 
 log = logging.getLogger(__name__)
 
@@ -101,6 +101,11 @@ class Run:
     def units(self) -> list[Unit]:
         """What the budget is shared out among."""
         return self.family.units(self.model)
+
+    @cached_property
+    def wide_units(self) -> dict[Unit, Sequence[Form]]:
+        """Units of several linears that the method may store as one, and how."""
+        return dict(self.method.units.forms(self.family.mlps(self.model)))
 
     @cached_property
     def route(self) -> Route:

@@ -131,7 +131,7 @@ class Spectra:
                 if free and not run.cache.has("spectra", self.key, name):
                     # Statistics of its own: other threads may be reading those of the decoder layer
                     # they work on.
-                    self._stored(linear, Statistics(run, self.statistics.statistics))
+                    self._stored(linear, type(self.statistics)(run, self.statistics.statistics))
                     return True
         return False
 

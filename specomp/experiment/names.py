@@ -18,6 +18,8 @@ OLD_TARGETS = {
     "specomp.forms.prices.Numbers": "specomp.ratio.Ratio",
     "specomp.training.phases.Convergence": "specomp.phases.Convergence",
 }
+# Rows whose name is another's now: in a point the name is what it was.
+OLD_ROWS = {"specomp_low_rank": "specomp"}
 # Settings that came later, by class, with the value that they have in every key made before: left
 # out of a key at that value.
 LATER: dict[str, dict[str, Any]] = {
@@ -37,6 +39,8 @@ def method_identity(method: Method) -> dict[str, Any]:
     found = without_later(describe(method))
     found |= {"name": None}
     found.pop("rounding")
+    if not method.units.active:  # a slot that came later
+        found.pop("units")
     refinement = found.pop("refinement")
     if method.refinement.active:  # it was a compensation once
         found["refinement" if method.compensation.active else "compensation"] = refinement
@@ -61,6 +65,11 @@ def portable(config: Mapping[str, Any]) -> dict[str, Any]:
     if isinstance(wanted["calibration"], Mapping):
         wanted["calibration"] = {k: v for k, v in wanted["calibration"].items() if k not in MEMORY}
     method = wanted["method"]
+    if isinstance(method, Mapping):
+        method["name"] = OLD_ROWS.get(method.get("name", ""), method.get("name"))  # type: ignore[index]
+        units = method.get("units") or {}
+        if str(units.get("_target_")).endswith(".NoUnits"):  # a slot that came later
+            method.pop("units")  # type: ignore[attr-defined]
     if isinstance(method, Mapping) and "refinement" in method:
         refinement, compensation = method.pop("refinement"), method.get("compensation")  # type: ignore[attr-defined]
         if not str(refinement["_target_"]).endswith(".NoRefinement"):

@@ -256,7 +256,7 @@ def produce(experiment: Experiment, record: Record) -> tuple[Any, Any, list[Line
         return loaded.model, loaded.tokenizer, []
     progress = RecordProgress(experiment, record)
     run = run_of(experiment, loaded, progress)
-    check_budget(run.units, run.method, run.budget, run.model.dtype)
+    check_budget(run.model, run.family, run.method, run.budget)
     if experiment.options.reference:
         with record.stage("evaluate dense"):
             record.dense_metrics |= reference(experiment, loaded)

@@ -23,7 +23,7 @@ class Dense:
 
     def parts(self, unit: Unit, size: int, grid: GridSpec | None = None) -> Mapping[str, Part]:
         """m n numbers of each linear, in the model's dtype."""
-        return {f"{x.kind}.weight": Part((x.m, x.n)) for x in unit.linears}
+        return {f"{x.name}.weight": Part((x.m, x.n)) for x in unit.linears}
 
     def losses(self, unit: Unit, sizes: Tensor, evidence: Evidence) -> Tensor:
         """Zeros (sizes)."""

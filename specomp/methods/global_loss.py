@@ -21,7 +21,7 @@ from pydantic import Field
 from torch import Tensor
 
 from specomp.errors import UserError
-from specomp.forms.options import Menu, Options, priced_in
+from specomp.forms.options import Menu, Options, priced_in, steps
 from specomp.models.family import Unit
 from specomp.numerics.statistics import Statistic
 from specomp.progress import track
@@ -77,19 +77,6 @@ class Curve:
         """What the first option costs."""
         return int(self.costs[0])
 
-    def hull(self) -> list[int]:
-        """Options on the lower convex hull, the first and the last among them."""
-        kept: list[int] = []
-        points = list(zip(self.costs.tolist(), self.losses.tolist(), strict=True))
-        for index, (x, y) in enumerate(points):
-            while len(kept) >= 2:
-                (x0, y0), (x1, y1) = points[kept[-2]], points[kept[-1]]
-                if (y1 - y0) * (x - x0) < (y - y0) * (x1 - x0):
-                    break
-                kept.pop()
-            kept.append(index)
-        return kept
-
     def best(self, here: int, left: float) -> tuple[float, float, int]:
         """(loss saved per parameter, parameters, option) of the best step up from `here` that costs
         at most `left`; (0, 0, here): none.
@@ -106,8 +93,7 @@ class Curve:
 
 def curve(options: Options, round_to: int, *, normalize: bool) -> Curve:
     """Loss over price of one unit, its last point dense."""
-    low = list(range(options.last))
-    low = [i for i, size in enumerate(options.sizes[:-1].tolist()) if size % round_to == 0] or low
+    low = options.multiples(round_to)
     losses = options.losses[[*low, options.last]]
     if normalize and options.whole > 0:
         losses = losses / options.whole
@@ -118,17 +104,9 @@ def least_loss(curves: Mapping[Unit, Curve], budget: int) -> dict[Unit, int]:
     """The option of every unit. Optimal for what the steps on the hulls spend; the budget is met to
     less than the smallest step.
     """
-    steps = []
-    for name, points in curves.items():
-        hull, costs, losses = points.hull(), points.costs.tolist(), points.losses.tolist()
-        for start, stop in zip(hull, hull[1:], strict=False):
-            more = costs[stop] - costs[start]
-            steps.append(((losses[start] - losses[stop]) / more, more, name, stop))
     at = dict.fromkeys(curves, 0)
     left = float(budget - sum(x.cheapest for x in curves.values()))
-    # Along a hull the rate falls, so sorting (which is stable) keeps the order of each linear's
-    # steps.
-    for _, more, name, stop in sorted(steps, key=lambda step: -step[0]):
+    for _, more, name, stop in steps({k: (x.costs, x.losses) for k, x in curves.items()}):
         if more > left:
             break
         at[name], left = stop, left - more

@@ -2,14 +2,16 @@
 of SoCo are in soco.py).
 """
 
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any, ClassVar
 
-from specomp.compression.calibrate import Statistics
+from specomp.compression.calibrate import PartStatistics, Statistics
 from specomp.compression.loop import compress_layers
 from specomp.compression.run import Run
 from specomp.compression.spectra import Spectra, StoredSpectra
 from specomp.errors import UserError
+from specomp.forms.options import DENSE
 from specomp.forms.prices import Budget, Numbers
 from specomp.models.family import Unit
 from specomp.progress import track
@@ -65,8 +67,9 @@ class SpectrumTraining(SpectrumSettings):
     ) -> GatedChoice:
         """What the trained gates keep."""
         assert isinstance(run.budget, Numbers), "checked"
-        components, gains = spectra, {}
-        if run.method.repairs:
+        stored, target = run, run.budget.retention
+        components, starts, gains = spectra, choices, {}
+        if run.method.repairs or any(len(unit.linears) > 1 for unit in choices):
             for linear in track(run.linears, "decompose", len(run.linears)):
                 spectra(linear)  # while the model is dense
             with run.progress.stage("compress"):  # what is trained is rounded afterwards
@@ -75,19 +78,41 @@ class SpectrumTraining(SpectrumSettings):
                     x.name: x.compensation_gain
                     for x in compress_layers(bare, choices, statistics, spectra)
                 }
-            components = StoredSpectra(run, statistics)
+            # where MLPs are cut its linears are of other sizes: a run over what there is now
+            stored = replace(run)
+            components = StoredSpectra(stored, PartStatistics(stored, statistics.statistics))
+            starts = single(stored, choices)
+            if cut := sum(len(unit.linears) > 1 for unit in choices):
+                run.progress.note(f"{cut} MLPs were cut to fewer inner dimensions before training")
+            target *= sum(x.params for x in run.linears) / sum(x.params for x in stored.linears)
         by = f"whole components, chosen with {describe(self)['pruning']}"
-        return train(
-            run,
+        found = train(
+            stored,
             self,
-            choices,
+            starts,
             components,
             prepared,
-            target=run.budget.retention,
+            target=min(1.0, target),
             gains=gains,
             by=by,
         )
+        old = {unit.name: unit for unit in run.units}
+        return replace(found, choices={old[x.name]: c for x, c in found.choices.items()})
 
     def after(self, run: Run, prepared: TeacherStates) -> dict[str, Any]:
         """Nothing: it was said with the choice."""
         return {}
+
+
+def single(stored: Run, choices: Mapping[Unit, Choice]) -> dict[Unit, Choice]:
+    """Choices for the linears that there are by now: those of a unit that was stored as one are
+    dense ones of their size.
+    """
+    units = {unit.name: unit for unit in stored.units}
+    found = {}
+    for unit, choice in choices.items():
+        for x in unit.linears:
+            new = units[x.name]
+            dense = Choice(DENSE, DENSE.sizes(new)[0])
+            found[new] = choice if len(unit.linears) == 1 else dense
+    return {unit: found[unit] for unit in stored.units}

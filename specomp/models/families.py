@@ -3,7 +3,7 @@
 from transformers import PreTrainedConfig
 
 from specomp.errors import UserError
-from specomp.models.family import ModelFamily, Site
+from specomp.models.family import Mlp, ModelFamily, Site
 
 LLAMA = ModelFamily(
     # LLaMA 1-3, Vicuna, SmolLM2, Mistral, Qwen 2-3 and Gemma 2 name their linears alike
@@ -16,6 +16,7 @@ LLAMA = ModelFamily(
         Site(("mlp.gate_proj", "mlp.up_proj")),
         Site(("mlp.down_proj",)),
     ),
+    mlp=Mlp(("mlp.gate_proj", "mlp.up_proj"), "mlp.down_proj", "intermediate_size"),
 )
 
 PHI3 = ModelFamily(
@@ -28,6 +29,7 @@ PHI3 = ModelFamily(
         Site(("mlp.gate_up_proj",)),
         Site(("mlp.down_proj",)),
     ),
+    mlp=Mlp(("mlp.gate_up_proj",), "mlp.down_proj", "intermediate_size"),
 )
 
 OPT = ModelFamily(
@@ -40,6 +42,7 @@ OPT = ModelFamily(
         Site(("fc1",)),
         Site(("fc2",)),
     ),
+    mlp=Mlp(("fc1",), "fc2", "ffn_dim"),
 )
 
 FAMILIES = (LLAMA, PHI3, OPT)

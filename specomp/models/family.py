@@ -22,6 +22,18 @@ class Site:
 
 
 @dataclass(frozen=True)
+class Mlp:
+    """Which linears make the inner dimensions z of a decoder layer's MLP, and which one reads them:
+    z_j is made of output j of the inner linears alone. A linear that holds several of them (gate
+    and up in one) has their outputs one after the other. Names are relative to a decoder layer.
+    """
+
+    inner: tuple[str, ...]
+    down: str
+    size: str  # field of the config that says how many inner dimensions all MLPs have
+
+
+@dataclass(frozen=True)
 class LinearSpec:
     """One compressible linear: what a method may know about it."""
 
@@ -41,7 +53,9 @@ class LinearSpec:
 
 @dataclass(frozen=True)
 class Unit:
-    """What is decided about together: so far every linear by itself."""
+    """What is decided about together: a linear by itself, or those of a functional unit, for an MLP
+    the inner ones and then the one that reads them.
+    """
 
     name: str  # of the module that holds its linears
     kind: Literal["linear", "mlp", "value_output", "query_key", "expert"]
@@ -68,6 +82,7 @@ class ModelFamily:
     model_types: tuple[str, ...]  # `model_type` of the transformers configs it covers
     decoder_layers: str  # dotted name of the list of decoder layers, "model.layers"
     sites: tuple[Site, ...]
+    mlp: Mlp | None = None  # None: its MLPs are stored linear by linear
 
     def decoder(self, model: nn.Module) -> nn.Module:
         """Embeddings, decoder layers and final norm, without the LM head: the owner of the list of
@@ -101,6 +116,20 @@ class ModelFamily:
     def units(self, model: nn.Module) -> list[Unit]:
         """What a budget is shared out among, in the order of the linears."""
         return [Unit(x.name, "linear", (x,)) for x in self.linears(model)]
+
+    def mlps(self, model: nn.Module) -> list[Unit]:
+        """The MLP of every decoder layer as one unit; none where the family does not say what it is
+        made of.
+        """
+        if self.mlp is None:
+            return []
+        by_name = {x.name: x for x in self.linears(model)}
+        found = []
+        for index in range(len(self.layers(model))):
+            layer = f"{self.decoder_layers}.{index}"
+            linears = tuple(by_name[f"{layer}.{x}"] for x in (*self.mlp.inner, self.mlp.down))
+            found.append(Unit(f"{layer}.mlp", "mlp", linears))
+        return found
 
     def layer_ranges(self, model: nn.Module, size: int | None) -> Iterator[range]:
         """Consecutive ranges of `size` decoder-layer indices that cover the model; all of it at

@@ -53,13 +53,32 @@ def write_identity(
         )
 
 
-def check_form(model: PreTrainedModel, form: Form) -> tuple[dict[str, list[Any]], dict[str, bool]]:
+def check_form(model: PreTrainedModel, form: Form) -> tuple[dict[str, list[Any]], dict[str, Any]]:
     """What config.json says of the modules, and of biases, in a folder of this form. Raises
     UserError where it cannot hold the model.
     """
     names = [x.name for x in family_of(model.config).linears(model)]
     entries, biases = module_entries(model, names)
-    return entries, bias_switches(model, len(names), biases) if form == "dense" else {}
+    if form == "factors":
+        return entries, {}
+    return entries, bias_switches(model, len(names), biases) | sizes_of(model)
+
+
+def sizes_of(model: PreTrainedModel) -> dict[str, int]:
+    """The config field with which the stock architecture has the MLPs that the model has. Raises
+    UserError where they are of several sizes.
+    """
+    family = family_of(model.config)
+    sizes = {unit.linears[-1].n for unit in family.mlps(model)}
+    if len(sizes) > 1:
+        raise UserError(
+            f"The MLPs have {min(sizes)} to {max(sizes)} inner dimensions, a stock"
+            f" {type(model).__name__} has one number for all: use export=factors, or"
+            " method.units.equal=true."
+        )
+    if family.mlp is None or getattr(model.config, family.mlp.size) in sizes:
+        return {}
+    return {family.mlp.size: sizes.pop()}
 
 
 # of version 4, by model type

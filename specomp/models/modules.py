@@ -80,6 +80,15 @@ class GridLinear(nn.Linear):
         return module
 
 
+class PartLinear(nn.Linear):
+    """An nn.Linear with only some of the outputs or inputs of the one in whose place it is: their
+    indices there, or None for all. Saved and loaded as a plain nn.Linear of its own size.
+    """
+
+    outputs: Tensor | None = None
+    inputs: Tensor | None = None
+
+
 def full_name(kind: type) -> str:
     """What a config calls a class."""
     return f"{kind.__module__}.{kind.__qualname__}"

@@ -107,6 +107,13 @@ class Norm(Protocol):
     def loss(self, error: Float[Tensor, "m n"]) -> float:
         """||D error S||_F for an error (m, n)."""
 
+    @property
+    def gram(self) -> AnyGram | None:
+        """S S^T: (n, n), a diagonal (n), or None for the identity."""
+
+    def weigh(self, error: Float[Tensor, "m n"]) -> Float[Tensor, "m n"]:
+        """D error, in float64."""
+
 
 @dataclass(frozen=True, eq=False)
 class GramNorm:
@@ -169,6 +176,11 @@ class GramNorm:
             error = self.left.to(error.dtype)[:, None] * error
         return math.sqrt(max(0.0, trace_of_square(error, self.gram)))
 
+    def weigh(self, error: Float[Tensor, "m n"]) -> Float[Tensor, "m n"]:
+        """diag(left) error, in float64."""
+        error = error.to(SOLVE_DTYPE)
+        return error if self.left is None else self.left.to(SOLVE_DTYPE)[:, None] * error
+
 
 @dataclass(frozen=True, eq=False)
 class CholeskyNorm:
@@ -192,6 +204,10 @@ class CholeskyNorm:
     def loss(self, error: Float[Tensor, "m n"]) -> float:
         """In the undamped norm."""
         return GramNorm(self.gram).loss(error)
+
+    def weigh(self, error: Float[Tensor, "m n"]) -> Float[Tensor, "m n"]:
+        """error, in float64."""
+        return error.to(SOLVE_DTYPE)
 
 
 @dataclass(frozen=True, eq=False)
@@ -247,6 +263,10 @@ class TwoSidedNorm:
         else:
             half, whole = half_weigh(error, self.gram), output_gram @ error
         return math.sqrt(max(0.0, 2 * float((half * whole).sum(1).double().sum())))
+
+    def weigh(self, error: Float[Tensor, "m n"]) -> Float[Tensor, "m n"]:
+        """D error, in float64."""
+        return self.root[0] @ error.to(SOLVE_DTYPE)
 
 
 def refit_left(

@@ -183,6 +183,7 @@ class OutputGradGram:
     """
 
     scope: ClassVar[Scope] = "output"
+    side: ClassVar[str] = "out"
     sequential: ClassVar[bool] = False
     name: ClassVar[str] = "output_grad_gram"
 
@@ -378,3 +379,43 @@ class Stats(Mapping[Statistic, Tensor]):
 
     def __len__(self) -> int:
         return len(self._values)
+
+    def part(self, outputs: Tensor | None, inputs: Tensor | None) -> "Stats":
+        """Those of a linear that has only these of the outputs and inputs (indices); None: all."""
+        return Stats({x: _part(x, value, outputs, inputs) for x, value in self.items()})
+
+
+def _part(
+    statistic: Statistic, value: Tensor, outputs: Tensor | None, inputs: Tensor | None
+) -> Tensor:
+    if statistic.scope == "linear":
+        value = value if outputs is None else value[outputs]
+        return value if inputs is None else value[:, inputs]
+    of_outputs = statistic.scope == "output" and getattr(statistic, "side", "out") == "out"
+    kept = None if statistic.scope == "decoder_layer" else outputs if of_outputs else inputs
+    if kept is None:
+        return value
+    return value[kept] if value.ndim == 1 else value[..., kept, :][..., kept]
+
+
+def shapes(statistic: Statistic, m: int, n: int, tokens: int, hidden: int) -> list[tuple[int, ...]]:
+    """Of the tensors that an accumulator of this statistic is fed with, for an m x n linear."""
+    seen: dict[str, list[tuple[int, ...]]] = {
+        "site": [(1, tokens, n)],
+        "pair": [(1, tokens, n), (1, tokens, n)],
+        "linear": [(m, n)],
+        "output": [(1, tokens, m), (1, tokens, n)],
+        "decoder_layer": [(1, tokens, hidden), (1, tokens, hidden)],
+    }
+    return seen[statistic.scope]
+
+
+def example(statistic: Statistic, m: int, n: int) -> Tensor:
+    """What it may look like, of a few made-up tokens: for who has to know the form of what is made
+    of it.
+    """
+    accumulator = statistic.start(Precision(torch.float32, torch.float32), 1)
+    tensors = [torch.arange(1.0, math.prod(x) + 1) for x in shapes(statistic, m, n, 2 * n, n)]
+    made = zip(tensors, shapes(statistic, m, n, 2 * n, n), strict=True)
+    accumulator.update(*(x.square().sin().reshape(shape) for x, shape in made))
+    return accumulator.value()

@@ -79,6 +79,19 @@ def layer_profile(found: Frames) -> str:
     return _lines(lines, "decoder layer", "stored share", ylim=(0, 1.05))
 
 
+def cut_profile(found: Frames) -> str:
+    """What is kept of the inner dimensions of MLPs that were cut, a line per record; its name says
+    how many they are.
+    """
+    lines = {}
+    for name, linears in found.items():
+        if "cut" in linears:
+            cut = linears[linears["cut"] == 1].groupby("layer")[["stored", "whole"]].sum()
+            kept = (cut["stored"] / cut["whole"]).items()
+            lines[f"{name}: {len(cut)} of {linears['layer'].nunique()} cut"] = kept
+    return _lines(lines, "decoder layer", "inner dimensions kept", [POINTS], ylim=(0, 1.05))
+
+
 def error_profile(found: Frames) -> str:
     """Relative output error in the norm of the inputs, mean over the linears of a decoder layer."""
     lines = {k: x.groupby("layer")["norm_error"].agg(fmean).items() for k, x in found.items()}

@@ -99,6 +99,8 @@ def _where(sweep: Sweep, linears: Frames) -> dict[str, str]:
         "Stored share of each decoder layer": charts.layer_profile(linears),
         "What the factors lose, in the norm each method minimizes": charts.error_profile(linears),
     }
+    if any("cut" in x for x in linears.values()):
+        drawn["MLPs that are cut, by decoder layer"] = charts.cut_profile(linears)
     measured = {}
     for model in sweep.models:
         rows = charts.read_csv([COMMITTED.parent / "adasvd_figure4" / f"{model}.csv"])

@@ -12,7 +12,7 @@ from units import Refuse, menu, sizes, unit
 
 from specomp.errors import UserError
 from specomp.forms.factors import Factors
-from specomp.forms.options import DENSE, chosen
+from specomp.forms.options import DENSE, chosen, hull
 from specomp.forms.pivoted import Pivoted
 from specomp.forms.prices import Bits, Budget, Numbers
 from specomp.methods.global_loss import Curve, GlobalLossAllocation, curve, least_loss
@@ -85,7 +85,7 @@ def steps_of(curves: Mapping[Unit, Curve]) -> list[tuple[float, float]]:
     return [
         (float(c.losses[a] - c.losses[b]), float(c.costs[b] - c.costs[a]))
         for c in curves.values()
-        for a, b in itertools.pairwise(c.hull())
+        for a, b in itertools.pairwise(hull(c.costs, c.losses))
     ]
 
 
@@ -139,7 +139,8 @@ def test_a_flat_spectrum_is_kept_dense_before_it_breaks_even():
     """
     units = [unit("flat", 10, 10), unit("steep", 10, 10)]
     values = {"flat": torch.ones(10), "steep": 10.0 * 0.1 ** torch.arange(10)}
-    assert curves_of(units, values, Factors())[units[0]].hull() == [0, 4]
+    found = curves_of(units, values, Factors())[units[0]]
+    assert hull(found.costs, found.losses) == [0, 4]
     assert allocate(units, values, 0.3, Factors()) == {"flat": 10, "steep": 2}
 
 

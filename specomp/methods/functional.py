@@ -1,0 +1,74 @@
+"""Functional units: parts of a decoder layer that are stored as one (MoDeGPT, arXiv:2408.09632; A3,
+arXiv:2505.12942).
+
+FunctionalUnits   an MLP may be cut to fewer inner dimensions (forms/cut.py)   MoDeGPT Sec. 3
+Whether it is, an allocation decides by predicted loss and price, beside its linears by themselves
+(forms/options.py::Wide).
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import ClassVar
+
+from pydantic import SkipValidation
+
+from specomp.errors import UserError
+from specomp.forms.cut import gram_of
+from specomp.forms.options import Alike
+from specomp.models.family import ModelFamily, Unit
+from specomp.numerics.statistics import Stats, example
+from specomp.settings import configurable
+from specomp.slots import Form, Method
+
+
+@configurable
+class FunctionalUnits:
+    """Which kinds of unit, each with the form it may have; null: none of that kind."""
+
+    mlp: SkipValidation[Form] | None
+    # All MLPs of a model at one size, or none cut: then export=dense is a plain smaller model.
+    equal: bool
+    active: ClassVar[bool] = True
+
+    def forms(self, units: Sequence[Unit]) -> Mapping[Unit, Sequence[Form]]:
+        """Each MLP for itself, or all of them as one unit."""
+        if self.mlp is None or not units:
+            return {}
+        if not self.equal:
+            return dict.fromkeys(units, (self.mlp,))
+        every = Unit("mlps", "mlp", tuple(x for unit in units for x in unit.linears))
+        return {every: (Alike(self.mlp, units),)}
+
+    def check(self, method: Method) -> None:
+        """The norm needs a Gram matrix, and a training has to start from what is cut."""
+        if self.mlp is None:
+            return
+        if method.training.chooses and not method.allocation.compresses:
+            raise UserError(
+                f"{type(method.training).__name__} chooses among all components of every linear, so"
+                " no MLP would be cut: use method/units=none, or an allocation that truncates, such"
+                " as method/allocation=global_loss."
+            )
+        if method.training.chooses and method.rounding.grid is not None:
+            raise UserError(
+                f"{type(method.training).__name__} leaves the linears of a cut MLP in full"
+                " precision: use method/units=none, quantizer=none or method/training=lora."
+            )
+        size = 4
+        stats = {x: example(x, size, size) for x in method.whitening.needs}
+        gram_of(method.whitening(Stats(stats)), "the MLPs")
+
+    def check_family(self, family: ModelFamily) -> None:
+        """It has to say what its MLPs are made of."""
+        if self.mlp is not None and family.mlp is None:
+            raise UserError(
+                f"Family '{family.name}' does not say what its MLPs are made of: add mlp=Mlp(...)"
+                " to its row in specomp/models/families.py, or use method/units=none."
+            )
+
+    def check_export(self, form: str) -> None:
+        """A plain architecture has one size for all."""
+        if form == "dense" and self.mlp is not None and not self.equal:
+            raise UserError(
+                "export=dense writes a plain architecture, which has one size for all MLPs: set"
+                " method.units.equal=true, or use method/units=none or export=factors."
+            )

@@ -1,0 +1,262 @@
+"""Functional units: whole MLPs cut to fewer inner dimensions, through every family and everything
+that handles what is stored.
+"""
+
+import json
+
+import pytest
+import torch
+from running import ROOT, random_tokens
+from tiny import FAMILY_NAMES, tiny_model
+from transformers import AutoModelForCausalLM
+
+import specomp
+from specomp import rows
+from specomp.errors import UserError
+from specomp.forms.cut import Cut
+from specomp.forms.options import DENSE, Alike, Apart, options, settled
+from specomp.forms.pivoted import Pivoted
+from specomp.forms.prices import Numbers
+from specomp.models.families import family_of
+from specomp.models.family import LinearSpec, Unit
+from specomp.models.modules import PartLinear, weight_of
+from specomp.numerics.factors import GramNorm
+from specomp.slots import describe
+
+TOKENS = random_tokens(8, 32)
+CUT = Cut(ridge=1e-4, prior=0.0, round_to=1)
+
+
+def compressed(model, name="specomp", ratio=0.5, units="cut", **slots):
+    method = specomp.method(name, units=units, **slots)
+    return specomp.compress(model, TOKENS, method, ratio, calibration={"batch_size": 4})
+
+
+def only_cut(model, ratio=0.5, **settings):
+    """Every MLP cut, attention left as it is as far as the budget lets it."""
+    made = rows.slot("units", "cut", equal=True, **settings)
+    return compressed(model, "two_sided", ratio, units=made, allocation="global_loss")
+
+
+def inner_sizes(model):
+    return [unit.linears[-1].n for unit in family_of(model.config).mlps(model)]
+
+
+@pytest.mark.parametrize("name", FAMILY_NAMES)
+def test_every_family_is_cut_saved_and_loaded(tmp_path, name):
+    model = tiny_model(name)
+    family, dense = family_of(model.config), inner_sizes(model)
+    report = only_cut(model)
+    sizes = inner_sizes(model)
+    assert len(set(sizes)) == 1 and 0 < sizes[0] < dense[0]
+    assert report.ledger.measured_retention == pytest.approx(0.5, abs=0.01)
+    logits = model(TOKENS[:2]).logits
+    for form in ("factors", "dense"):
+        specomp.save(model, tmp_path / form, form=form)
+        found = specomp.load(tmp_path / form).model
+        assert torch.allclose(found(TOKENS[:2]).logits, logits, atol=1e-5)
+    plain = json.loads((tmp_path / "dense" / "config.json").read_text())
+    assert plain[family.mlp.size] == sizes[0]
+    assert plain["model_type"] == model.config.model_type.removeprefix("specomp_")
+    stock = AutoModelForCausalLM.from_pretrained(tmp_path / "dense")
+    assert torch.allclose(stock(TOKENS[:2]).logits, logits, atol=1e-5)
+
+
+def test_what_is_lost_is_what_the_report_says():
+    """Of the outputs of down on the calibration tokens, in the norm of their Gram."""
+    model, seen = tiny_model("llama"), []
+    down = model.model.layers[1].mlp.down_proj
+    hook = down.register_forward_pre_hook(lambda _, x: seen.append(x[0].detach().reshape(-1, 88)))
+    with torch.no_grad():
+        model(TOKENS)
+    hook.remove()
+    z, W = torch.cat(seen).double(), down.weight.detach().double()
+    made = rows.slot("units", "cut", equal=True)
+    report = compressed(model, "svd_llm", units=made)
+    line = next(x for x in report.linears if x.name == "model.layers.1.mlp.down_proj")
+    part = model.get_submodule(line.name)
+    assert isinstance(part, PartLinear) and part.in_features == line.rank < 88
+    error = z @ W.T - z[:, part.inputs] @ part.weight.detach().double().T
+    assert line.norm_error == pytest.approx(float(error.norm() / (z @ W.T).norm()), rel=1e-3)
+    gate = model.get_submodule("model.layers.1.mlp.gate_proj")
+    old = tiny_model("llama").get_submodule("model.layers.1.mlp.gate_proj")
+    assert torch.equal(gate.weight, old.weight[part.inputs])
+
+
+def test_copies_of_a_dimension_are_cut_for_nothing():
+    model = tiny_model("llama")
+    with torch.no_grad():
+        for layer in model.model.layers:
+            for x in (layer.mlp.gate_proj, layer.mlp.up_proj):
+                x.weight[44:] = x.weight[:44]
+    logits = model(TOKENS).logits
+    count = sum(x.params for x in family_of(model.config).linears(model))
+    half = sum(x.params for u in family_of(model.config).mlps(model) for x in u.linears) / 2
+    made = rows.slot("units", "cut", mlp={"ridge": 1e-7, "prior": 0.0})
+    compressed(model, ratio=half / count - 1e-6, units=made)
+    assert inner_sizes(model) == [44] * len(model.model.layers)
+    assert torch.allclose(model(TOKENS).logits, logits, atol=1e-3)
+
+
+class Given:
+    """Evidence: curves of singular values, and losses of the cut by its size."""
+
+    def __init__(self, values, losses):
+        self.values, self.found = values, losses
+
+    def spectrum(self, linear):
+        from specomp.numerics.factors import Spectrum
+
+        return Spectrum(torch.empty(0, 0), self.values[linear.name], torch.empty(0, 0))
+
+    def remembered(self, unit, made_by, make):
+        return {"losses": self.found, "order": torch.arange(len(self.found) - 1)}
+
+    def norm(self, linear):
+        return GramNorm(None)
+
+
+def mlp(d=12, h=8):
+    up = [LinearSpec(f"mlp.{x}", d, h, 0, 2, f"mlp.{x}") for x in ("gate", "up")]
+    down = LinearSpec("mlp.down", h, d, 0, 3, "mlp.down")
+    return Unit("mlp", "mlp", (*up, down))
+
+
+def wide_menu(losses, *, comparable=True, scale=1.0):
+    unit = mlp()
+    values = {x.name: scale * 0.7 ** torch.arange(8.0) for x in unit.linears}
+    singles = [Unit(x.name, "linear", (x,)) for x in unit.linears]
+    return unit, options(
+        singles,
+        [Pivoted(max_growth=1.01)],
+        Numbers(compression=0.5),
+        torch.float32,
+        Given(values, losses),
+        None,
+        {unit: (CUT,)},
+        comparable=comparable,
+    )
+
+
+@pytest.mark.parametrize("budget", [0.2, 0.35, 0.5, 0.8])
+def test_the_best_that_a_price_buys_is_chosen_by_brute_force(budget):
+    """Against every split of ranks and every cut."""
+    losses = torch.cat([torch.linspace(3, 0.02, 12), torch.zeros(1)]).double()
+    unit, menu = wide_menu(losses)
+    found = menu[unit].affordable(budget)
+    paid = budget * 3 * 12 * 8
+    tails = torch.cat([(0.49 ** torch.arange(8.0)).flip(0).cumsum(0).flip(0), torch.zeros(1)])
+    price = [r * (20 - r) for r in range(8)] + [96]
+    best = min(float(losses[k]) for k in range(1, 12) if 24 * k <= paid)
+    for a in range(1, 9):
+        for b in range(1, 9):
+            for c in range(1, 9):
+                if price[a] + price[b] + price[c] <= paid:
+                    best = min(best, float(tails[a] + tails[b] + tails[c]))
+    # along hulls, so a little may be left on the table between two of their points
+    assert float(menu[unit].losses[found]) <= best + 0.05 * float(tails[0])
+    assert bool((menu[unit].losses.diff() <= 0).all()) and bool(
+        (menu[unit].prices.diff() > 0).all()
+    )
+
+
+def test_a_cut_that_loses_less_is_taken_and_one_that_loses_more_is_not():
+    good = torch.cat([torch.full((1,), 3.0), torch.full((11,), 1e-3), torch.zeros(1)]).double()
+    unit, menu = wide_menu(good)
+    assert menu[unit].choice(menu[unit].affordable(0.5)).form == CUT
+    unit, menu = wide_menu(good + 9)
+    chosen = menu[unit].choice(menu[unit].affordable(0.5))
+    assert isinstance(chosen.form, Apart)
+    apart = settled({unit: chosen})
+    assert [x.name for x in apart] == ["mlp.gate", "mlp.up", "mlp.down"]
+    assert all(isinstance(x.form, Pivoted) or x.form == DENSE for x in apart.values())
+
+
+def test_without_gradients_shares_of_energy_are_compared():
+    """Losses of other units of measurement: what gate loses says nothing beside what down does."""
+    losses = torch.cat([torch.linspace(3, 0.02, 12), torch.zeros(1)]).double()
+    unit, menu = wide_menu(losses, comparable=False)
+    _, larger = wide_menu(losses * 1e4, comparable=False, scale=100.0)
+    one, other = menu[unit], larger[unit]
+    assert torch.equal(one.prices, other.prices)
+    assert torch.allclose(one.losses * 1e4, other.losses, rtol=1e-6)
+    assert one.whole == pytest.approx(float((0.49 ** torch.arange(8.0)).sum()), rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("slots", "more"),
+    [
+        ({"quantizer": "gptq_int4"}, {}),
+        ({"quantizer": "rtn_int4"}, {}),
+        ({}, {"upstream": "compressed"}),
+        ({"refinement": rows.slot("refinement", "block_refine", steps=2)}, {}),
+        ({"training": rows.slot("training", "lora", steps=2, rank=2)}, {}),
+        ({"training": rows.slot("training", "polish", stages={"polish": {"steps": 2}})}, {}),
+    ],
+    ids=["gptq", "rtn", "upstream", "refined", "lora", "polish"],
+)
+def test_everything_else_works_on_cut_layers(tmp_path, slots, more):
+    model = tiny_model("llama_gqa")
+    method = specomp.method("specomp", **slots)
+    report = specomp.compress(model, TOKENS, method, 0.6, calibration={"batch_size": 4, **more})
+    sizes = inner_sizes(model)
+    assert min(sizes) < 88 and report.ledger.measured_retention <= 0.4 + 1e-3
+    for x in report.linears:
+        assert x.stored == weight_of(model.get_submodule(x.name)).numel() or x.stored < x.m * x.n
+    assert specomp.perplexity(model, TOKENS) < float("inf")
+    logits = model(TOKENS[:2]).logits
+    specomp.save(model, tmp_path / "model")
+    for stream in (False, True):
+        found = specomp.load(tmp_path / "model", stream=stream).model
+        assert torch.allclose(found(TOKENS[:2]).logits, logits, atol=1e-5)
+
+
+def test_equal_sizes_are_one_choice_for_all():
+    units = tuple(mlp() for _ in range(3))
+    every = Unit("mlps", "mlp", tuple(x for u in units for x in u.linears))
+    form = Alike(CUT, units)
+    losses = torch.arange(12.0, -1, -1).double()
+    assert form.losses(every, torch.tensor([2, 5]), Given({}, losses)).tolist() == [30.0, 21.0]
+    assert list(form.split(every, 4).values())[0].size == 4
+
+
+@pytest.mark.parametrize(
+    ("name", "slots", "said"),
+    [
+        ("svd", {}, "Gram matrix of its inner dimensions"),
+        ("asvd", {}, "Gram matrix of its inner dimensions"),
+        ("fwsvd_out", {}, "Gram matrix of its inner dimensions"),
+        ("soco", {}, "method/units=none, or an allocation"),
+    ],
+)
+def test_what_cannot_be_cut_is_said_before_anything_is_run(name, slots, said):
+    model = tiny_model("llama")
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    with pytest.raises(UserError, match=said):
+        compressed(model, name, **slots)
+    assert all(torch.equal(before[k], v) for k, v in model.state_dict().items())
+
+
+def test_mlps_of_several_sizes_have_no_plain_architecture(tmp_path):
+    model = tiny_model("llama")
+    compressed(model)
+    if len(set(inner_sizes(model))) == 1:
+        pytest.skip("all alike by chance")
+    with pytest.raises(UserError, match="method.units.equal=true"):
+        specomp.save(model, tmp_path / "model", form="dense")
+    assert not (tmp_path / "model").exists()
+
+
+def test_a_family_that_does_not_say_what_an_mlp_is_keeps_its_linears():
+    from dataclasses import replace
+
+    family = replace(family_of(tiny_model("llama").config), mlp=None)
+    with pytest.raises(UserError, match=r"mlp=Mlp\(...\)"):
+        specomp.method("specomp").units.check_family(family)
+    specomp.method("svd_llm").units.check_family(family)
+
+
+def test_the_old_row_is_one_override_away():
+    both = [rows.method("specomp_low_rank"), rows.method("specomp", units="none")]
+    assert describe(both[0]) | {"name": ""} == describe(both[1]) | {"name": ""}
+    assert (ROOT / "conf/method/units/cut.yaml").is_file()
