@@ -233,15 +233,23 @@ class Plan:
         return FLOAT * sum(map(self.spectrum_numbers, self.decomposed))
 
     @cached_property
-    def eliminated(self) -> list[tuple[int, int]]:
-        """(hidden size, inner dimensions) of every MLP whose dimensions are put in order."""
-        downs = [unit.linears[-1] for unit in self.run.family.mlps(self.run.model)]
-        return [(x.m, x.n) for x in downs] if self.run.wide_units else []
+    def ordered(self) -> list[Unit]:
+        """Functional units whose dimensions are put in order."""
+        run, kinds = self.run, {unit.kind for unit in self.run.wide_units}
+        there = [*run.family.mlps(run.model), *run.family.value_outputs(run.model)]
+        return [unit for unit in there if unit.kind in kinds]
 
     @property
     def units_cached(self) -> int:
-        """An order, and what every size of it loses."""
-        return sum(8 * (2 * inner + 1) for _, inner in self.eliminated)
+        """An order, what every size of it loses, and noise or bases."""
+        total = 0
+        for unit in self.ordered:
+            if unit.kind == "mlp":
+                total += 8 * (3 * unit.linears[-1].n + 1)
+            else:
+                values = unit.linears[0].m
+                total += 8 * (2 * values + 1 + values * values // unit.heads[1])
+        return total
 
     def statistics_of(self, statistics: Iterable[Statistic]) -> int:
         """What one decoder layer accumulates."""
@@ -516,11 +524,12 @@ class Plan:
             return Stage(name="allocate", detail="", work=Work(), held=0)
         total, detail = self.spectra(), f"{len(self.decomposed)} eigenproblems"
         held = self.activations(1, self.run.samples.length) + self.workspace
-        if self.eliminated:
-            total += sum((eliminating(*x) for x in self.eliminated), Work())
+        if self.ordered:
+            last = [unit.linears[-1] for unit in self.ordered]
+            total += sum((eliminating(x.m, x.n) for x in last), Work())
             total += work("disk", self.units_cached)
-            held += max(8 * (4 * inner**2 + 3 * m * inner) for m, inner in self.eliminated)
-            detail += f"; {len(self.eliminated)} MLPs put in order"
+            held += max(8 * (4 * x.n**2 + 3 * x.m * x.n) for x in last)
+            detail += f"; {len(last)} functional units put in order"
         trials = self.asked == "trials"
         return Stage(
             name="allocate",

@@ -74,7 +74,8 @@ class Evidence(Protocol):
         rounds them.
 
         assemble: makes the weight (m n) of them; free_basis: any invertible map may be put between
-        two of them; inputs: indices of the linear's inputs, where the first reads only these.
+        two of them; inputs: what the first reads where that is not the linear's inputs: indices of
+        those that it does, or a matrix (k n) that makes them.
         """
 
     def norm(self, linear: LinearSpec) -> Norm:
@@ -135,7 +136,8 @@ class Units(Protocol):
 
     def forms(self, units: Sequence[Unit]) -> Mapping[Unit, Sequence[Form]]:
         """How units may be stored as one, each of several linears: of the given ones, which are
-        the MLPs of a model, or made of them. Linears of others are stored by themselves.
+        the MLPs of a model and the values and outputs of its attention, or made of them. Linears
+        of others are stored by themselves.
         """
 
     def check(self, method: "Method") -> None:
@@ -437,7 +439,7 @@ OURS = {
         "adasvd anchored asvd block_refine functional fwsvd global_loss kronecker lora soco"
         " spectrum svd svd_llm"
     ),
-    "forms": "cut dense factors pivoted ranked",
+    "forms": "cut dense factors heads pivoted ranked",
     "quantization": "factors gptq none rtn",
 }
 

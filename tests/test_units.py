@@ -3,6 +3,8 @@ that handles what is stored.
 """
 
 import json
+from dataclasses import dataclass, replace
+from typing import ClassVar
 
 import pytest
 import torch
@@ -14,6 +16,7 @@ import specomp
 from specomp import rows
 from specomp.errors import UserError
 from specomp.forms.cut import Cut
+from specomp.forms.heads import HeadsIn, HeadsOut
 from specomp.forms.options import DENSE, Alike, Apart, options, settled
 from specomp.forms.pivoted import Pivoted
 from specomp.forms.prices import Numbers
@@ -21,7 +24,7 @@ from specomp.models.families import family_of
 from specomp.models.family import LinearSpec, Unit
 from specomp.models.modules import PartLinear, weight_of
 from specomp.numerics.factors import GramNorm
-from specomp.slots import describe
+from specomp.slots import Choice, describe
 
 TOKENS = random_tokens(8, 32)
 CUT = Cut(ridge=1e-4, prior=0.0, round_to=1)
@@ -223,9 +226,9 @@ def test_equal_sizes_are_one_choice_for_all():
 @pytest.mark.parametrize(
     ("name", "slots", "said"),
     [
-        ("svd", {}, "Gram matrix of its inner dimensions"),
-        ("asvd", {}, "Gram matrix of its inner dimensions"),
-        ("fwsvd_out", {}, "Gram matrix of its inner dimensions"),
+        ("svd", {}, "Gram matrix of what its last linear"),
+        ("asvd", {}, "Gram matrix of what its last linear"),
+        ("fwsvd_out", {}, "Gram matrix of what its last linear"),
         ("soco", {}, "method/units=none, or an allocation"),
     ],
 )
@@ -248,8 +251,6 @@ def test_mlps_of_several_sizes_have_no_plain_architecture(tmp_path):
 
 
 def test_a_family_that_does_not_say_what_an_mlp_is_keeps_its_linears():
-    from dataclasses import replace
-
     family = replace(family_of(tiny_model("llama").config), mlp=None)
     with pytest.raises(UserError, match=r"mlp=Mlp\(...\)"):
         specomp.method("specomp").units.check_family(family)
@@ -260,3 +261,90 @@ def test_the_old_row_is_one_override_away():
     both = [rows.method("specomp_low_rank"), rows.method("specomp", units="none")]
     assert describe(both[0]) | {"name": ""} == describe(both[1]) | {"name": ""}
     assert (ROOT / "conf/method/units/cut.yaml").is_file()
+
+
+@dataclass(frozen=True)
+class ValuesAt:
+    """An allocation: values of every decoder layer at one size, all else dense."""
+
+    share: float
+    needs: ClassVar = frozenset()
+    compresses: ClassVar = True
+    needs_spectra: ClassVar = False
+
+    def __call__(self, menu, share, reads):
+        return {
+            unit: Choice(menu[unit].forms[0], round(self.share * unit.linears[0].m))
+            if unit.kind == "value_output"
+            else menu[unit].choice(menu[unit].last)
+            for unit in menu
+        }
+
+
+def only_values(model, share, name="two_sided", ridge=1e-2, **slots):
+    made = rows.slot("units", "cut", mlp=None, value_output={"ridge": ridge})
+    return compressed(model, name, 0.2, units=made, allocation=ValuesAt(share), **slots)
+
+
+@pytest.mark.parametrize("name", [x for x in FAMILY_NAMES if x != "phi3"])
+def test_values_of_few_directions_are_stored_at_that_size_for_nothing(tmp_path, name):
+    """Every head's values in a space of three dimensions of eight: found, whatever the basis."""
+    model = tiny_model(name)
+    with torch.no_grad():
+        for unit in family_of(model.config).value_outputs(model):
+            values = model.get_submodule(unit.linears[0].name)
+            values.weight *= 6
+            width = values.out_features // unit.heads[1]
+            for g in range(unit.heads[1]):
+                torch.manual_seed(g)
+                basis = torch.linalg.qr(torch.randn(width, 3)).Q
+                head = slice(g * width, (g + 1) * width)
+                values.weight[head] = basis @ basis.T @ values.weight[head]
+                if values.bias is not None:
+                    values.bias[head] = basis @ (basis.T @ values.bias[head])
+    expected = model(TOKENS[:2]).logits
+    report = only_values(model, 3 / width, ridge=1e-6)
+    assert any("fewer dimensions of values" in x for x in report.notes)
+    found = model(TOKENS[:2]).logits
+    assert torch.allclose(found, expected, atol=1e-3 * float(expected.abs().max()))
+    for kind in ("factors", "dense"):
+        specomp.save(model, tmp_path / kind, form=kind)
+        again = specomp.load(tmp_path / kind).model
+        assert torch.allclose(again(TOKENS[:2]).logits, found, atol=1e-4)
+
+
+def test_what_values_lose_is_what_the_report_says():
+    model, seen = tiny_model("llama_gqa"), []
+    output = model.model.layers[1].self_attn.o_proj
+    hook = output.register_forward_pre_hook(lambda _, x: seen.append(x[0].detach().reshape(-1, 32)))
+    with torch.no_grad():
+        model(TOKENS)
+    hook.remove()
+    ctx, W = torch.cat(seen).double(), output.weight.detach().double()
+    dense = tiny_model("llama_gqa").model.layers[1].self_attn
+    report = only_values(model, 0.6, "svd_llm")
+    line = next(x for x in report.linears if x.name == "model.layers.1.self_attn.o_proj")
+    attention = model.model.layers[1].self_attn
+    first, last = attention.v_proj, attention.o_proj
+    assert isinstance(first, HeadsOut) and isinstance(last, HeadsIn)
+    assert line.stored == last.part.weight.numel() == 32 * 2 * sum(first.sizes)
+    # the map from old values to new ones, head by head
+    V, kept = dense.v_proj.weight.double(), first.merged_weight().double()
+    turn = torch.linalg.lstsq(V.T, kept.T).solution.T
+    made = [turn[:8, :8], turn[8:, 8:]]
+    per_head = torch.block_diag(made[0], made[0], made[1], made[1])
+    error = ctx @ W.T - ctx @ per_head.T @ last.merged_weight().double().T
+    assert line.norm_error == pytest.approx(float(error.norm() / (ctx @ W.T).norm()), rel=2e-3)
+
+
+@pytest.mark.parametrize("quantizer", ["gptq_int4", "rtn_int4"])
+def test_values_go_on_a_grid(tmp_path, quantizer):
+    model = tiny_model("llama_gqa")
+    report = only_values(model, 0.6, quantizer=quantizer)
+    line = next(x for x in report.linears if x.name == "model.layers.1.self_attn.o_proj")
+    assert 0 < line.quantization_error < 0.5
+    logits = model(TOKENS[:2]).logits
+    specomp.save(model, tmp_path / "model")
+    for stream in (False, True):
+        found = specomp.load(tmp_path / "model", stream=stream).model
+        assert torch.allclose(found(TOKENS[:2]).logits, logits, atol=1e-5)

@@ -224,7 +224,7 @@ class LayerEvidence(DenseEvidence):
             else self.stats(linear)
         )
         if inputs is not None:
-            stats = stats.part(None, inputs)
+            stats = stats.part(None, inputs) if inputs.ndim == 1 else stats.through(inputs)
         try:
             found = rounding(matrices, stats, self.place(linear)["dtype"], free_basis=free_basis)
         except ValueError as error:

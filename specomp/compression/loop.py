@@ -213,7 +213,7 @@ def store_unit(run: Run, unit: Unit, choice: Choice, evidence: LayerEvidence) ->
             run.model.get_submodule(linear.name).requires_grad_(False)
             found = dict(vars(evidence.account(linear)))
             shape: Any = (module.out_features, module.in_features)
-            whole = shape == (linear.m, linear.n)
+            whole = shape == (linear.m, linear.n) and len(unit.linears) == 1
             if whole:
                 spectrum, target = evidence.spectrum(linear), evidence.weight(linear).float()
                 norm = evidence.norm(linear)

@@ -105,7 +105,8 @@ class Run:
     @cached_property
     def wide_units(self) -> dict[Unit, Sequence[Form]]:
         """Units of several linears that the method may store as one, and how."""
-        return dict(self.method.units.forms(self.family.mlps(self.model)))
+        units = [*self.family.mlps(self.model), *self.family.value_outputs(self.model)]
+        return dict(self.method.units.forms(units))
 
     @cached_property
     def route(self) -> Route:

@@ -62,11 +62,6 @@ class Cut:
             gram = gram_of(norm, down.name)
             noise = self._noise(unit, gram, evidence)
             found = eliminate(gram, norm.weigh(evidence.weight(down)), noise)
-            if not bool(found.losses.isfinite().all()):
-                raise UserError(
-                    f"{unit.name}: the order of its inner dimensions is not finite: calibrate with"
-                    " calibration.precision=float32, or raise the cut's ridge."
-                )
             return {
                 "order": found.order.cpu(),
                 "losses": found.losses.cpu(),
@@ -130,8 +125,9 @@ def gram_of(norm: Norm, name: str) -> Tensor:
     gram = norm.gram
     if gram is None or gram.ndim != 2:
         raise UserError(
-            f"{name}: an MLP is cut by the Gram matrix of its inner dimensions, which this"
-            " norm has not: use method/whitening=gram or kronecker, or method/units=none."
+            f"{name}: a functional unit is cut by the Gram matrix of what its last linear reads,"
+            " which this norm has not: use method/whitening=gram or kronecker, or"
+            " method/units=none."
         )
     return gram
 

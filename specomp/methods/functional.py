@@ -25,22 +25,28 @@ class FunctionalUnits:
     """Which kinds of unit, each with the form it may have; null: none of that kind."""
 
     mlp: SkipValidation[Form] | None
+    value_output: SkipValidation[Form] | None
     # All MLPs of a model at one size, or none cut: then export=dense is a plain smaller model.
     equal: bool
     active: ClassVar[bool] = True
 
     def forms(self, units: Sequence[Unit]) -> Mapping[Unit, Sequence[Form]]:
-        """Each MLP for itself, or all of them as one unit."""
-        if self.mlp is None or not units:
-            return {}
+        """Each for itself, or all MLPs as one unit."""
+        values = [x for x in units if x.kind == "value_output"]
+        found: dict[Unit, Sequence[Form]] = {}
+        if self.value_output is not None:
+            found |= dict.fromkeys(values, (self.value_output,))
+        mlps = [x for x in units if x.kind == "mlp"]
+        if self.mlp is None or not mlps:
+            return found
         if not self.equal:
-            return dict.fromkeys(units, (self.mlp,))
-        every = Unit("mlps", "mlp", tuple(x for unit in units for x in unit.linears))
-        return {every: (Alike(self.mlp, units),)}
+            return found | dict.fromkeys(mlps, (self.mlp,))
+        every = Unit("mlps", "mlp", tuple(x for unit in mlps for x in unit.linears))
+        return found | {every: (Alike(self.mlp, mlps),)}
 
     def check(self, method: Method) -> None:
         """The norm needs a Gram matrix, and a training has to start from what is cut."""
-        if self.mlp is None:
+        if self.mlp is None and self.value_output is None:
             return
         if method.training.chooses and not method.allocation.compresses:
             raise UserError(
@@ -55,7 +61,7 @@ class FunctionalUnits:
             )
         size = 4
         stats = {x: example(x, size, size) for x in method.whitening.needs}
-        gram_of(method.whitening(Stats(stats)), "the MLPs")
+        gram_of(method.whitening(Stats(stats)), "method/units")
 
     def check_family(self, family: ModelFamily) -> None:
         """It has to say what its MLPs are made of."""

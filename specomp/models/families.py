@@ -3,7 +3,7 @@
 from transformers import PreTrainedConfig
 
 from specomp.errors import UserError
-from specomp.models.family import Mlp, ModelFamily, Site
+from specomp.models.family import Attention, Mlp, ModelFamily, Site
 
 LLAMA = ModelFamily(
     # LLaMA 1-3, Vicuna, SmolLM2, Mistral, Qwen 2-3 and Gemma 2 name their linears alike
@@ -17,6 +17,7 @@ LLAMA = ModelFamily(
         Site(("mlp.down_proj",)),
     ),
     mlp=Mlp(("mlp.gate_proj", "mlp.up_proj"), "mlp.down_proj", "intermediate_size"),
+    attention=Attention("self_attn.v_proj", "self_attn.o_proj"),
 )
 
 PHI3 = ModelFamily(
@@ -43,6 +44,7 @@ OPT = ModelFamily(
         Site(("fc2",)),
     ),
     mlp=Mlp(("fc1",), "fc2", "ffn_dim"),
+    attention=Attention("self_attn.v_proj", "self_attn.out_proj"),
 )
 
 FAMILIES = (LLAMA, PHI3, OPT)

@@ -4,7 +4,7 @@ No forward code.
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from torch import nn
 
@@ -34,6 +34,16 @@ class Mlp:
 
 
 @dataclass(frozen=True)
+class Attention:
+    """Which linears make the values of a decoder layer's attention and which one reads its outputs,
+    head after head in both. Names are relative to a decoder layer.
+    """
+
+    values: str
+    output: str
+
+
+@dataclass(frozen=True)
 class LinearSpec:
     """One compressible linear: what a method may know about it."""
 
@@ -60,6 +70,8 @@ class Unit:
     name: str  # of the module that holds its linears
     kind: Literal["linear", "mlp", "value_output", "query_key", "expert"]
     linears: tuple[LinearSpec, ...]
+    # of attention: heads, and groups of heads that share keys and values
+    heads: tuple[int, int] = (1, 1)
 
     @property
     def decoder_layer(self) -> int:
@@ -82,7 +94,9 @@ class ModelFamily:
     model_types: tuple[str, ...]  # `model_type` of the transformers configs it covers
     decoder_layers: str  # dotted name of the list of decoder layers, "model.layers"
     sites: tuple[Site, ...]
-    mlp: Mlp | None = None  # None: its MLPs are stored linear by linear
+    # None: stored linear by linear
+    mlp: Mlp | None = None
+    attention: Attention | None = None
 
     def decoder(self, model: nn.Module) -> nn.Module:
         """Embeddings, decoder layers and final norm, without the LM head: the owner of the list of
@@ -129,6 +143,23 @@ class ModelFamily:
             layer = f"{self.decoder_layers}.{index}"
             linears = tuple(by_name[f"{layer}.{x}"] for x in (*self.mlp.inner, self.mlp.down))
             found.append(Unit(f"{layer}.mlp", "mlp", linears))
+        return found
+
+    def value_outputs(self, model: Any) -> list[Unit]:
+        """Values and outputs of every decoder layer's attention as one unit; none where the family
+        does not say what makes them. model: of transformers.
+        """
+        if self.attention is None:
+            return []
+        config, by_name = model.config, {x.name: x for x in self.linears(model)}
+        heads = config.num_attention_heads
+        groups = getattr(config, "num_key_value_heads", None) or heads
+        found = []
+        for index in range(len(self.layers(model))):
+            layer = f"{self.decoder_layers}.{index}"
+            names = (self.attention.values, self.attention.output)
+            linears = tuple(by_name[f"{layer}.{x}"] for x in names)
+            found.append(Unit(f"{layer}.values", "value_output", linears, (heads, groups)))
         return found
 
     def layer_ranges(self, model: nn.Module, size: int | None) -> Iterator[range]:

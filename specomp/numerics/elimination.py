@@ -19,6 +19,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from specomp.errors import UserError
 from specomp.numerics.linalg import SOLVE_DTYPE
 from specomp.numerics.work import Work, work
 
@@ -57,7 +58,7 @@ def eliminate(
         steps, gained = _block(R, G, wanted, CANDIDATES)
         order.append(alive[steps])
         gains.append(gained)
-        root = torch.linalg.cholesky(R[steps][:, steps])
+        root = positive_root(R[steps][:, steps])
         rows = torch.linalg.solve_triangular(root, R[steps], upper=False)
         left = torch.linalg.solve_triangular(root, G[:, steps].T, upper=False).T
         stay = torch.ones(len(alive), dtype=torch.bool, device=R.device)
@@ -94,6 +95,20 @@ def _block(
     return few[chosen], torch.stack(gained)
 
 
+def losses_in_order(
+    C: Float[Tensor, "d d"],
+    F: Float[Tensor, "h d"],
+    order: Int[Tensor, " d"],
+) -> Float[Tensor, " d+1"]:
+    """What keeping the first k of a given order loses, k = 0 .. d: of one Cholesky factor, column
+    by column. C: positive definite.
+    """
+    R, unit = scaled(C, C.new_zeros(len(C)))
+    root = positive_root(R[order][:, order])
+    taken = ((F.to(SOLVE_DTYPE) * unit)[:, order] @ root).square().sum(0)
+    return torch.cat([taken.flip(0).cumsum(0).flip(0), taken.new_zeros(1)])
+
+
 def eliminating(h: int, d: int) -> Work:
     """What it takes: the products of whole blocks, and what passes through memory inside them."""
     few = min(CANDIDATES, d)
@@ -109,11 +124,23 @@ def stand_in(
 ) -> Float[Tensor, "m k"]:
     """T C[:, J] C[J, J]^-1 in float64: what T z becomes of z_J alone. All of them: T itself."""
     R, unit = scaled(C, noise)
-    root = torch.linalg.cholesky(R[kept][:, kept])
+    root = positive_root(R[kept][:, kept])
     whole = (T.to(SOLVE_DTYPE) * unit) @ R[:, kept]
     still = unit[kept] == 0
     found = torch.cholesky_solve(whole.T, root).T / unit[kept].masked_fill(still, 1.0)
     return torch.where(still, T[:, kept].to(SOLVE_DTYPE), found)
+
+
+def positive_root(R: Float[Tensor, "k k"]) -> Float[Tensor, "k k"]:
+    """Its Cholesky factor. Raises UserError where rounding has made it indefinite."""
+    root, info = torch.linalg.cholesky_ex(R)
+    if int(info) or not bool(root.diagonal().isfinite().all()):
+        raise UserError(
+            "The Gram matrix of a functional unit is not finite, or not positive definite: raise"
+            " its ridge (method.units), calibrate on more tokens or with"
+            " calibration.precision=float32, or use method/units=none."
+        )
+    return root
 
 
 def scaled(

@@ -384,6 +384,15 @@ class Stats(Mapping[Statistic, Tensor]):
         """Those of a linear that has only these of the outputs and inputs (indices); None: all."""
         return Stats({x: _part(x, value, outputs, inputs) for x, value in self.items()})
 
+    def through(self, T: Tensor) -> "Stats":
+        """Those of inputs that a matrix T (k n) makes of the linear's: of Gram matrices alone."""
+        found = {}
+        for x, value in self.items():
+            if x.scope in ("site", "pair") and value.ndim == 2:
+                wide = T.to(value.dtype)
+                found[x] = wide @ value @ wide.T
+        return Stats(found)
+
 
 def _part(
     statistic: Statistic, value: Tensor, outputs: Tensor | None, inputs: Tensor | None
