@@ -204,10 +204,11 @@ class Plan:
     @cached_property
     def decomposed(self) -> list[LinearSpec]:
         """Linears whose spectra go through the cache; twice those that are decomposed again as they
-        are stored.
+        are stored, which of cut units are smaller.
         """
         if self.method.training.chooses:
-            return self.run.linears * (2 if self.method.repairs else 1)
+            again = self.method.repairs or bool(self.run.wide_units)
+            return self.run.linears * (2 if again else 1)
         if self.asked in ("spectra", "trials"):
             whole = self.route.caches_spectra or self.method.allocation.needs_spectra
             mlps = {x.name for unit in self.run.wide_units for x in unit.linears}

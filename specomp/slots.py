@@ -146,8 +146,10 @@ class Units(Protocol):
     def check_family(self, family: ModelFamily) -> None:
         """Whether models of the family have such units. Raises UserError."""
 
-    def check_export(self, form: str) -> None:
-        """Whether a model cut so can be written as "factors" or "dense". Raises UserError."""
+    def check_export(self, form: str, training: "Training") -> None:
+        """Whether a model cut so, and trained, can be written as "factors" or "dense". Raises
+        UserError.
+        """
 
 
 @configurable
@@ -166,7 +168,7 @@ class NoUnits:
     def check_family(self, family: ModelFamily) -> None:
         """Fits everything."""
 
-    def check_export(self, form: str) -> None:
+    def check_export(self, form: str, training: "Training") -> None:
         """Either."""
 
 
@@ -289,6 +291,7 @@ class Trained(Protocol):
     account: Mapping[str, Any]  # how it went, JSON-able
     # by linear: what compensation or refinement left of the loss, before
     gains: Mapping[str, float | None]
+    left: frozenset[str]  # linears that it did not touch, by name
 
     def factors(self, linear: LinearSpec, rank: int) -> LowRankFactors:
         """Of the components it kept."""

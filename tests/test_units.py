@@ -19,10 +19,10 @@ from specomp.forms.cut import Cut
 from specomp.forms.heads import HeadsIn, HeadsOut
 from specomp.forms.options import DENSE, Alike, Apart, options, settled
 from specomp.forms.pivoted import Pivoted
-from specomp.forms.prices import Numbers
+from specomp.forms.prices import Numbers, numbers, parts_of
 from specomp.models.families import family_of
 from specomp.models.family import LinearSpec, Unit
-from specomp.models.modules import PartLinear, weight_of
+from specomp.models.modules import PartLinear
 from specomp.numerics.factors import GramNorm
 from specomp.slots import Choice, describe
 
@@ -186,6 +186,27 @@ def test_without_gradients_shares_of_energy_are_compared():
     assert one.whole == pytest.approx(float((0.49 ** torch.arange(8.0)).sum()), rel=1e-6)
 
 
+@dataclass(frozen=True)
+class EveryUnit:
+    """An allocation: every functional unit at one share of its dimensions, all else dense."""
+
+    share: float
+    needs: ClassVar = frozenset()
+    compresses: ClassVar = True
+    needs_spectra: ClassVar = False
+
+    def __call__(self, menu, share, reads):
+        found = {}
+        for unit, there in menu.items():
+            sizes = {"mlp": unit.linears[-1].n, "value_output": unit.linears[0].m}
+            found[unit] = (
+                Choice(there.forms[0], round(self.share * sizes[unit.kind]))
+                if unit.kind in sizes
+                else there.choice(there.last)
+            )
+        return found
+
+
 @pytest.mark.parametrize(
     ("slots", "more"),
     [
@@ -198,14 +219,19 @@ def test_without_gradients_shares_of_energy_are_compared():
     ],
     ids=["gptq", "rtn", "upstream", "refined", "lora", "polish"],
 )
-def test_everything_else_works_on_cut_layers(tmp_path, slots, more):
+@pytest.mark.parametrize("units", ["cut", "cut_all"])
+def test_everything_else_works_on_cut_layers(tmp_path, units, slots, more):
     model = tiny_model("llama_gqa")
-    method = specomp.method("specomp", **slots)
+    if units == "cut_all":
+        slots = slots | {"allocation": EveryUnit(0.3)}
+    method = specomp.method("specomp", units=units, **slots)
     report = specomp.compress(model, TOKENS, method, 0.6, calibration={"batch_size": 4, **more})
-    sizes = inner_sizes(model)
-    assert min(sizes) < 88 and report.ledger.measured_retention <= 0.4 + 1e-3
-    for x in report.linears:
-        assert x.stored == weight_of(model.get_submodule(x.name)).numel() or x.stored < x.m * x.n
+    assert min(inner_sizes(model)) < 88 and report.ledger.measured_retention <= 0.4 + 1e-3
+    held = any(isinstance(x, HeadsOut) for x in model.modules())
+    assert held is (units == "cut_all")
+    counted = {x.name: numbers(parts_of(model.get_submodule(x.name))) for x in report.linears}
+    assert {x.name: x.stored for x in report.linears} == counted
+    assert sum(counted.values()) == report.ledger.compressed.linear_params
     assert specomp.perplexity(model, TOKENS) < float("inf")
     logits = model(TOKENS[:2]).logits
     specomp.save(model, tmp_path / "model")
@@ -263,27 +289,9 @@ def test_the_old_row_is_one_override_away():
     assert (ROOT / "conf/method/units/cut.yaml").is_file()
 
 
-@dataclass(frozen=True)
-class ValuesAt:
-    """An allocation: values of every decoder layer at one size, all else dense."""
-
-    share: float
-    needs: ClassVar = frozenset()
-    compresses: ClassVar = True
-    needs_spectra: ClassVar = False
-
-    def __call__(self, menu, share, reads):
-        return {
-            unit: Choice(menu[unit].forms[0], round(self.share * unit.linears[0].m))
-            if unit.kind == "value_output"
-            else menu[unit].choice(menu[unit].last)
-            for unit in menu
-        }
-
-
 def only_values(model, share, name="two_sided", ridge=1e-2, **slots):
-    made = rows.slot("units", "cut", mlp=None, value_output={"ridge": ridge})
-    return compressed(model, name, 0.2, units=made, allocation=ValuesAt(share), **slots)
+    made = rows.slot("units", "cut_all", mlp=None, value_output={"ridge": ridge})
+    return compressed(model, name, 0.2, units=made, allocation=EveryUnit(share), **slots)
 
 
 @pytest.mark.parametrize("name", [x for x in FAMILY_NAMES if x != "phi3"])

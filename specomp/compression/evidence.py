@@ -248,7 +248,7 @@ class LayerEvidence(DenseEvidence):
 
     def dense(self, linear: LinearSpec) -> nn.Module:
         """The linear itself, or one with the weight that a training left."""
-        if self.trained is None:
+        if self.trained is None or linear.name in self.trained.left:
             return super().dense(linear)
         factors, dtype = self.trained.factors(linear, min(linear.m, linear.n)), self.run.model.dtype
         weight = factors.product().to(dtype)

@@ -199,22 +199,22 @@ def store_unit(run: Run, unit: Unit, choice: Choice, evidence: LayerEvidence) ->
     modules = choice.form.fit(unit, choice.size, evidence)
     for linear in unit.linears:
         module = modules[linear.name]
+        shape: Any = (module.out_features, module.in_features)
+        stored, whole = numbers(parts_of(module)), shape == (linear.m, linear.n)
         report = LinearReport(
             name=linear.name,
             m=linear.m,
             n=linear.n,
             rank=choice.size,
-            stored=linear.params,
-            dense=choice.form == DENSE,
+            stored=stored,
+            dense=choice.form == DENSE and whole and stored == linear.params,
         )
         if evidence.trained is not None:
             evidence.account(linear).compensation_gain = evidence.trained.gains.get(linear.name)
         if module is not run.model.get_submodule(linear.name):
             run.model.get_submodule(linear.name).requires_grad_(False)
             found = dict(vars(evidence.account(linear)))
-            shape: Any = (module.out_features, module.in_features)
-            whole = shape == (linear.m, linear.n) and len(unit.linears) == 1
-            if whole:
+            if whole and len(unit.linears) == 1:
                 spectrum, target = evidence.spectrum(linear), evidence.weight(linear).float()
                 norm = evidence.norm(linear)
                 found |= errors_of(weight_of(module), target, norm, spectrum, choice.size)
@@ -222,8 +222,6 @@ def store_unit(run: Run, unit: Unit, choice: Choice, evidence: LayerEvidence) ->
             replace_linear(run.model, linear.name, module.requires_grad_(False))
             report = replace(
                 report,
-                stored=numbers(parts_of(module)),
-                dense=report.dense and whole,
                 facts=dict(choice.form.facts(module)),
                 seconds=time.perf_counter() - start,
                 **found,

@@ -91,16 +91,17 @@ class Run:
     processes: int = 1  # of the trainer
     store: LayerStore | None = None  # where the decoder layers of a streamed model are
     progress: Progress = field(default_factory=Progress)
+    left: frozenset[str] = frozenset()  # linears that stay as they are, by name
 
     @cached_property
     def linears(self) -> list[LinearSpec]:
         """The compressible linears, as they were when the run began."""
-        return self.family.linears(self.model)
+        return [x for x in self.family.linears(self.model) if x.name not in self.left]
 
     @cached_property
     def units(self) -> list[Unit]:
         """What the budget is shared out among."""
-        return self.family.units(self.model)
+        return [x for x in self.family.units(self.model) if x.name not in self.left]
 
     @cached_property
     def wide_units(self) -> dict[Unit, Sequence[Form]]:

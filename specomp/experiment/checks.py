@@ -81,7 +81,7 @@ def check_packed(method: Method, options: Options) -> None:
 def check_export(config: Any, method: Method, options: Options) -> None:
     """Whether a plain folder can hold what the method makes, before any work. Raises UserError."""
     if options.save:
-        method.units.check_export(options.export)
+        method.units.check_export(options.export, method.training)
     if options.save and options.export == "dense" and method.training.adds_bias:
         check_biases(config)
 

@@ -25,6 +25,7 @@ OLD_ROWS = {"specomp_low_rank": "specomp"}
 LATER: dict[str, dict[str, Any]] = {
     name: {"bos": "auto"} for name in ("TextCalibration", "MixedCalibration", "TokenFile")
 }
+LATER["FunctionalUnits"] = {"value_output": None}
 # What of a config says which weights are wanted; what inside it only says where they are made, or
 # repeats what the weights say of themselves (shape); what of a calibration only says how fast.
 WEIGHTS = ("model", "method", "ratio", "calibration", "quantizer", "seed")

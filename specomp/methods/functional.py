@@ -1,9 +1,10 @@
 """Functional units: parts of a decoder layer that are stored as one (MoDeGPT, arXiv:2408.09632; A3,
 arXiv:2505.12942).
 
-FunctionalUnits   an MLP may be cut to fewer inner dimensions (forms/cut.py)   MoDeGPT Sec. 3
-Whether it is, an allocation decides by predicted loss and price, beside its linears by themselves
-(forms/options.py::Wide).
+FunctionalUnits   an MLP may be cut to fewer inner dimensions (forms/cut.py), values and outputs of
+                  attention to fewer directions a head (forms/heads.py)          MoDeGPT Sec. 3
+Whether they are, an allocation decides by predicted loss and price, beside their linears by
+themselves (forms/options.py::Wide).
 """
 
 from collections.abc import Mapping, Sequence
@@ -17,7 +18,7 @@ from specomp.forms.options import Alike
 from specomp.models.family import ModelFamily, Unit
 from specomp.numerics.statistics import Stats, example
 from specomp.settings import configurable
-from specomp.slots import Form, Method
+from specomp.slots import Form, Method, Training
 
 
 @configurable
@@ -71,10 +72,18 @@ class FunctionalUnits:
                 " to its row in specomp/models/families.py, or use method/units=none."
             )
 
-    def check_export(self, form: str) -> None:
-        """A plain architecture has one size for all."""
-        if form == "dense" and self.mlp is not None and not self.equal:
+    def check_export(self, form: str, training: Training) -> None:
+        """A plain architecture has one size for all MLPs, and biases everywhere or nowhere."""
+        if form != "dense":
+            return
+        if self.mlp is not None and not self.equal:
             raise UserError(
                 "export=dense writes a plain architecture, which has one size for all MLPs: set"
                 " method.units.equal=true, or use method/units=none or export=factors."
+            )
+        if self.value_output is not None and training.adds_bias:
+            raise UserError(
+                "export=dense writes a plain architecture, which has output biases everywhere or"
+                f" nowhere, and {type(training).__name__} gives attention that is cut none: set"
+                " method.units.value_output=null, or use export=factors."
             )

@@ -12,8 +12,9 @@ from specomp.compression.run import Run
 from specomp.compression.spectra import Spectra, StoredSpectra
 from specomp.errors import UserError
 from specomp.forms.options import DENSE
-from specomp.forms.prices import Budget, Numbers
+from specomp.forms.prices import Budget, Numbers, numbers, parts_of
 from specomp.models.family import Unit
+from specomp.models.modules import Substitute
 from specomp.progress import track
 from specomp.quantization.none import NoQuantizer
 from specomp.settings import configurable
@@ -78,12 +79,24 @@ class SpectrumTraining(SpectrumSettings):
                     x.name: x.compensation_gain
                     for x in compress_layers(bare, choices, statistics, spectra)
                 }
-            # where MLPs are cut its linears are of other sizes: a run over what there is now
-            stored = replace(run)
+            # where units are cut linears are of other sizes: a run over what there is now
+            left = frozenset(
+                x.name
+                for unit in choices
+                for x in unit.linears
+                if len(unit.linears) > 1 and isinstance(run.model.get_submodule(x.name), Substitute)
+            )
+            stored = replace(run, left=left)
             components = StoredSpectra(stored, PartStatistics(stored, statistics.statistics))
             starts = single(stored, choices)
+            spent = sum(numbers(parts_of(run.model.get_submodule(x))) for x in left)
+            budget = target * sum(x.params for x in run.linears) - spent
+            target = budget / sum(x.params for x in stored.linears)
             if cut := sum(len(unit.linears) > 1 for unit in choices):
-                run.progress.note(f"{cut} MLPs were cut to fewer inner dimensions before training")
+                run.progress.note(
+                    f"{cut} functional units were cut before the training, which moves their"
+                    f" linears at their new sizes but for {len(left)} of attention"
+                )
             target *= sum(x.params for x in run.linears) / sum(x.params for x in stored.linears)
         by = f"whole components, chosen with {describe(self)['pruning']}"
         found = train(
@@ -97,7 +110,9 @@ class SpectrumTraining(SpectrumSettings):
             by=by,
         )
         old = {unit.name: unit for unit in run.units}
-        return replace(found, choices={old[x.name]: c for x, c in found.choices.items()})
+        new = {old[x.name]: c for x, c in found.choices.items()}
+        new |= {old[x]: Choice(DENSE, 1) for x in stored.left}
+        return replace(found, choices=new, left=stored.left)
 
     def after(self, run: Run, prepared: TeacherStates) -> dict[str, Any]:
         """Nothing: it was said with the choice."""
@@ -112,6 +127,8 @@ def single(stored: Run, choices: Mapping[Unit, Choice]) -> dict[Unit, Choice]:
     found = {}
     for unit, choice in choices.items():
         for x in unit.linears:
+            if x.name in stored.left:
+                continue
             new = units[x.name]
             dense = Choice(DENSE, DENSE.sizes(new)[0])
             found[new] = choice if len(unit.linears) == 1 else dense

@@ -59,6 +59,7 @@ class GatedChoice:
     kept: Mapping[str, Tensor]  # indices of components, by linear
     components: Spectra
     plain: bool  # components without their gates
+    left: frozenset[str] = frozenset()
 
     def factors(self, linear: LinearSpec, rank: int) -> LowRankFactors:
         """The kept components, each times its gate; `rank` of them."""
