@@ -60,6 +60,9 @@ class NoData:
     def spectrum(self, linear: LinearSpec) -> Any:
         raise NeedsData("spectra")
 
+    def remembered(self, unit: Unit, made_by: Any, make: Any) -> Any:
+        raise NeedsData("spectra")
+
     def probe(self, unit: Any, choice: Any) -> float:
         raise NeedsData("trials")
 
@@ -237,8 +240,7 @@ class Plan:
     def ordered(self) -> list[Unit]:
         """Functional units whose dimensions are put in order."""
         run, kinds = self.run, {unit.kind for unit in self.run.wide_units}
-        there = [*run.family.mlps(run.model), *run.family.value_outputs(run.model)]
-        return [unit for unit in there if unit.kind in kinds]
+        return [x for x in run.family.functional_units(run.model) if x.kind in kinds]
 
     @property
     def units_cached(self) -> int:

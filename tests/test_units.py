@@ -2,6 +2,7 @@
 that handles what is stored.
 """
 
+import copy
 import json
 from dataclasses import dataclass, replace
 from typing import ClassVar
@@ -356,3 +357,70 @@ def test_values_go_on_a_grid(tmp_path, quantizer):
     for stream in (False, True):
         found = specomp.load(tmp_path / "model", stream=stream).model
         assert torch.allclose(found(TOKENS[:2]).logits, logits, atol=1e-5)
+
+
+def cut_of(**settings):
+    return rows.slot("units", "cut", **settings)
+
+
+def test_near_copies_on_a_half_precision_gram_are_cut():
+    """Of which rounding makes an indefinite matrix."""
+    model = tiny_model("llama")
+    with torch.no_grad():
+        for layer in model.model.layers:
+            for x in (layer.mlp.gate_proj, layer.mlp.up_proj):
+                base = x.weight[:8].repeat(11, 1)
+                x.weight.copy_(base * (1 + 0.05 * torch.randn(88, 1)))
+    settings = {"batch_size": 4, "precision": "bfloat16"}
+    for made in (cut_of(), cut_of(mlp={"ridge": 1e-6, "prior": 0.0})):
+        method = specomp.method("svd_llm", units=made)
+        report = specomp.compress(copy.deepcopy(model), TOKENS, method, 0.7, calibration=settings)
+        assert report.ledger.measured_retention <= 0.3 and all(
+            x.norm_error is None or x.norm_error < 1 for x in report.linears
+        )
+
+
+@pytest.mark.parametrize("layer", [0, 2])
+def test_mlps_cut_alike_weigh_by_what_all_of_them_are(layer):
+    """With shares of energy no decoder layer stands for the others, nor in adaCR."""
+    sizes = []
+    for scaled in (layer, 1):
+        model = tiny_model("llama")
+        with torch.no_grad():
+            model.model.layers[scaled].mlp.down_proj.weight *= 0.1
+        allocation = rows.slot("allocation", "global_loss", normalize=True)
+        compressed(model, "svd_llm", allocation=allocation, units=cut_of(equal=True))
+        sizes.append(inner_sizes(model)[0])
+    assert abs(sizes[0] - sizes[1]) <= 12
+
+
+def test_rank_multiples_hold_inside_mlps_that_are_not_cut():
+    model = tiny_model("llama")
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for layer in model.model.layers:
+            for x in (layer.mlp.gate_proj, layer.mlp.up_proj, layer.mlp.down_proj):
+                x.weight.copy_(torch.randn(x.out_features, 9) @ torch.randn(9, x.in_features) * 0.1)
+    allocation = rows.slot("allocation", "global_loss", round_to=8)
+    report = compressed(model, allocation=allocation)
+    ranks = [x.rank for x in report.linears if not x.dense and not x.facts.get("cut")]
+    assert ranks and all(r % 8 == 0 for r in ranks)
+
+
+def test_what_polish_leaves_is_still_said_to_be_cut():
+    model = tiny_model("llama_gqa")
+    training = rows.slot("training", "polish", stages={"polish": {"steps": 1}})
+    report = compressed(model, training=training)
+    for x in report.linears:
+        if isinstance(model.get_submodule(x.name), torch.nn.Linear) and not x.dense:
+            assert x.facts == {"cut": 1.0} and x.norm_error is None
+
+
+def test_the_dense_row_has_nothing_to_cut():
+    model = tiny_model("llama")
+    assert specomp.compress(model, TOKENS, specomp.method("dense", units="cut"), 0.5).linears
+
+
+def test_mlps_of_several_sizes_are_not_cut_alike():
+    with pytest.raises(UserError, match="several sizes"):
+        cut_of(equal=True).forms([mlp(12), mlp(16)])

@@ -45,6 +45,7 @@ def check_budget(model: Any, family: ModelFamily, method: Method, budget: Budget
     """
     units, dtype = family.units(model), model.dtype
     method.units.check_family(family)
+    method.units.forms(family.functional_units(model))  # which may refuse them
     form, grid, least, whole = method.packing, method.rounding.grid, 0, 0
     for unit in units:
         sizes, dense = form.sizes(unit), budget.price(DENSE.parts(unit, 0), dtype)

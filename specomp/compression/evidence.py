@@ -15,6 +15,7 @@ from specomp.compression.run import Run
 from specomp.compression.spectra import Spectra, decompose, target_of
 from specomp.errors import UserError, not_finite
 from specomp.models.family import LinearSpec, Unit
+from specomp.numerics.elimination import VERSION
 from specomp.numerics.factors import LowRankFactors, Norm, Spectrum, truncate
 from specomp.numerics.linalg import relative
 from specomp.numerics.statistics import Stats
@@ -52,7 +53,8 @@ class DenseEvidence:
     ) -> Mapping[str, Tensor]:
         """From the cache, or into it."""
         run = self.run
-        key = digest({"spectra": self.spectra.key, "of": describe(made_by)})
+        what = {"version": VERSION, "spectra": self.spectra.key, "of": describe(made_by)}
+        key = digest(what)
         with waiting(run.cache.lock("units", digest([key, unit.name])), f"works on {unit.name}"):
             found = run.cache.load("units", key, unit.name)
             run.cache.count("units", hit=found is not None)
@@ -99,7 +101,7 @@ class DenseEvidence:
 class Account:
     """What was found out about one linear on the way. See LinearReport."""
 
-    norm_error: float = 0.0
+    norm_error: float | None = None
     compensation_gain: float | None = None
     quantization_error: float | None = None
     quantization_damping: float = 0.0

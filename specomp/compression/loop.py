@@ -31,6 +31,8 @@ from specomp.numerics.statistics import Statistic
 from specomp.progress import track
 from specomp.slots import Choice, Trained
 
+# What a report says of a linear that is smaller than it was (see forms/cut.py).
+CUT = {"cut": 1.0}
 # Largest min(m, n) of a decoder layer whose linears are worked on side by side.
 SMALL = 1024
 
@@ -214,6 +216,7 @@ def store_unit(run: Run, unit: Unit, choice: Choice, evidence: LayerEvidence) ->
         if module is not run.model.get_submodule(linear.name):
             run.model.get_submodule(linear.name).requires_grad_(False)
             found = dict(vars(evidence.account(linear)))
+            found["weight_error"] = None
             if whole and len(unit.linears) == 1:
                 spectrum, target = evidence.spectrum(linear), evidence.weight(linear).float()
                 norm = evidence.norm(linear)
@@ -222,7 +225,7 @@ def store_unit(run: Run, unit: Unit, choice: Choice, evidence: LayerEvidence) ->
             replace_linear(run.model, linear.name, module.requires_grad_(False))
             report = replace(
                 report,
-                facts=dict(choice.form.facts(module)),
+                facts=dict(choice.form.facts(module)) if whole or choice.form != DENSE else CUT,
                 seconds=time.perf_counter() - start,
                 **found,
             )

@@ -37,8 +37,9 @@ class LinearReport:
     rank: int
     stored: int  # parameters
     dense: bool
-    weight_error: float = 0.0
-    norm_error: float = 0.0
+    # null where a linear's shape is another and none is measured on it alone
+    weight_error: float | None = 0.0
+    norm_error: float | None = 0.0
     # Achieved loss over the Eckart-Young bound at this rank: 1 certifies the solver; above 1 is
     # what compensation and dtype moved.
     loss_over_bound: float = 1.0
@@ -169,13 +170,14 @@ def explained(
     which are logged.
     """
     low = [x for x in report.linears if not x.dense]
+    errors = [x.norm_error for x in low if x.norm_error is not None]
     gains = [x.compensation_gain for x in low if x.compensation_gain is not None]
     balance = replace(
         report.ledger,
         num_linears=len(report.linears),
         num_dense=len(report.linears) - len(low),
         packing=type(run.method.packing).__name__.lower(),
-        norm_error=fmean(x.norm_error for x in low) if low else None,
+        norm_error=fmean(errors) if errors else None,
         compensation_gain=fmean(gains) if gains else None,
     )
     by = (

@@ -106,8 +106,9 @@ class Run:
     @cached_property
     def wide_units(self) -> dict[Unit, Sequence[Form]]:
         """Units of several linears that the method may store as one, and how."""
-        units = [*self.family.mlps(self.model), *self.family.value_outputs(self.model)]
-        return dict(self.method.units.forms(units))
+        if self.method.is_dense:
+            return {}
+        return dict(self.method.units.forms(self.family.functional_units(self.model)))
 
     @cached_property
     def route(self) -> Route:

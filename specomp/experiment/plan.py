@@ -212,9 +212,10 @@ def stage_rows(found: Plan, rates: Any, held: float) -> Iterator[list[str]]:
 def notes(found: Plan, request: Request) -> Iterator[str]:
     """What a reader of the numbers should know."""
     if found.asked:
+        cut = ", and nothing is cut in them" if found.ordered else ""
         yield (
-            f"the allocation asks for {found.asked}: the ranks shown are uniform ones, at the same"
-            " budget"
+            f"what is chosen depends on {found.asked}: the ranks shown are uniform ones, at the"
+            f" same budget{cut}"
         )
     if (download := request.source.download) is not None:
         yield (

@@ -41,7 +41,8 @@ class Cut:
 
     def sizes(self, unit: Unit) -> range:
         """Inner dimensions kept."""
-        return range(self.round_to, unit.linears[-1].n, self.round_to)
+        # all of them, too: on a grid that is cheaper than dense
+        return range(self.round_to, unit.linears[-1].n + 1, self.round_to)
 
     def parts(self, unit: Unit, size: int, grid: GridSpec | None = None) -> Mapping[str, Part]:
         """A share of every matrix: that of its inner dimensions."""
@@ -101,9 +102,9 @@ class Cut:
         norm = evidence.norm(down)
         noise = found["noise"].to(weight.device)
         repaired = stand_in(gram_of(norm, down.name), weight, kept, noise).to(weight.dtype)
-        modules[down.name] = _columns(down, repaired, kept, evidence)
+        modules[down.name] = made = _columns(down, repaired, kept, evidence)
         error = weight.float().clone()
-        error[:, kept] -= repaired.float()
+        error[:, kept] -= made.weight.detach().float()
         evidence.lost(down, relative(norm.loss(error), norm.loss(weight.float())))
         return modules
 
@@ -146,7 +147,7 @@ def _rows(linear: LinearSpec, kept: Tensor, evidence: Evidence) -> nn.Module:
     return _stored(linear, weight, bias, evidence, assembled, outputs=kept)
 
 
-def _columns(linear: LinearSpec, weight: Tensor, kept: Tensor, evidence: Evidence) -> nn.Module:
+def _columns(linear: LinearSpec, weight: Tensor, kept: Tensor, evidence: Evidence) -> nn.Linear:
     """The linear on some of its inputs."""
 
     def assembled(columns: Tensor) -> Tensor:
@@ -166,7 +167,7 @@ def _stored(
     *,
     outputs: Tensor | None = None,
     inputs: Tensor | None = None,
-) -> nn.Module:
+) -> nn.Linear:
     (found,) = evidence.rounded(linear, (weight,), assembled, free_basis=False, inputs=inputs)
     m, n = weight.shape
     made = PartLinear(n, m, bias=bias is not None, device="meta")

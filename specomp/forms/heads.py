@@ -137,8 +137,6 @@ class ValueOutput:
         )
         nothing = turned.new_zeros(len(turned))
         columns = stand_in(turned, W.to(SOLVE_DTYPE) @ whole, kept, nothing)
-        error = W.to(SOLVE_DTYPE) - columns @ inverse[kept]
-        evidence.lost(output, relative(norm.loss(error.float()), norm.loss(W.float())))
 
         def values_of(found: Tensor) -> Tensor:
             parts = zip(found.to(SOLVE_DTYPE).split(counts), bases, counts, strict=True)
@@ -152,6 +150,8 @@ class ValueOutput:
         first.part = self._stored(values, torch.cat(rows), bias, values_of, None, evidence)
         last = HeadsIn(output.n, output.m, per_head, bias=own is not None, device="meta")
         last.part = self._stored(output, columns, own, output_of, inverse[kept].float(), evidence)
+        error = W.float() - output_of(last.part.weight.detach())
+        evidence.lost(output, relative(norm.loss(error), norm.loss(W.float())))
         return {values.name: first, output.name: last}
 
     def _stored(

@@ -5,6 +5,7 @@ And what allocations share: turning wished-for retentions into options that meet
 retention is a share of what the dense unit costs in the budget's currency.
 """
 
+import copy
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Hashable, Iterable, Mapping, Sequence
@@ -92,12 +93,18 @@ class Options(Sequence[Option]):
         ]
         return torch.cat(found)[self._order]
 
-    def multiples(self, of: int) -> list[int]:
-        """Indices of the options below dense whose sizes are multiples of this; all where none
-        is.
-        """
-        low = [i for i, size in enumerate(self.sizes[:-1].tolist()) if size % of == 0]
-        return low or list(range(self.last))
+    def multiples(self, of: int) -> "Options":
+        """Those whose sizes are multiples of this, and dense; all where none is."""
+        kept = (self.sizes % of == 0).nonzero().flatten()
+        kept = kept[kept < self.last]
+        if of == 1 or not len(kept):
+            return self
+        kept = torch.cat([kept, torch.tensor([self.last])])
+        made = copy.copy(self)
+        vars(made).pop("losses", None)
+        made._order, made._owner = self._order[kept], self._owner[kept]
+        made.prices, made.sizes = self.prices[kept], self.sizes[kept]
+        return made
 
     @cached_property
     def whole(self) -> float:
@@ -145,17 +152,25 @@ class Wide(Options):
         grid: GridSpec | None,
         *,
         comparable: bool,
+        multiple: int = 1,
     ) -> None:
         """linears: the options of each, in the order of the unit; comparable: whether all losses
         are of the model's loss. If not, shares of energy are: of what the unit's last linear puts
-        out, of which each linear's error takes its own share (CHOICE).
+        out, of which each linear's error takes its own share (CHOICE). multiple: of which the sizes
+        of its own forms are.
         """
         super().__init__(unit, forms, linears[0].budget, dtype, linears[0].evidence, grid)
-        whole = linears[-1].whole
+        self._made_of = forms, linears, dtype, grid, comparable
+        losses = super().losses
+        alike = next((x for x in forms if isinstance(x, Alike)), None)
+        last = {unit.linears[-1]} if alike is None else {x.linears[-1] for x in alike.units}
+        whole = sum(x.whole for x in linears if x.unit.linears[0] in last)
         self._whole = sum(x.whole for x in linears) if comparable else whole
-        own, prices, losses = len(self.prices) - 1, self.prices, super().losses
-        owner, sizes = self._owner.tolist(), self.sizes.tolist()
-        if not any(isinstance(x, Alike) for x in forms):
+        mine = (self.sizes % multiple == 0).nonzero().flatten()
+        mine = torch.cat([mine[mine < self.last], torch.tensor([self.last])])
+        own, prices, losses = len(mine) - 1, self.prices[mine], losses[mine]
+        owner, sizes = self._owner[mine].tolist(), self.sizes[mine].tolist()
+        if alike is None:
             scales = [1.0 if comparable else whole / x.whole if x.whole else 0.0 for x in linears]
             apart = Apart.of(linears, scales)
             count = len(apart.prices)
@@ -178,14 +193,11 @@ class Wide(Options):
         """What storing nothing would lose."""
         return self._whole
 
-    def multiples(self, of: int) -> list[int]:
-        """Indices of options below dense: ranks of single linears are left as they are."""
-        found = []
-        for i in range(self.last):
-            choice = self.choice(i)
-            if isinstance(choice.form, Apart) or choice.size % of == 0:
-                found.append(i)
-        return found or list(range(self.last))
+    def multiples(self, of: int) -> Options:
+        """The same of ranks and sizes that are multiples of this."""
+        forms, linears, dtype, grid, comparable = self._made_of
+        few = [x.multiples(of) for x in linears]
+        return Wide(self.unit, forms, few, dtype, grid, comparable=comparable, multiple=of)
 
 
 class Joint(ABC):

@@ -13,6 +13,7 @@ paper: Eq. 13 prints (U^+)^T W, whose shapes do not fit; clipping of Eq. 20 to [
 the budget exactly are ours (CHOICE), each an option. Reference code: none published.
 """
 
+from statistics import fmean
 from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field
@@ -99,12 +100,14 @@ class AdaCR:
 
     def __call__(self, menu: Menu, share: float, reads: Reads) -> dict[Unit, Choice]:
         """Choices."""
-        cosine = {x.decoder_layer: float(reads.stats(x.linears[0])[IOCosine()]) for x in menu}
+        linears = {y.decoder_layer: y for x in menu for y in x.linears}
+        cosine = {layer: float(reads.stats(x)[IOCosine()]) for layer, x in sorted(linears.items())}
         importance = normalized_importance(cosine, self.importance)
         trr, mrr = share, max(0.0, share - self.min_retention_gap)
         least = max(mrr, min(_LEAST_RETENTION, trr))
         base = dict.fromkeys(menu, mrr)
-        slope = {x: importance[x.decoder_layer] for x in menu}
+        # a unit may be of several decoder layers
+        slope = {x: fmean(importance[y.decoder_layer] for y in x.linears) for x in menu}
         if self.budget == "raw":
             raw = {unit: max(least, base[unit] + slope[unit] * (trr - mrr)) for unit in menu}
             return chosen(menu, floor(menu, raw))

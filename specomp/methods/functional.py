@@ -42,12 +42,17 @@ class FunctionalUnits:
             return found
         if not self.equal:
             return found | dict.fromkeys(mlps, (self.mlp,))
+        if len({x.linears[-1].n for x in mlps}) > 1:
+            raise UserError(
+                "The MLPs of this model have several sizes already, so they are not cut alike: use"
+                " method.units.equal=false."
+            )
         every = Unit("mlps", "mlp", tuple(x for unit in mlps for x in unit.linears))
         return found | {every: (Alike(self.mlp, mlps),)}
 
     def check(self, method: Method) -> None:
         """The norm needs a Gram matrix, and a training has to start from what is cut."""
-        if self.mlp is None and self.value_output is None:
+        if method.is_dense or (self.mlp is None and self.value_output is None):
             return
         if method.training.chooses and not method.allocation.compresses:
             raise UserError(
@@ -58,7 +63,7 @@ class FunctionalUnits:
         if method.training.chooses and method.rounding.grid is not None:
             raise UserError(
                 f"{type(method.training).__name__} leaves the linears of a cut MLP in full"
-                " precision: use method/units=none, quantizer=none or method/training=lora."
+                " precision: use method/units=none, or quantizer=none."
             )
         size = 4
         stats = {x: example(x, size, size) for x in method.whitening.needs}

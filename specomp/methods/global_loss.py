@@ -44,8 +44,9 @@ class GlobalLossAllocation:
 
     def __call__(self, menu: Menu, share: float, reads: Reads) -> dict[Unit, Choice]:
         """Choices. Raises UserError when the budget cannot pay the smallest of them."""
+        menu = {unit: options.multiples(self.round_to) for unit, options in menu.items()}
         curves = {
-            unit: curve(options, self.round_to, normalize=self.normalize)
+            unit: curve(options, normalize=self.normalize)
             for unit, options in track(menu.items(), "predict losses", len(menu))
         }
         budget = int(share * sum(x.dense for x in menu.values()) + 1e-6)
@@ -54,8 +55,8 @@ class GlobalLossAllocation:
             paid = priced_in(menu)
             raise UserError(
                 f"The smallest ranks in multiples of method.allocation.round_to={self.round_to}"
-                f" take {least} {paid.currency}, the budget is {budget}: lower round_to, or"
-                f" {paid.remedy}."
+                f" take {least} {paid.currency}, the budget is {budget}: lower round_to, that of"
+                f" method.units too, or {paid.remedy}."
             )
         return {
             unit: menu[unit].choice(index) for unit, index in least_loss(curves, budget).items()
@@ -91,13 +92,12 @@ class Curve:
         return float(rates[index]), float(more[index]), here + 1 + index
 
 
-def curve(options: Options, round_to: int, *, normalize: bool) -> Curve:
+def curve(options: Options, *, normalize: bool) -> Curve:
     """Loss over price of one unit, its last point dense."""
-    low = options.multiples(round_to)
-    losses = options.losses[[*low, options.last]]
+    losses = options.losses
     if normalize and options.whole > 0:
         losses = losses / options.whole
-    return Curve([*low, options.last], options.prices[[*low, options.last]], losses)
+    return Curve(list(range(len(options))), options.prices, losses)
 
 
 def least_loss(curves: Mapping[Unit, Curve], budget: int) -> dict[Unit, int]:

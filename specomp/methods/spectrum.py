@@ -11,7 +11,7 @@ from specomp.compression.loop import compress_layers
 from specomp.compression.run import Run
 from specomp.compression.spectra import Spectra, StoredSpectra
 from specomp.errors import UserError
-from specomp.forms.options import DENSE
+from specomp.forms.options import DENSE, ROUNDING
 from specomp.forms.prices import Budget, Numbers, numbers, parts_of
 from specomp.models.family import Unit
 from specomp.models.modules import Substitute
@@ -91,7 +91,8 @@ class SpectrumTraining(SpectrumSettings):
             starts = single(stored, choices)
             spent = sum(numbers(parts_of(run.model.get_submodule(x))) for x in left)
             budget = target * sum(x.params for x in run.linears) - spent
-            target = budget / sum(x.params for x in stored.linears)
+            # what was met exactly is not missed by rounding
+            target = (1 + ROUNDING) * budget / sum(x.params for x in stored.linears)
             if cut := sum(len(unit.linears) > 1 for unit in choices):
                 run.progress.note(
                     f"{cut} functional units were cut before the training, which moves their"

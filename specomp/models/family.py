@@ -162,6 +162,10 @@ class ModelFamily:
             found.append(Unit(f"{layer}.values", "value_output", linears, (heads, groups)))
         return found
 
+    def functional_units(self, model: Any) -> list[Unit]:
+        """Those of several linears. model: of transformers."""
+        return [*self.mlps(model), *self.value_outputs(model)]
+
     def layer_ranges(self, model: nn.Module, size: int | None) -> Iterator[range]:
         """Consecutive ranges of `size` decoder-layer indices that cover the model; all of it at
         once when size is None.

@@ -20,13 +20,18 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from specomp.errors import UserError
-from specomp.numerics.linalg import SOLVE_DTYPE
+from specomp.numerics.linalg import SOLVE_DTYPE, cholesky_damped
 from specomp.numerics.work import Work, work
 
 # Dimensions that are eliminated at once, and among how many each is chosen (CHOICE): those of
 # largest gain when the block begins. One by one over all gives the same to 0.1 %, at ten times the
 # time.
 BLOCK, CANDIDATES = 64, 512
+# Bumped whenever the same Gram would give another order.
+VERSION = 1
+# Energy of a dimension, of its own, that counts as none: all that is left of it is rounding, and
+# of a Gram of half-precision products it may be negative.
+EXPLAINED = 1e-9
 
 
 @dataclass(frozen=True)
@@ -56,6 +61,10 @@ def eliminate(
     while len(alive):
         wanted = 1 if exact else min(BLOCK, len(alive))
         steps, gained = _block(R, G, wanted, CANDIDATES)
+        if not len(steps):  # the others explain all that is left
+            order.append(alive)
+            gains.append(G.new_zeros(len(alive)))
+            break
         order.append(alive[steps])
         gains.append(gained)
         root = positive_root(R[steps][:, steps])
@@ -75,24 +84,34 @@ def eliminate(
 def _block(
     R: Float[Tensor, "a a"], G: Float[Tensor, "h a"], steps: int, candidates: int
 ) -> tuple[Int[Tensor, " s"], Float[Tensor, " s"]]:
-    """The next dimensions, one after the other, and what each takes away."""
-    gain = torch.linalg.vector_norm(G, dim=0).square() / R.diagonal()
-    few = gain.topk(max(steps, min(candidates, len(gain)))).indices
+    """The next dimensions, one after the other, and what each takes away; fewer, or none, where no
+    other has energy of its own.
+    """
+    few = _gain(R, G, 0).topk(max(steps, min(candidates, R.shape[1]))).indices
     R, G = R[few][:, few], G[:, few].T.contiguous()
     chosen: list[int] = []
     gained: list[Tensor] = []
     for _ in range(steps):
-        pivots = R.diagonal().clamp_min(torch.finfo(R.dtype).tiny)
-        gain = torch.linalg.vector_norm(G, dim=1).square() / pivots
+        gain = _gain(R, G, 1)
         gain[chosen] = -1.0
         best = int(gain.argmax())
+        if float(gain[best]) < 0:
+            break
         gained.append(gain[best].clone())
-        row, column, pivot = R[best].clone(), G[best].clone(), float(pivots[best])
+        row, column, pivot = R[best].clone(), G[best].clone(), float(R[best, best])
         row[chosen] = 0.0  # eliminated before: nothing is left of them but rounding
         chosen.append(best)
         R.addr_(row, row, alpha=-1 / pivot)
         G.addr_(row, column, alpha=-1 / pivot)
-    return few[chosen], torch.stack(gained)
+    return few[chosen], torch.stack(gained) if gained else G.new_zeros(0)
+
+
+def _gain(R: Tensor, G: Tensor, dim: int) -> Float[Tensor, " a"]:
+    """What each would take away; -1 of one that others explain."""
+    energy = R.diagonal()
+    there = energy > EXPLAINED
+    taken = torch.linalg.vector_norm(G, dim=dim).square() / energy.where(there, 1.0)
+    return taken.where(there, -1.0)
 
 
 def losses_in_order(
@@ -132,15 +151,16 @@ def stand_in(
 
 
 def positive_root(R: Float[Tensor, "k k"]) -> Float[Tensor, "k k"]:
-    """Its Cholesky factor. Raises UserError where rounding has made it indefinite."""
-    root, info = torch.linalg.cholesky_ex(R)
-    if int(info) or not bool(root.diagonal().isfinite().all()):
+    """Its Cholesky factor, with as little damping as that takes. Raises UserError where the matrix
+    is not finite.
+    """
+    try:
+        return cholesky_damped(R, EXPLAINED, 1.0)[0]
+    except ValueError as error:
         raise UserError(
-            "The Gram matrix of a functional unit is not finite, or not positive definite: raise"
-            " its ridge (method.units), calibrate on more tokens or with"
-            " calibration.precision=float32, or use method/units=none."
-        )
-    return root
+            "The Gram matrix of a functional unit is not finite: see whether the dense model's"
+            " perplexity is, or use calibration.precision=float32, or method/units=none."
+        ) from error
 
 
 def scaled(

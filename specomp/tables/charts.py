@@ -94,7 +94,8 @@ def cut_profile(found: Frames) -> str:
 
 def error_profile(found: Frames) -> str:
     """Relative output error in the norm of the inputs, mean over the linears of a decoder layer."""
-    lines = {k: x.groupby("layer")["norm_error"].agg(fmean).items() for k, x in found.items()}
+    measured = {k: x.dropna(subset="norm_error") for k, x in found.items()}
+    lines = {k: x.groupby("layer")["norm_error"].agg(fmean).items() for k, x in measured.items()}
     return _lines(lines, "decoder layer", "relative error in the method's norm", ylim=(0, None))
 
 

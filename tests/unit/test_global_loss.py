@@ -77,7 +77,7 @@ def brute_force(units: Sequence[Unit], values: Values, budget: float, form: Form
 
 def curves_of(units: Sequence[Unit], values: Values, form: Form) -> dict[Unit, Curve]:
     offered = menu(units, form=form, values=values)
-    return {x: curve(options, 1, normalize=False) for x, options in offered.items()}
+    return {x: curve(options, normalize=False) for x, options in offered.items()}
 
 
 def steps_of(curves: Mapping[Unit, Curve]) -> list[tuple[float, float]]:

@@ -100,7 +100,7 @@ def test_a_plan_counts_as_the_model_does(name):
 def test_ranks_that_need_data_are_uniform_and_said_to_be(tmp_path):
     found = plan_of(asked(tmp_path, "method=specomp"))
     assert found.asked == "spectra"
-    assert "asks for spectra: the ranks shown are uniform" in text(
+    assert "depends on spectra: the ranks shown are uniform" in text(
         asked(tmp_path, "method=specomp")
     )
     assert plan_of(asked(tmp_path, "method=svd_llm")).asked is None
