@@ -28,7 +28,8 @@ from specomp.compression.run import Run
 from specomp.compression.spectra import decompose, kept_components, stores_more
 from specomp.data.calibration import CalibrationSet
 from specomp.evaluation.workload import Workload
-from specomp.forms.options import DENSE, Options, fill, options
+from specomp.forms.menu import options
+from specomp.forms.options import DENSE, Options, fill
 from specomp.forms.prices import Budget, bits, numbers
 from specomp.models.families import family_of
 from specomp.models.family import LinearSpec, Unit

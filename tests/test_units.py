@@ -18,7 +18,8 @@ from specomp import rows
 from specomp.errors import UserError
 from specomp.forms.cut import Cut
 from specomp.forms.heads import HeadsIn, HeadsOut
-from specomp.forms.options import DENSE, Alike, Apart, options, settled
+from specomp.forms.menu import Alike, Apart, options, settled
+from specomp.forms.options import DENSE
 from specomp.forms.pivoted import Pivoted
 from specomp.forms.prices import Numbers, numbers, parts_of
 from specomp.models.families import family_of

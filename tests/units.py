@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from specomp.forms.factors import Factors
-from specomp.forms.options import Options, options
+from specomp.forms.menu import options
+from specomp.forms.options import Options
 from specomp.forms.prices import Budget, Numbers
 from specomp.models.family import LinearSpec, Unit
 from specomp.numerics.factors import LowRankFactors, Spectrum

@@ -23,7 +23,8 @@ from specomp.compression.report import LinearReport, Report, errors_of, explaine
 from specomp.compression.run import Run
 from specomp.compression.spectra import Spectra, Weight
 from specomp.compression.stream import HiddenStream
-from specomp.forms.options import DENSE, options, settled
+from specomp.forms.menu import options, settled
+from specomp.forms.options import DENSE
 from specomp.forms.prices import numbers, parts_of
 from specomp.models.family import Unit
 from specomp.models.modules import replace_linear, weight_of

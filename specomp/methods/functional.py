@@ -4,7 +4,7 @@ arXiv:2505.12942).
 FunctionalUnits   an MLP may be cut to fewer inner dimensions (forms/cut.py), values and outputs of
                   attention to fewer directions a head (forms/heads.py)          MoDeGPT Sec. 3
 Whether they are, an allocation decides by predicted loss and price, beside their linears by
-themselves (forms/options.py::Wide).
+themselves (forms/menu.py::Wide).
 """
 
 from collections.abc import Mapping, Sequence
@@ -14,7 +14,7 @@ from pydantic import SkipValidation
 
 from specomp.errors import UserError
 from specomp.forms.cut import gram_of
-from specomp.forms.options import Alike
+from specomp.forms.menu import Alike
 from specomp.models.family import ModelFamily, Unit
 from specomp.numerics.statistics import Stats, example
 from specomp.settings import configurable

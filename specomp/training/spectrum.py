@@ -15,7 +15,8 @@ from torch import Tensor
 from specomp.cache import digest
 from specomp.compression.run import Run
 from specomp.compression.spectra import Spectra
-from specomp.forms.options import DENSE, fill, options
+from specomp.forms.menu import options
+from specomp.forms.options import DENSE, fill
 from specomp.forms.prices import Numbers, numbers
 from specomp.models.family import LinearSpec, Unit
 from specomp.models.modules import replace_linear
