@@ -121,10 +121,24 @@ def _said_by_hydra(error: HydraException) -> str:
         group, choice, there = unknown.groups()
         text = f"{group} has no choice {choice or repr(choice)}{meant(choice, there.split())}"
         return text + extra_of(f"{group} {choice}")
+    cause = error.__cause__
+    if text.startswith("Could not override") and isinstance(cause, OmegaConfBaseException):
+        return _no_setting(text, cause)
     if isinstance(error.__cause__, OmegaConfBaseException):
         text += f": {first(error.__cause__)}"
     typed = getattr(error, "override", None)  # of one that cannot be read
     return text if typed is None or typed in text else f"{typed}: {text}"
+
+
+def _no_setting(text: str, cause: OmegaConfBaseException) -> str:
+    """Hydra advises to add what is only misspelled."""
+    node = cause.parent_node
+    there = [str(x) for x in node if not str(x).startswith("_")] if node is not None else []
+    typed, key = text.partition("'")[2].partition("'")[0], str(cause.key)
+    before = f".{typed}.".partition(f".{key}.")[0].strip(".")
+    return (
+        f"{before or 'The config'} has no setting {key}{meant(key, there)} To add it: +{typed}=..."
+    )
 
 
 def main() -> int:

@@ -426,8 +426,8 @@ def test_nothing_removed_is_the_dense_model(tmp_path, typed):
 # Hydra's own words for keys and choices it does not know; nothing is imported yet, so these are
 # quick.
 HYDRA: list[tuple[list[str], list[str]]] = [
-    (["sead=1"], ["Could not override 'sead'"]),
-    (["ratio.compresion=0.1"], ["Could not override 'ratio.compresion'"]),
+    (["sead=1"], ["has no setting sead; did you mean seed?"]),
+    (["ratio.compresion=0.1"], ["ratio has no setting compresion; did you mean compression?"]),
     (["method=nosuch"], ["specomp: method has no choice nosuch: there are adasvd, ", "svd_llm"]),
     (
         ["ratio=cr30,nosuch", "-m"],
