@@ -136,9 +136,8 @@ def _no_setting(text: str, cause: OmegaConfBaseException) -> str:
     there = [str(x) for x in node if not str(x).startswith("_")] if node is not None else []
     typed, key = text.partition("'")[2].partition("'")[0], str(cause.key)
     before = f".{typed}.".partition(f".{key}.")[0].strip(".")
-    return (
-        f"{before or 'The config'} has no setting {key}{meant(key, there)} To add it: +{typed}=..."
-    )
+    told = f"{before or 'The config'} has no setting {key}{meant(key, there) if there else '.'}"
+    return f"{told} To add it: +{typed}=..." if typed.startswith("hydra.") else told
 
 
 def main() -> int:

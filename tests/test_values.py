@@ -56,7 +56,7 @@ VALUES: list[tuple[list[str], list[str]]] = [
     (["-m", "hydra/launcher=ray_cluster"], ["RayLauncher is not installed", "specomp[ray]"]),
     (["quantizer="], ["quantizer has no choice '': there are gptq_int4, "]),
     (["model=hub", "model.repo=x/y", "model.revision="], ["model.revision is empty"]),
-    (["nosuch=x"], ["The config has no setting nosuch", "+nosuch="]),
+    (["nosuch=x"], ["The config has no setting nosuch"]),
     (["method=adasdv"], ["method has no choice adasdv; did you mean adasvd?"]),
     (["--config-dir=/nowhere"], ["'/nowhere' not found"]),
     (["--config-name=nowhere"], ["Cannot find primary config 'nowhere'"]),
