@@ -27,7 +27,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from specomp.evaluation.perplexity import window_nll
 from specomp.forms.factors import Factors
-from specomp.forms.options import options
+from specomp.forms.menu import options
 from specomp.forms.pivoted import pivot_rows
 from specomp.forms.prices import Numbers
 from specomp.methods.global_loss import curve, least_loss
