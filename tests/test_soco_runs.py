@@ -34,7 +34,7 @@ from specomp.compression.spectra import Spectra
 from specomp.errors import UserError
 from specomp.experiment import pipeline
 from specomp.forms.factors import Factors
-from specomp.forms.options import options
+from specomp.forms.menu import options
 from specomp.methods.soco import (
     AlternatingOptimization,
     CoarseCompression,
