@@ -124,8 +124,8 @@ def _said_by_hydra(error: HydraException) -> str:
     cause = error.__cause__
     if text.startswith("Could not override") and isinstance(cause, OmegaConfBaseException):
         return _no_setting(text, cause)
-    if isinstance(error.__cause__, OmegaConfBaseException):
-        text += f": {first(error.__cause__)}"
+    if isinstance(cause, OmegaConfBaseException):
+        text += f": {first(cause)}"
     typed = getattr(error, "override", None)  # of one that cannot be read
     return text if typed is None or typed in text else f"{typed}: {text}"
 

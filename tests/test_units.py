@@ -43,6 +43,16 @@ def only_cut(model, ratio=0.5, **settings):
     return compressed(model, "two_sided", ratio, units=made, allocation="global_loss")
 
 
+def inputs_of(model, linear):
+    """(tokens, n) in float64, on the calibration tokens."""
+    seen = []
+    hook = linear.register_forward_pre_hook(lambda _, x: seen.append(x[0].detach().flatten(0, -2)))
+    with torch.no_grad():
+        model(TOKENS)
+    hook.remove()
+    return torch.cat(seen).double()
+
+
 def inner_sizes(model):
     return [unit.linears[-1].n for unit in family_of(model.config).mlps(model)]
 
@@ -69,13 +79,9 @@ def test_every_family_is_cut_saved_and_loaded(tmp_path, name):
 
 def test_what_is_lost_is_what_the_report_says():
     """Of the outputs of down on the calibration tokens, in the norm of their Gram."""
-    model, seen = tiny_model("llama"), []
+    model = tiny_model("llama")
     down = model.model.layers[1].mlp.down_proj
-    hook = down.register_forward_pre_hook(lambda _, x: seen.append(x[0].detach().reshape(-1, 88)))
-    with torch.no_grad():
-        model(TOKENS)
-    hook.remove()
-    z, W = torch.cat(seen).double(), down.weight.detach().double()
+    z, W = inputs_of(model, down), down.weight.detach().double()
     made = rows.slot("units", "cut", equal=True)
     report = compressed(model, "svd_llm", units=made)
     line = next(x for x in report.linears if x.name == "model.layers.1.mlp.down_proj")
@@ -324,13 +330,9 @@ def test_values_of_few_directions_are_stored_at_that_size_for_nothing(tmp_path, 
 
 
 def test_what_values_lose_is_what_the_report_says():
-    model, seen = tiny_model("llama_gqa"), []
+    model = tiny_model("llama_gqa")
     output = model.model.layers[1].self_attn.o_proj
-    hook = output.register_forward_pre_hook(lambda _, x: seen.append(x[0].detach().reshape(-1, 32)))
-    with torch.no_grad():
-        model(TOKENS)
-    hook.remove()
-    ctx, W = torch.cat(seen).double(), output.weight.detach().double()
+    ctx, W = inputs_of(model, output), output.weight.detach().double()
     dense = tiny_model("llama_gqa").model.layers[1].self_attn
     report = only_values(model, 0.6, "svd_llm")
     line = next(x for x in report.linears if x.name == "model.layers.1.self_attn.o_proj")

@@ -168,10 +168,28 @@ def _stored(
     outputs: Tensor | None = None,
     inputs: Tensor | None = None,
 ) -> nn.Linear:
+    made = stored_linear(linear, weight, bias, evidence, assembled, inputs, kind=PartLinear)
+    if isinstance(made, PartLinear):
+        made.outputs, made.inputs = outputs, inputs
+    return made
+
+
+def stored_linear(
+    linear: LinearSpec,
+    weight: Tensor,
+    bias: Tensor | None,
+    evidence: Evidence,
+    assembled: Callable[..., Tensor],
+    inputs: Tensor | None,
+    *,
+    kind: type[nn.Linear] = nn.Linear,
+) -> nn.Linear:
+    """A linear of this weight and bias where `linear` is, rounded as the method rounds; assembled
+    and inputs: see Evidence.rounded.
+    """
     (found,) = evidence.rounded(linear, (weight,), assembled, free_basis=False, inputs=inputs)
     m, n = weight.shape
-    made = PartLinear(n, m, bias=bias is not None, device="meta")
-    made.outputs, made.inputs = outputs, inputs
+    made = kind(n, m, bias=bias is not None, device="meta")
     place = evidence.place(linear)
     made.weight = nn.Parameter(found.values.detach().to(**place, copy=True).contiguous())
     if bias is not None:

@@ -12,17 +12,17 @@ transformers' attention reshapes v by one head_dim: what is kept of every head s
 zeros behind, and o reads what is there. So the attention itself is left as it is.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Annotated
 
 import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from specomp.forms.cut import gram_of
+from specomp.forms.cut import gram_of, stored_linear
 from specomp.forms.prices import Part
 from specomp.models.family import LinearSpec, Unit
-from specomp.models.modules import GridLinear, Substitute
+from specomp.models.modules import Substitute
 from specomp.numerics.elimination import losses_in_order, positive_root, stand_in
 from specomp.numerics.grid import GridSpec
 from specomp.numerics.linalg import SOLVE_DTYPE, relative
@@ -89,9 +89,7 @@ class ValueOutput:
             # heads of a group keep the same direction: each of its steps takes one of every head
             steps = torch.arange(share, device=order.device) + owner[:, None] * share
             index = (steps * width + place[:, None]).flatten()
-            whole = torch.block_diag(*[B[h // share] for h in range(heads)])
-            inverse = torch.linalg.inv(whole)
-            turned = inverse @ gram @ inverse.T
+            whole, _, turned = in_bases(B, heads, gram)
             lost = losses_in_order(turned, F @ whole, index)[::share]
             return {
                 "bases": B.cpu(),
@@ -128,9 +126,7 @@ class ValueOutput:
             bias = torch.cat([inverses[g][:r] @ pieces[g] for g, r in enumerate(counts)])
 
         norm = evidence.norm(output)
-        whole = torch.block_diag(*[bases[h // share] for h in range(heads)])
-        inverse = torch.linalg.inv(whole)
-        turned = inverse @ self._gram(output, evidence) @ inverse.T
+        whole, inverse, turned = in_bases(bases, heads, self._gram(output, evidence))
         per_head = [counts[h // share] for h in range(heads)]
         kept = torch.cat(
             [torch.arange(r, device=W.device) + h * width for h, r in enumerate(per_head)]
@@ -147,33 +143,14 @@ class ValueOutput:
 
         own = evidence.bias(output)
         first = HeadsOut(values.n, values.m, counts, bias=bias is not None, device="meta")
-        first.part = self._stored(values, torch.cat(rows), bias, values_of, None, evidence)
+        first.part = stored_linear(values, torch.cat(rows).float(), bias, evidence, values_of, None)
         last = HeadsIn(output.n, output.m, per_head, bias=own is not None, device="meta")
-        last.part = self._stored(output, columns, own, output_of, inverse[kept].float(), evidence)
+        last.part = stored_linear(
+            output, columns.float(), own, evidence, output_of, inverse[kept].float()
+        )
         error = W.float() - output_of(last.part.weight.detach())
         evidence.lost(output, relative(norm.loss(error), norm.loss(W.float())))
         return {values.name: first, output.name: last}
-
-    def _stored(
-        self,
-        linear: LinearSpec,
-        weight: Tensor,
-        bias: Tensor | None,
-        assembled: Callable[..., Tensor],
-        turned: Tensor | None,
-        evidence: Evidence,
-    ) -> nn.Linear:
-        """turned: what makes the inputs of the linear's own."""
-        (found,) = evidence.rounded(
-            linear, (weight.float(),), assembled, free_basis=False, inputs=turned
-        )
-        m, n = weight.shape
-        made = nn.Linear(n, m, bias=bias is not None, device="meta")
-        place = evidence.place(linear)
-        made.weight = nn.Parameter(found.values.detach().to(**place, copy=True).contiguous())
-        if bias is not None:
-            made.bias = nn.Parameter(bias.detach().to(**place, copy=True))
-        return made if found.grid is None else GridLinear.of(made, found.grid)
 
     def facts(self, module: nn.Module) -> dict[str, float]:
         """Nothing: sizes say it."""
@@ -187,6 +164,14 @@ class ValueOutput:
         ]
 
 
+def in_bases(bases: Tensor, heads: int, gram: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """(basis of all heads, its inverse, the Gram in it), from a basis (w w) of each group."""
+    share = heads // len(bases)
+    whole = torch.block_diag(*[bases[h // share] for h in range(heads)])
+    inverse = torch.linalg.inv(whole)
+    return whole, inverse, inverse @ gram @ inverse.T
+
+
 def weighted_basis(G: Tensor, M: Tensor) -> tuple[Tensor, Tensor]:
     """(B (w w), squares (w) descending): in the basis B the values y = B^-1 c of Gram G, read by
     what has the Gram M, lose squares[i] where direction i goes: the singular values of
@@ -197,9 +182,9 @@ def weighted_basis(G: Tensor, M: Tensor) -> tuple[Tensor, Tensor]:
     return root @ vectors.flip(1), squares.flip(0).clamp_min(0)
 
 
-class HeadsOut(Substitute):
-    """A linear whose outputs are heads of one width, of each of which only the first few exist:
-    zeros stand for the others.
+class HeadsPart(Substitute):
+    """A linear one side of which is heads of one width, of each of which `part` has only the first
+    few: sizes, head by head.
     """
 
     def __init__(
@@ -214,30 +199,21 @@ class HeadsOut(Substitute):
     ) -> None:
         super().__init__()
         self.in_features, self.out_features, self.sizes = in_features, out_features, list(sizes)
-        self.part = nn.Linear(in_features, sum(sizes), bias=bias, dtype=dtype, device=device)
+        n, m = self.shape()
+        self.part = nn.Linear(n, m, bias=bias, dtype=dtype, device=device)
 
-    @property
-    def bias(self) -> Tensor | None:  # type: ignore[override]
-        """(m)."""
-        part = self.part.bias
-        return None if part is None else self.spread(part[:, None])[:, 0]
+    def shape(self) -> tuple[int, int]:
+        """Inputs and outputs of what is stored."""
+        raise NotImplementedError
+
+    def spread(self, weight: Tensor) -> Tensor:
+        """What is stored in its place (m n), zeros elsewhere."""
+        raise NotImplementedError
 
     def arguments(self) -> dict:
         """Sizes, and whether there is a bias."""
         sizes = {"in_features": self.in_features, "out_features": self.out_features}
         return sizes | {"sizes": self.sizes, "bias": self.part.bias is not None}
-
-    def forward(self, x: Tensor) -> Tensor:
-        """x (... n) -> y (... m)."""
-        width = self.out_features // len(self.sizes)
-        heads = self.part(x).split(self.sizes, -1)
-        return torch.cat([nn.functional.pad(y, (0, width - y.shape[-1])) for y in heads], -1)
-
-    def spread(self, rows: Tensor) -> Tensor:
-        """Rows (sum of sizes, n) in their places (m n)."""
-        width = self.out_features // len(self.sizes)
-        heads = rows.split(self.sizes)
-        return torch.cat([nn.functional.pad(y, (0, 0, 0, width - len(y))) for y in heads])
 
     @torch.no_grad()
     def merged_weight(self) -> Tensor:
@@ -246,34 +222,43 @@ class HeadsOut(Substitute):
         return self.spread(weight.to(torch.promote_types(weight.dtype, torch.float32)))
 
 
-class HeadsIn(Substitute):
-    """A linear whose inputs are heads of one width, of each of which it reads only the first
-    few.
-    """
+class HeadsOut(HeadsPart):
+    """Of its outputs, heads, only the first few of each exist: zeros stand for the others."""
 
-    def __init__(
-        self,
-        in_features: int,
-        out_features: int,
-        sizes: Sequence[int],
-        *,
-        bias: bool,
-        dtype: torch.dtype | None = None,
-        device: torch.device | str | None = None,
-    ) -> None:
-        super().__init__()
-        self.in_features, self.out_features, self.sizes = in_features, out_features, list(sizes)
-        self.part = nn.Linear(sum(sizes), out_features, bias=bias, dtype=dtype, device=device)
+    def shape(self) -> tuple[int, int]:
+        """Fewer outputs."""
+        return self.in_features, sum(self.sizes)
+
+    @property
+    def bias(self) -> Tensor | None:  # type: ignore[override]
+        """(m)."""
+        part = self.part.bias
+        return None if part is None else self.spread(part[:, None])[:, 0]
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (... n) -> y (... m)."""
+        width = self.out_features // len(self.sizes)
+        heads = self.part(x).split(self.sizes, -1)
+        return torch.cat([nn.functional.pad(y, (0, width - y.shape[-1])) for y in heads], -1)
+
+    def spread(self, weight: Tensor) -> Tensor:
+        """Rows (sum of sizes, n) in their places (m n)."""
+        width = self.out_features // len(self.sizes)
+        heads = weight.split(self.sizes)
+        return torch.cat([nn.functional.pad(y, (0, 0, 0, width - len(y))) for y in heads])
+
+
+class HeadsIn(HeadsPart):
+    """Of its inputs, heads, it reads only the first few of each."""
+
+    def shape(self) -> tuple[int, int]:
+        """Fewer inputs."""
+        return sum(self.sizes), self.out_features
 
     @property
     def bias(self) -> Tensor | None:  # type: ignore[override]
         """(m)."""
         return self.part.bias
-
-    def arguments(self) -> dict:
-        """Sizes, and whether there is a bias."""
-        sizes = {"in_features": self.in_features, "out_features": self.out_features}
-        return sizes | {"sizes": self.sizes, "bias": self.part.bias is not None}
 
     def forward(self, x: Tensor) -> Tensor:
         """x (... n) -> y (... m)."""
@@ -282,14 +267,8 @@ class HeadsIn(Substitute):
         out: Tensor = self.part(torch.cat(heads, -1))
         return out
 
-    def spread(self, columns: Tensor) -> Tensor:
+    def spread(self, weight: Tensor) -> Tensor:
         """Columns (m, sum of sizes) in their places (m n)."""
         width = self.in_features // len(self.sizes)
-        heads = columns.split(self.sizes, 1)
+        heads = weight.split(self.sizes, 1)
         return torch.cat([nn.functional.pad(y, (0, width - y.shape[1])) for y in heads], 1)
-
-    @torch.no_grad()
-    def merged_weight(self) -> Tensor:
-        """The weight (m n), in at least float32."""
-        weight = self.part.weight
-        return self.spread(weight.to(torch.promote_types(weight.dtype, torch.float32)))
