@@ -24,6 +24,7 @@ from specomp.forms.pivoted import Pivoted
 from specomp.forms.prices import Numbers, numbers, parts_of
 from specomp.models.families import family_of
 from specomp.models.family import LinearSpec, Unit
+from specomp.models.identity import modelling_source
 from specomp.models.modules import PartLinear
 from specomp.numerics.factors import GramNorm
 from specomp.slots import Choice, describe
@@ -427,3 +428,11 @@ def test_the_dense_row_has_nothing_to_cut():
 def test_mlps_of_several_sizes_are_not_cut_alike():
     with pytest.raises(UserError, match="several sizes"):
         cut_of(equal=True).forms([mlp(12), mlp(16)])
+
+
+def test_the_code_that_goes_with_cut_attention_needs_nothing_else():
+    """Its annotations too: it is run where specomp is not installed."""
+    names = {}
+    exec(modelling_source("llama", {HeadsOut, HeadsIn}), names)
+    made = names["HeadsOut"](8, 16, [3, 1], bias=True)
+    assert made.merged_weight().shape == (16, 8) and made.bias.shape == (16,)

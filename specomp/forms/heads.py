@@ -12,7 +12,7 @@ transformers' attention reshapes v by one head_dim: what is kept of every head s
 zeros behind, and o reads what is there. So the attention itself is left as it is.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Annotated
 
 import torch
@@ -191,7 +191,7 @@ class HeadsPart(Substitute):
         self,
         in_features: int,
         out_features: int,
-        sizes: Sequence[int],
+        sizes: list[int],
         *,
         bias: bool,
         dtype: torch.dtype | None = None,
