@@ -250,6 +250,10 @@ class Plan:
         for unit in self.ordered:
             if unit.kind == "mlp":
                 total += 8 * (3 * unit.linears[-1].n + 1)
+            elif unit.kind == "query_key":
+                keys = unit.linears[1].m
+                pairs = keys // 2 if unit.rotary else keys
+                total += 8 * (2 * pairs + 1 + keys * keys // unit.heads[1])
             else:
                 values = unit.linears[0].m
                 total += 8 * (2 * values + 1 + values * values // unit.heads[1])

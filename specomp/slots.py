@@ -136,15 +136,17 @@ class Units(Protocol):
 
     def forms(self, units: Sequence[Unit]) -> Mapping[Unit, Sequence[Form]]:
         """How units may be stored as one, each of several linears: of the given ones, which are
-        the MLPs of a model and the values and outputs of its attention, or made of them. Linears
-        of others are stored by themselves.
+        the MLPs of a model, the queries and keys and the values and outputs of its attention, or
+        made of them. Linears of others are stored by themselves.
         """
 
     def check(self, method: "Method") -> None:
         """Whether the other slots fit. Raises UserError."""
 
-    def check_family(self, family: ModelFamily) -> None:
-        """Whether models of the family have such units. Raises UserError."""
+    def check_family(self, family: ModelFamily, config: Any) -> None:
+        """Whether models of the family, of this config of transformers, have such units. Raises
+        UserError.
+        """
 
     def check_export(self, form: str, training: "Training") -> None:
         """Whether a model cut so, and trained, can be written as "factors" or "dense". Raises
@@ -165,7 +167,7 @@ class NoUnits:
     def check(self, method: "Method") -> None:
         """Fits everything."""
 
-    def check_family(self, family: ModelFamily) -> None:
+    def check_family(self, family: ModelFamily, config: Any) -> None:
         """Fits everything."""
 
     def check_export(self, form: str, training: "Training") -> None:

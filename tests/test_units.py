@@ -22,15 +22,16 @@ from specomp.forms.menu import Alike, Apart, options, settled
 from specomp.forms.options import DENSE
 from specomp.forms.pivoted import Pivoted
 from specomp.forms.prices import Numbers, numbers, parts_of
+from specomp.forms.scores import QueryKey, SomeOutputs
 from specomp.models.families import family_of
 from specomp.models.family import LinearSpec, Unit
 from specomp.models.identity import modelling_source
 from specomp.models.modules import PartLinear
-from specomp.numerics.factors import GramNorm
+from specomp.numerics.factors import GramNorm, TwoSidedNorm
 from specomp.slots import Choice, describe
 
 TOKENS = random_tokens(8, 32)
-CUT = Cut(ridge=1e-4, prior=0.0, round_to=1)
+CUT = Cut(ridge=1e-4, prior=0.0, order="weighted", repair=True, round_to=1)
 
 
 def compressed(model, name="specomp", ratio=0.5, units="cut", **slots):
@@ -56,6 +57,10 @@ def inputs_of(model, linear):
 
 def inner_sizes(model):
     return [unit.linears[-1].n for unit in family_of(model.config).mlps(model)]
+
+
+def units_of(model, kind):
+    return [x for x in family_of(model.config).functional_units(model) if x.kind == kind]
 
 
 @pytest.mark.parametrize("name", FAMILY_NAMES)
@@ -208,6 +213,7 @@ class EveryUnit:
         found = {}
         for unit, there in menu.items():
             sizes = {"mlp": unit.linears[-1].n, "value_output": unit.linears[0].m}
+            sizes["query_key"] = unit.linears[-1].m // (2 if unit.rotary else 1)
             found[unit] = (
                 Choice(there.forms[0], round(self.share * sizes[unit.kind]))
                 if unit.kind in sizes
@@ -236,8 +242,8 @@ def test_everything_else_works_on_cut_layers(tmp_path, units, slots, more):
     method = specomp.method("specomp", units=units, **slots)
     report = specomp.compress(model, TOKENS, method, 0.6, calibration={"batch_size": 4, **more})
     assert min(inner_sizes(model)) < 88 and report.ledger.measured_retention <= 0.4 + 1e-3
-    held = any(isinstance(x, HeadsOut) for x in model.modules())
-    assert held is (units == "cut_all")
+    held = {type(x) for x in model.modules()} & {HeadsOut, HeadsIn, SomeOutputs}
+    assert len(held) == (3 if units == "cut_all" else 0)
     counted = {x.name: numbers(parts_of(model.get_submodule(x.name))) for x in report.linears}
     assert {x.name: x.stored for x in report.linears} == counted
     assert sum(counted.values()) == report.ledger.compressed.linear_params
@@ -286,10 +292,11 @@ def test_mlps_of_several_sizes_have_no_plain_architecture(tmp_path):
 
 
 def test_a_family_that_does_not_say_what_an_mlp_is_keeps_its_linears():
-    family = replace(family_of(tiny_model("llama").config), mlp=None)
+    config = tiny_model("llama").config
+    family = replace(family_of(config), mlp=None)
     with pytest.raises(UserError, match=r"mlp=Mlp\(...\)"):
-        specomp.method("specomp").units.check_family(family)
-    specomp.method("svd_llm").units.check_family(family)
+        specomp.method("specomp").units.check_family(family, config)
+    specomp.method("svd_llm").units.check_family(family, config)
 
 
 def test_the_old_row_is_one_override_away():
@@ -299,7 +306,7 @@ def test_the_old_row_is_one_override_away():
 
 
 def only_values(model, share, name="two_sided", ridge=1e-2, **slots):
-    made = rows.slot("units", "cut_all", mlp=None, value_output={"ridge": ridge})
+    made = rows.slot("units", "cut_all", mlp=None, query_key=None, value_output={"ridge": ridge})
     return compressed(model, name, 0.2, units=made, allocation=EveryUnit(share), **slots)
 
 
@@ -308,7 +315,7 @@ def test_values_of_few_directions_are_stored_at_that_size_for_nothing(tmp_path, 
     """Every head's values in a space of three dimensions of eight: found, whatever the basis."""
     model = tiny_model(name)
     with torch.no_grad():
-        for unit in family_of(model.config).value_outputs(model):
+        for unit in units_of(model, "value_output"):
             values = model.get_submodule(unit.linears[0].name)
             values.weight *= 6
             width = values.out_features // unit.heads[1]
@@ -319,7 +326,7 @@ def test_values_of_few_directions_are_stored_at_that_size_for_nothing(tmp_path, 
                 values.weight[head] = basis @ basis.T @ values.weight[head]
                 if values.bias is not None:
                     values.bias[head] = basis @ (basis.T @ values.bias[head])
-    expected = model(TOKENS[:2]).logits
+    expected = model(TOKENS[:2]).logits.detach()
     report = only_values(model, 3 / width, ridge=1e-6)
     assert any("fewer dimensions of values" in x for x in report.notes)
     found = model(TOKENS[:2]).logits
@@ -350,11 +357,141 @@ def test_what_values_lose_is_what_the_report_says():
     assert line.norm_error == pytest.approx(float(error.norm() / (ctx @ W.T).norm()), rel=2e-3)
 
 
+def only_scores(model, share, name="two_sided", **slots):
+    made = rows.slot("units", "cut_all", mlp=None, value_output=None)
+    return compressed(model, name, 0.1, units=made, allocation=EveryUnit(share), **slots)
+
+
+SCORED = [x for x in FAMILY_NAMES if x not in ("phi3", "qwen3")]
+
+
+@pytest.mark.parametrize("name", SCORED)
+def test_queries_and_keys_of_few_dimensions_are_stored_at_that_size_for_nothing(tmp_path, name):
+    """Every group scores by two rotary pairs of four, others in each; without positions that
+    rotate, by three directions of eight in a basis of its own.
+    """
+    model = tiny_model(name)
+    with torch.no_grad():
+        for unit in units_of(model, "query_key"):
+            heads, groups = unit.heads
+            for x, count in zip(unit.linears, (heads, groups), strict=True):
+                linear = model.get_submodule(x.name)
+                linear.weight *= 4
+                width = linear.out_features // count
+                for h in range(count):
+                    group = h if count == groups else h // (heads // groups)
+                    head = slice(h * width, (h + 1) * width)
+                    torch.manual_seed(group)
+                    if unit.rotary:
+                        here = torch.zeros(width // 2)
+                        here[torch.randperm(width // 2)[:2]] = 1
+                        P = torch.diag(here.repeat(2))
+                    else:
+                        basis = torch.linalg.qr(torch.randn(width, 3)).Q
+                        P = basis @ basis.T
+                    linear.weight[head] = P @ linear.weight[head]
+                    if linear.bias is not None:
+                        linear.bias[head] = P @ torch.randn(width)
+    expected = model(TOKENS[:2]).logits.detach()
+    report = only_scores(model, 1 / 2 if unit.rotary else 3 / 8)
+    assert any("queries or keys of fewer" in x for x in report.notes)
+    found = model(TOKENS[:2]).logits
+    assert torch.allclose(found, expected, atol=1e-3 * float(expected.abs().max()))
+    for kind in ("factors", "dense"):
+        specomp.save(model, tmp_path / kind, form=kind)
+        again = specomp.load(tmp_path / kind).model
+        assert torch.allclose(again(TOKENS[:2]).logits, found, atol=1e-4)
+
+
+class Seen:
+    """Evidence: weights, biases and the norm of every linear."""
+
+    def __init__(self, weights, norms, biases):
+        self.weights, self.norms, self.biases = weights, norms, biases
+
+    def weight(self, linear):
+        return self.weights[linear.name]
+
+    def norm(self, linear):
+        return self.norms[linear.name]
+
+    def bias(self, linear):
+        return self.biases.get(linear.name)
+
+    def remembered(self, unit, made_by, make):
+        return make()
+
+
+def scores_of_one_group(*, rotary, bias=False, scale=1.0, width=8):
+    """Two heads that share keys, and what they lose: scale is a unit of measurement of the first
+    rotary pair, undone in the keys.
+    """
+    torch.manual_seed(1)
+    q, k = (LinearSpec(x, m, 12, 0, 0, x) for x, m in (("q", 2 * width), ("k", width)))
+    x = torch.randn(40, 12).double()
+    units = torch.ones(width).double()
+    units[[0, width // 2]] = scale
+    weights = {"q": torch.randn(2, width, 12).double(), "k": torch.randn(width, 12).double()}
+    weights["q"] = (weights["q"] * units[:, None]).reshape(-1, 12)
+    weights["k"] = weights["k"] / units[:, None]
+    grads = {"q": torch.randn(40, 2, width).double() / units, "k": torch.randn(40, width) * units}
+    norms = {
+        name: TwoSidedNorm(x.T @ x, (g := grads[name].reshape(40, -1).double()).T @ g, 1e-12)
+        for name in "qk"
+    }
+    biases = {"q": torch.randn(2 * width)} if bias else {}
+    unit = Unit("scores", "query_key", (q, k), (2, 1), rotary)
+    return unit, Seen(weights, norms, biases), (x, weights, norms)
+
+
+def test_what_a_dropped_pair_loses_is_the_quadratic_form_of_both_sides():
+    unit, evidence, (_, weights, norms) = scores_of_one_group(rotary=True)
+    found = QueryKey()._order(unit, evidence)
+    last = int(found["order"][-1])  # the pair that goes first
+    lost = {}
+    for name, heads in (("q", 2), ("k", 1)):
+        E = torch.zeros_like(weights[name]).reshape(heads, 8, 12)
+        W = weights[name].reshape(heads, 8, 12)
+        each = 0.0
+        for h in range(heads):
+            E.zero_()
+            E[h, [last, last + 4]] = W[h, [last, last + 4]]
+            each += norms[name].loss(E.reshape(-1, 12)) ** 2
+        lost[name] = each
+    assert float(found["losses"][3]) > 0 and sorted(found["order"].tolist()) == [0, 1, 2, 3]
+    assert bool((found["losses"].diff() < 0).all()) and float(found["losses"][-1]) == 0
+    ratio = float(found["losses"][3] / found["losses"][0])
+    pairs = QueryKey()._order(unit, evidence)["losses"].diff().neg()
+    assert ratio == pytest.approx(float(pairs[-1] / pairs.sum()))
+    assert (lost["q"] * lost["k"]) ** 0.5 == pytest.approx(float(pairs[-1]), rel=1e-6)
+
+
+@pytest.mark.parametrize("rotary", [True, False])
+@pytest.mark.parametrize("bias", [True, False])
+def test_the_order_of_pairs_is_independent_of_units_of_measurement(rotary, bias):
+    one, other = (
+        QueryKey()._order(unit, evidence)
+        for unit, evidence, _ in (
+            scores_of_one_group(rotary=rotary, bias=bias, scale=s) for s in (1.0, 1e3)
+        )
+    )
+    assert torch.equal(one["order"], other["order"])
+    assert torch.allclose(one["losses"], other["losses"], rtol=1e-5)
+
+
+def test_queries_behind_a_norm_are_refused():
+    with pytest.raises(UserError, match=r"method.units.query_key=null"):
+        only_scores(tiny_model("qwen3"), 0.5)
+    with pytest.raises(UserError, match=r"attention=Attention\(...\)"):
+        only_scores(tiny_model("phi3"), 0.5)
+
+
 @pytest.mark.parametrize("quantizer", ["gptq_int4", "rtn_int4"])
-def test_values_go_on_a_grid(tmp_path, quantizer):
+@pytest.mark.parametrize(("only", "kind"), [(only_values, "o"), (only_scores, "q")])
+def test_attention_goes_on_a_grid(tmp_path, quantizer, only, kind):
     model = tiny_model("llama_gqa")
-    report = only_values(model, 0.6, quantizer=quantizer)
-    line = next(x for x in report.linears if x.name == "model.layers.1.self_attn.o_proj")
+    report = only(model, 0.6, quantizer=quantizer)
+    line = next(x for x in report.linears if x.name == f"model.layers.1.self_attn.{kind}_proj")
     assert 0 < line.quantization_error < 0.5
     logits = model(TOKENS[:2]).logits
     specomp.save(model, tmp_path / "model")
@@ -365,6 +502,26 @@ def test_values_go_on_a_grid(tmp_path, quantizer):
 
 def cut_of(**settings):
     return rows.slot("units", "cut", **settings)
+
+
+@pytest.mark.parametrize("order", ["weighted", "unweighted", "leverage", "random"])
+@pytest.mark.parametrize("repair", [True, False])
+def test_every_order_loses_what_it_says(order, repair):
+    """In the norm of the outputs of down, which is the error of the report."""
+    model, dense = tiny_model("llama"), tiny_model("llama")
+    made = cut_of(equal=True, mlp={"order": order, "repair": repair, "ridge": 1e-9, "prior": 0.0})
+    report = compressed(model, "svd_llm", 0.4, units=made, allocation="global_loss")
+    for i, layer in enumerate(model.model.layers):
+        was = dense.model.layers[i].mlp.down_proj
+        z, W = inputs_of(dense, was), was.weight.detach().double()
+        kept, error = layer.mlp.down_proj.inputs, W.clone()
+        error[:, kept] -= layer.mlp.down_proj.weight.detach().double()
+        line = next(x for x in report.linears if x.name == f"model.layers.{i}.mlp.down_proj")
+        assert line.norm_error == pytest.approx(
+            float((z @ error.T).norm() / (z @ W.T).norm()), rel=1e-3
+        )
+        if not repair:
+            assert torch.equal(layer.mlp.down_proj.weight, was.weight[:, kept])
 
 
 def test_near_copies_on_a_half_precision_gram_are_cut():
@@ -433,6 +590,6 @@ def test_mlps_of_several_sizes_are_not_cut_alike():
 def test_the_code_that_goes_with_cut_attention_needs_nothing_else():
     """Its annotations too: it is run where specomp is not installed."""
     names = {}
-    exec(modelling_source("llama", {HeadsOut, HeadsIn}), names)
+    exec(modelling_source("llama", {HeadsOut, HeadsIn, SomeOutputs}), names)
     made = names["HeadsOut"](8, 16, [3, 1], bias=True)
     assert made.merged_weight().shape == (16, 8) and made.bias.shape == (16,)

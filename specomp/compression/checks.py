@@ -44,7 +44,7 @@ def check_budget(model: Any, family: ModelFamily, method: Method, budget: Budget
     else no allocation helps. model: of transformers, without numbers too. Raises UserError.
     """
     units, dtype = family.units(model), model.dtype
-    method.units.check_family(family)
+    method.units.check_family(family, model.config)
     method.units.forms(family.functional_units(model))  # which may refuse them
     form, grid, least, whole = method.packing, method.rounding.grid, 0, 0
     for unit in units:

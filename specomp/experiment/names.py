@@ -25,7 +25,8 @@ OLD_ROWS = {"specomp_low_rank": "specomp"}
 LATER: dict[str, dict[str, Any]] = {
     name: {"bos": "auto"} for name in ("TextCalibration", "MixedCalibration", "TokenFile")
 }
-LATER["FunctionalUnits"] = {"value_output": None}
+LATER["Cut"] = {"order": "weighted", "repair": True}
+LATER["FunctionalUnits"] = {"value_output": None, "query_key": None}
 # What of a config says which weights are wanted; what inside it only says where they are made, or
 # repeats what the weights say of themselves (shape); what of a calibration only says how fast.
 WEIGHTS = ("model", "method", "ratio", "calibration", "quantizer", "seed")

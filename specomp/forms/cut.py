@@ -9,7 +9,7 @@ rank; nothing is left out of C, however large a massive activation is (CHOICE).
 """
 
 from collections.abc import Callable, Mapping
-from typing import Annotated
+from typing import Annotated, Literal
 
 import torch
 from pydantic import Field
@@ -19,7 +19,14 @@ from specomp.errors import UserError
 from specomp.forms.prices import Part
 from specomp.models.family import LinearSpec, Unit
 from specomp.models.modules import GridLinear, PartLinear
-from specomp.numerics.elimination import eliminate, stand_in
+from specomp.numerics.elimination import (
+    Elimination,
+    eliminate,
+    leverage,
+    losses_in_order,
+    losses_unrepaired,
+    stand_in,
+)
 from specomp.numerics.factors import Norm
 from specomp.numerics.grid import GridSpec
 from specomp.numerics.linalg import relative
@@ -36,6 +43,11 @@ class Cut:
     ridge: Annotated[float, Field(gt=0, lt=1)]
     # Likewise a share of the energy that weights alone make one expect of a dimension (CHOICE).
     prior: Annotated[float, Field(ge=0)]
+    # How dimensions are put in order: weighted by what down's norm makes of them; by their own
+    # energy alone (unweighted Nystrom); by ridge leverage scores (MoDeGPT); by chance.
+    order: Literal["weighted", "unweighted", "leverage", "random"]
+    # Whether the kept ones stand in for the others; false is for the ablation.
+    repair: bool
     # Inner dimensions are multiples of this, for kernels that want it.
     round_to: Annotated[int, Field(ge=1)]
 
@@ -51,7 +63,9 @@ class Cut:
         return rows | {f"{down.kind}.weight": Part((down.m, size), grid)}
 
     def losses(self, unit: Unit, sizes: Tensor, evidence: Evidence) -> Tensor:
-        """tr(D W R W^T D^T), R what the kept dimensions leave of C, (sizes) in float64."""
+        """tr(D W R W^T D^T), R what the kept dimensions leave of C, (sizes) in float64; without
+        repair, tr(D W_d C_d W_d^T D^T) of those that are dropped.
+        """
         return self._order(unit, evidence)["losses"][sizes]
 
     def _order(self, unit: Unit, evidence: Evidence) -> Mapping[str, Tensor]:
@@ -62,7 +76,8 @@ class Cut:
             norm = evidence.norm(down)
             gram = gram_of(norm, down.name)
             noise = self._noise(unit, gram, evidence)
-            found = eliminate(gram, norm.weigh(evidence.weight(down)), noise)
+            weighted = norm.weigh(evidence.weight(down))
+            found = self._eliminated(unit, gram, weighted, noise)
             return {
                 "order": found.order.cpu(),
                 "losses": found.losses.cpu(),
@@ -70,6 +85,27 @@ class Cut:
             }
 
         return evidence.remembered(unit, self, make)
+
+    def _eliminated(self, unit: Unit, gram: Tensor, F: Tensor, noise: Tensor) -> Elimination:
+        """In the order that is asked for."""
+        match self.order:
+            case "weighted":
+                found = eliminate(gram, F, noise)
+                if self.repair:
+                    return found
+                order = found.order
+            case "unweighted":
+                order = eliminate(gram, torch.eye(len(gram), device=gram.device), noise).order
+            case "leverage":
+                order = leverage(gram).argsort(descending=True, stable=True)
+            case "random":
+                dice = torch.Generator().manual_seed(unit.decoder_layer)
+                order = torch.randperm(len(gram), generator=dice).to(gram.device)
+        if self.repair:
+            losses = losses_in_order(gram + noise.to(gram.dtype).diag(), F, order)
+        else:
+            losses = losses_unrepaired(gram, F, order, noise)
+        return Elimination(order, losses)
 
     def _noise(self, unit: Unit, gram: Tensor, evidence: Evidence) -> Tensor:
         """(d): energy that a dimension is taken to have beside what calibration saw of it.
@@ -101,7 +137,9 @@ class Cut:
             modules[linear.name] = _rows(linear, torch.cat(blocks), evidence)
         norm = evidence.norm(down)
         noise = found["noise"].to(weight.device)
-        repaired = stand_in(gram_of(norm, down.name), weight, kept, noise).to(weight.dtype)
+        repaired = weight[:, kept]
+        if self.repair:
+            repaired = stand_in(gram_of(norm, down.name), weight, kept, noise).to(weight.dtype)
         modules[down.name] = made = _columns(down, repaired, kept, evidence)
         error = weight.float().clone()
         error[:, kept] -= made.weight.detach().float()

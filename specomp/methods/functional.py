@@ -2,13 +2,14 @@
 arXiv:2505.12942).
 
 FunctionalUnits   an MLP may be cut to fewer inner dimensions (forms/cut.py), values and outputs of
-                  attention to fewer directions a head (forms/heads.py)          MoDeGPT Sec. 3
+                  attention to fewer directions a head (forms/heads.py), queries and keys to
+                  fewer dimensions of it (forms/scores.py)                       MoDeGPT Sec. 3
 Whether they are, an allocation decides by predicted loss and price, beside their linears by
 themselves (forms/menu.py::Wide).
 """
 
 from collections.abc import Mapping, Sequence
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from pydantic import SkipValidation
 
@@ -27,16 +28,17 @@ class FunctionalUnits:
 
     mlp: SkipValidation[Form] | None
     value_output: SkipValidation[Form] | None
+    query_key: SkipValidation[Form] | None
     # All MLPs of a model at one size, or none cut: then export=dense is a plain smaller model.
     equal: bool
     active: ClassVar[bool] = True
 
     def forms(self, units: Sequence[Unit]) -> Mapping[Unit, Sequence[Form]]:
         """Each for itself, or all MLPs as one unit."""
-        values = [x for x in units if x.kind == "value_output"]
-        found: dict[Unit, Sequence[Form]] = {}
-        if self.value_output is not None:
-            found |= dict.fromkeys(values, (self.value_output,))
+        of_attention = {"value_output": self.value_output, "query_key": self.query_key}
+        found: dict[Unit, Sequence[Form]] = {
+            x: (form,) for x in units if (form := of_attention.get(x.kind)) is not None
+        }
         mlps = [x for x in units if x.kind == "mlp"]
         if self.mlp is None or not mlps:
             return found
@@ -52,7 +54,8 @@ class FunctionalUnits:
 
     def check(self, method: Method) -> None:
         """The norm needs a Gram matrix, and a training has to start from what is cut."""
-        if method.is_dense or (self.mlp is None and self.value_output is None):
+        kinds = self.mlp, self.value_output, self.query_key
+        if method.is_dense or kinds == (None, None, None):
             return
         if method.training.chooses and not method.allocation.compresses:
             raise UserError(
@@ -69,12 +72,26 @@ class FunctionalUnits:
         stats = {x: example(x, size, size) for x in method.whitening.needs}
         gram_of(method.whitening(Stats(stats)), "method/units")
 
-    def check_family(self, family: ModelFamily) -> None:
-        """It has to say what its MLPs are made of."""
+    def check_family(self, family: ModelFamily, config: Any) -> None:
+        """It has to say what its MLPs and its attention are made of, and no norm stands between
+        queries and scores.
+        """
         if self.mlp is not None and family.mlp is None:
             raise UserError(
                 f"Family '{family.name}' does not say what its MLPs are made of: add mlp=Mlp(...)"
                 " to its row in specomp/models/families.py, or use method/units=none."
+            )
+        for name, form in (("value_output", self.value_output), ("query_key", self.query_key)):
+            if form is not None and family.attention is None:
+                raise UserError(
+                    f"Family '{family.name}' does not say which linears its attention is made of:"
+                    " add attention=Attention(...) to its row in specomp/models/families.py, or set"
+                    f" method.units.{name}=null."
+                )
+        if self.query_key is not None and family.norms_queries(config):
+            raise UserError(
+                f"Models of type '{config.model_type}' put a norm between queries and scores, which"
+                " counts every dimension: set method.units.query_key=null."
             )
 
     def check_export(self, form: str, training: Training) -> None:

@@ -3,7 +3,7 @@
 from transformers import PreTrainedConfig
 
 from specomp.errors import UserError
-from specomp.models.family import Attention, Mlp, ModelFamily, Site
+from specomp.models.family import COMPRESSED_PREFIX, Attention, Mlp, ModelFamily, Site
 
 LLAMA = ModelFamily(
     # LLaMA 1-3, Vicuna, SmolLM2, Mistral, Qwen 2-3 and Gemma 2 name their linears alike
@@ -17,7 +17,14 @@ LLAMA = ModelFamily(
         Site(("mlp.down_proj",)),
     ),
     mlp=Mlp(("mlp.gate_proj", "mlp.up_proj"), "mlp.down_proj", "intermediate_size"),
-    attention=Attention("self_attn.v_proj", "self_attn.o_proj"),
+    attention=Attention(
+        "self_attn.q_proj",
+        "self_attn.k_proj",
+        "self_attn.v_proj",
+        "self_attn.o_proj",
+        rotary=True,
+        normed=("qwen3",),
+    ),
 )
 
 PHI3 = ModelFamily(
@@ -44,7 +51,13 @@ OPT = ModelFamily(
         Site(("fc2",)),
     ),
     mlp=Mlp(("fc1",), "fc2", "ffn_dim"),
-    attention=Attention("self_attn.v_proj", "self_attn.out_proj"),
+    attention=Attention(
+        "self_attn.q_proj",
+        "self_attn.k_proj",
+        "self_attn.v_proj",
+        "self_attn.out_proj",
+        rotary=False,
+    ),
 )
 
 FAMILIES = (LLAMA, PHI3, OPT)
@@ -52,7 +65,6 @@ FAMILY_OF_TYPE = {model_type: family for family in FAMILIES for model_type in fa
 # Trained with their BOS token in front of every text, and lost without it: published Gemma models
 # have perplexities of thousands on windows that begin in mid-text.
 NEED_BOS = frozenset({"gemma", "gemma2", "gemma3", "gemma3_text"})
-COMPRESSED_PREFIX = "specomp_"  # a compressed folder of a llama has the model_type "specomp_llama"
 
 
 def base_model_type(config: PreTrainedConfig) -> str:

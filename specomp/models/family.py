@@ -11,6 +11,8 @@ from torch import nn
 from specomp.errors import UserError
 from specomp.models.modules import Substitute
 
+COMPRESSED_PREFIX = "specomp_"  # a compressed folder of a llama has the model_type "specomp_llama"
+
 
 @dataclass(frozen=True)
 class Site:
@@ -35,12 +37,18 @@ class Mlp:
 
 @dataclass(frozen=True)
 class Attention:
-    """Which linears make the values of a decoder layer's attention and which one reads its outputs,
-    head after head in both. Names are relative to a decoder layer.
+    """Which linears make queries, keys and values of a decoder layer's attention, which one reads
+    its outputs, head after head in all. Names are relative to a decoder layer.
     """
 
+    queries: str
+    keys: str
     values: str
     output: str
+    # positions rotate dimension i of a head together with i + half a head; else they rotate nothing
+    rotary: bool
+    # model types that put a norm between these linears and the scores
+    normed: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -72,6 +80,7 @@ class Unit:
     linears: tuple[LinearSpec, ...]
     # of attention: heads, and groups of heads that share keys and values
     heads: tuple[int, int] = (1, 1)
+    rotary: bool = False  # see Attention
 
     @property
     def decoder_layer(self) -> int:
@@ -145,26 +154,39 @@ class ModelFamily:
             found.append(Unit(f"{layer}.mlp", "mlp", linears))
         return found
 
-    def value_outputs(self, model: Any) -> list[Unit]:
-        """Values and outputs of every decoder layer's attention as one unit; none where the family
-        does not say what makes them. model: of transformers.
+    def attentions(self, model: Any) -> list[Unit]:
+        """Of every decoder layer's attention, queries and keys as one unit, where nothing stands
+        between them and the scores, and values and outputs as one; none where the family does not
+        say what makes them. model: of transformers.
         """
-        if self.attention is None:
+        made = self.attention
+        if made is None:
             return []
         config, by_name = model.config, {x.name: x for x in self.linears(model)}
-        heads = config.num_attention_heads
-        groups = getattr(config, "num_key_value_heads", None) or heads
+        count = config.num_attention_heads
+        heads = count, getattr(config, "num_key_value_heads", None) or count
         found = []
         for index in range(len(self.layers(model))):
             layer = f"{self.decoder_layers}.{index}"
-            names = (self.attention.values, self.attention.output)
-            linears = tuple(by_name[f"{layer}.{x}"] for x in names)
-            found.append(Unit(f"{layer}.values", "value_output", linears, (heads, groups)))
+            q, k, v, o = (
+                by_name[f"{layer}.{x}"] for x in (made.queries, made.keys, made.values, made.output)
+            )
+            if not self.norms_queries(config):
+                scores = Unit(f"{layer}.scores", "query_key", (q, k), heads, made.rotary)
+                found.append(scores)
+            found.append(Unit(f"{layer}.values", "value_output", (v, o), heads))
         return found
+
+    def norms_queries(self, config: Any) -> bool:
+        """Whether models of this config have a norm between queries and scores. config: of
+        transformers.
+        """
+        kind = config.model_type.removeprefix(COMPRESSED_PREFIX)
+        return self.attention is not None and kind in self.attention.normed
 
     def functional_units(self, model: Any) -> list[Unit]:
         """Those of several linears. model: of transformers."""
-        return [*self.mlps(model), *self.value_outputs(model)]
+        return [*self.mlps(model), *self.attentions(model)]
 
     def layer_ranges(self, model: nn.Module, size: int | None) -> Iterator[range]:
         """Consecutive ranges of `size` decoder-layer indices that cover the model; all of it at

@@ -23,8 +23,8 @@ from transformers.utils import logging as transformers_logging
 
 from specomp.cache import claim
 from specomp.errors import UserError, one_line
-from specomp.models.families import COMPRESSED_PREFIX, family_of
-from specomp.models.family import ModelFamily
+from specomp.models.families import family_of
+from specomp.models.family import COMPRESSED_PREFIX, ModelFamily
 from specomp.models.files import some
 from specomp.models.registration import register
 from specomp.models.remote import OWN_FIELDS

@@ -30,7 +30,8 @@ def register() -> None:
         AutoModelForCausalLM,
     )
 
-    from specomp.models.families import COMPRESSED_PREFIX, FAMILY_OF_TYPE
+    from specomp.models.families import FAMILY_OF_TYPE
+    from specomp.models.family import COMPRESSED_PREFIX
     from specomp.models.remote import compressed_config, compressed_model
 
     for base in FAMILY_OF_TYPE:
@@ -52,7 +53,8 @@ def adopt(model: Any) -> None:
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
-    from specomp.models.families import COMPRESSED_PREFIX, base_model_type
+    from specomp.models.families import base_model_type
+    from specomp.models.family import COMPRESSED_PREFIX
 
     register()
     base, classes = base_model_type(model.config), dict[Any, Any](MODEL_FOR_CAUSAL_LM_MAPPING)
@@ -181,7 +183,8 @@ class _StandIn:
 def _register_stand_ins() -> None:
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-    from specomp.models.families import COMPRESSED_PREFIX, FAMILY_OF_TYPE
+    from specomp.models.families import FAMILY_OF_TYPE
+    from specomp.models.family import COMPRESSED_PREFIX
 
     for name in (COMPRESSED_PREFIX + base for base in FAMILY_OF_TYPE):
         if name not in CONFIG_MAPPING:

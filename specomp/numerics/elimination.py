@@ -128,6 +128,33 @@ def losses_in_order(
     return torch.cat([taken.flip(0).cumsum(0).flip(0), taken.new_zeros(1)])
 
 
+def leverage(C: Float[Tensor, "d d"]) -> Float[Tensor, " d"]:
+    """diag(C (C + I)^-1) in float64: ridge leverage scores, by which MoDeGPT chooses the dimensions
+    of an MLP (Algorithm 1). Depends on units of measurement.
+    """
+    C = C.to(SOLVE_DTYPE)
+    C = (C + C.T) / 2
+    damped = C + torch.eye(len(C), dtype=C.dtype, device=C.device)
+    root = positive_root(damped)
+    return 1 - torch.cholesky_inverse(root).diagonal()
+
+
+def losses_unrepaired(
+    C: Float[Tensor, "d d"],
+    F: Float[Tensor, "h d"],
+    order: Int[Tensor, " d"],
+    noise: Float[Tensor, " d"],
+) -> Float[Tensor, " d+1"]:
+    """What keeping the first k of an order loses, k = 0 .. d, where nothing stands in for the
+    others: tr(F C F^T) over these, in float64. It may rise: others cancel.
+    """
+    C, F = C.to(SOLVE_DTYPE)[order][:, order], F.to(SOLVE_DTYPE)[:, order]
+    terms = (F.T @ F) * (C + noise.to(SOLVE_DTYPE)[order].diag())
+    steps = terms.diagonal() + 2 * terms.triu(1).sum(1)
+    losses = steps.flip(0).cumsum(0).flip(0)
+    return torch.cat([losses, losses.new_zeros(1)])
+
+
 def eliminating(h: int, d: int) -> Work:
     """What it takes: the products of whole blocks, and what passes through memory inside them."""
     few = min(CANDIDATES, d)

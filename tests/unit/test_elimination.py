@@ -6,7 +6,16 @@ import pytest
 import torch
 from torch import Tensor
 
-from specomp.numerics.elimination import BLOCK, Elimination, eliminate, scaled, stand_in
+from specomp.numerics.elimination import (
+    BLOCK,
+    Elimination,
+    eliminate,
+    leverage,
+    losses_in_order,
+    losses_unrepaired,
+    scaled,
+    stand_in,
+)
 
 RIDGE = 1e-4
 
@@ -134,3 +143,20 @@ def test_noise_keeps_what_the_tokens_hardly_move():
     noise = torch.zeros(40)
     noise[5] = 100 * float(C.diagonal().max())
     assert eliminate(C, F, noise).order[0] == 5
+
+
+def test_leverage_is_the_share_of_a_dimension_in_the_ridge_regression_of_itself():
+    C = rows(rank=12).T @ rows(rank=12)
+    expected = (C @ torch.linalg.inv(C + torch.eye(40).double())).diagonal()
+    assert torch.allclose(leverage(C), expected, atol=1e-8)
+
+
+def test_without_repair_what_is_lost_is_what_the_dropped_dimensions_give():
+    z, F = rows(), weights()
+    order, none = torch.randperm(40), torch.zeros(40)
+    found = losses_unrepaired(z.T @ z, F, order, none)
+    for k in (0, 5, 33, 40):
+        dropped = z[:, order[k:]] @ F[:, order[k:]].T
+        assert float(found[k]) == pytest.approx(float(dropped.square().sum()), rel=1e-8)
+    repaired = losses_in_order(z.T @ z, F, order)
+    assert bool((repaired <= found * (1 + 1e-9)).all())

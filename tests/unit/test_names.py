@@ -88,7 +88,7 @@ def in_todays_names(node: Any) -> Any:
         return node
     today = {old: new for new, old in OLD_TARGETS.items()}
     kind = str(node.get("_target_")).rpartition(".")[2]
-    later = LATER[kind] if kind == "FunctionalUnits" else {}
+    later = LATER.get(kind, {})
     found = later | {k: in_todays_names(v) for k, v in node.items()}
     return found | {k: today.get(v, v) for k, v in node.items() if k == "_target_"}
 
