@@ -77,6 +77,12 @@ def compress(
     family = family_of(model.config)
     if any(isinstance(x, Substitute) for x in model.modules()):
         raise UserError("This model is compressed already: compress its dense original.")
+    away = next((name for name, x in model.named_parameters() if x.is_meta), None)
+    if away is not None:
+        raise UserError(
+            f"{away} is not in memory: load the model without stream=True or offloading."
+            " Larger than memory it is compressed by `specomp model.stream=true`."
+        )
     chosen = method_of(method, quantizer)
     settings = calibration_of(calibration)
     samples = _samples(model, tokens, settings)

@@ -67,6 +67,20 @@ In Python: import specomp; specomp.compress(model, tokens, method="adasvd", rati
 """
 
 
+PLAN = """\
+usage: specomp plan [EXPERIMENT] [-m] [choices and settings, as after specomp]
+
+Stages, time, memory and disk that an experiment takes on this machine, and what the compressed
+model will hold: no weight is loaded, nothing is run. The same as plan=true.
+
+  specomp plan method=adasvd ratio=cr40
+  specomp plan model=llama2_7b method=specomp ratio=cr20
+  specomp plan adasvd_table1                        every job of the sweep
+
+specomp --help says every choice and every setting.
+"""
+
+
 class Refused(SystemExit):
     """Out of Hydra's sight, which would announce the one job there is as the one that failed."""
 
@@ -161,6 +175,9 @@ def _run(typed: list[str]) -> int:
     hide_in_logs()
     own, others = own_yamls(typed)
     first, rest = (others[0], others[1:]) if others else ("", [])
+    if first == "plan" and {"-h", "--help"} & set(rest):
+        sys.stdout.write(PLAN)
+        return 0
     if first == "plan":
         rest = [f"experiment={x}" if x in choices("experiment") else x for x in rest]
         typed = [*own, *rest, "plan=true"]

@@ -4,7 +4,7 @@ beside it, printed.
 
 import resource
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -29,6 +29,8 @@ OVERHEAD = 1.0e8
 LEAST_SECONDS = (
     0.1  # below it a time says nothing: a stage that only looked into a record or the cache
 )
+# Times as slow as float32, from which a dtype is not for this device.
+SLOW = 3
 UNITS = {"memory": "GB/s", "product": "GFLOP/s", "factorization": "GFLOP/s"}
 
 
@@ -119,7 +121,7 @@ def show_plan(request: Request, *, console: Console | None = None) -> None:
         if kind in UNITS
     )
     console.print(f"speed measured now: {', '.join(speeds)}", markup=False)
-    for note in notes(found, request):
+    for note in notes(found, request, rates):
         console.print(f"note: {note}", markup=False)
     if record is not None:
         made = record.provenance
@@ -209,8 +211,15 @@ def stage_rows(found: Plan, rates: Any, held: float) -> Iterator[list[str]]:
         ]
 
 
-def notes(found: Plan, request: Request) -> Iterator[str]:
+def notes(found: Plan, request: Request, rates: Mapping[Any, float]) -> Iterator[str]:
     """What a reader of the numbers should know."""
+    dtype = str(found.dtype).removeprefix("torch.")
+    own, other = rates.get(("product", dtype)), rates.get(("product", "float32"))
+    if own is not None and other is not None and other > SLOW * own:
+        yield (
+            f"products in {dtype} take {other / own:.0f} times as long as in float32 here:"
+            " model.dtype=float32 is faster, at twice the memory"
+        )
     if found.asked:
         cut = ", and nothing is cut in them" if found.ordered else ""
         yield (

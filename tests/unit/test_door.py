@@ -251,6 +251,10 @@ def test_what_cannot_be_saved_is_one_line(tmp_path):
     streamed = specomp.load(tmp_path / "m", stream=True).model
     with pytest.raises(UserError, match="not in memory: load it without stream=True"):
         specomp.save(streamed, tmp_path / "x")
+    specomp.save(tiny_model("llama"), tmp_path / "dense")
+    dense = specomp.load(tmp_path / "dense", stream=True).model
+    with pytest.raises(UserError, match="is not in memory: load the model without stream=True"):
+        specomp.compress(dense, torch.zeros(2, 8, dtype=torch.int64), "svd")
     specomp.save(compressed("llama", quantizer="rtn_int4"), tmp_path / "int4")
     plain = AutoModelForCausalLM.from_pretrained(tmp_path / "int4")
     with pytest.raises(UserError, match=r"open its folder with specomp\.load"):

@@ -14,13 +14,13 @@ from running import CONF, compose_config, compose_run, store
 from tiny import FAMILY_NAMES, tiny_model
 from torch.utils.flop_counter import FlopCounterMode
 
-from specomp import rows
+from specomp import cli, rows
 from specomp.compression.ledger import measure
 from specomp.data.pydocs import PyDocs
 from specomp.errors import UserError
 from specomp.experiment.config import Request, ask
 from specomp.experiment.pipeline import run
-from specomp.experiment.plan import duration, plan_of, record_of, show_plan, size
+from specomp.experiment.plan import duration, notes, plan_of, record_of, show_plan, size
 from specomp.experiment.record import point_of
 from specomp.forms.prices import Numbers
 from specomp.models.load import check_shape, config_of_shape, skeleton
@@ -365,3 +365,18 @@ def test_a_plan_is_in_no_record(tmp_path):
     run(compose_config(tmp_path, "plan=true", "method=svd"))
     assert before == {path: path.read_bytes() for path in store(tmp_path).folder.glob("*.json")}
     assert all(json.loads(content)["status"] == "ok" for content in before.values())
+
+
+def test_a_dtype_that_this_device_is_slow_in_is_said(tmp_path):
+    request = asked(tmp_path, "plan=true", "method=svd", "model.dtype=float16")
+    rates = {("product", "float16"): 1e9, ("product", "float32"): 28e9}
+    told = [x for x in notes(plan_of(request), request, rates) if "28 times as long" in x]
+    assert len(told) == 1 and "model.dtype=float32" in told[0]
+    rates["product", "float16"] = 20e9
+    assert not [x for x in notes(plan_of(request), request, rates) if "as long" in x]
+
+
+@pytest.mark.parametrize("word", ["--help", "-h"])
+def test_plan_says_how_it_is_used(capsys, word):
+    assert cli.run(["plan", word]) == 0
+    assert capsys.readouterr().out.startswith("usage: specomp plan")
