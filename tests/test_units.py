@@ -582,6 +582,11 @@ def test_the_dense_row_has_nothing_to_cut():
     assert specomp.compress(model, TOKENS, specomp.method("dense", units="cut"), 0.5).linears
 
 
+def test_a_size_that_no_mlp_has_is_refused():
+    with pytest.raises(UserError, match="no size that method.units.mlp allows: lower its round_to"):
+        compressed(tiny_model("llama"), units=cut_of(mlp={"round_to": 1000}))
+
+
 def test_mlps_of_several_sizes_are_not_cut_alike():
     with pytest.raises(UserError, match="several sizes"):
         cut_of(equal=True).forms([mlp(12), mlp(16)])

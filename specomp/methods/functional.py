@@ -34,23 +34,28 @@ class FunctionalUnits:
     active: ClassVar[bool] = True
 
     def forms(self, units: Sequence[Unit]) -> Mapping[Unit, Sequence[Form]]:
-        """Each for itself, or all MLPs as one unit."""
-        of_attention = {"value_output": self.value_output, "query_key": self.query_key}
+        """Each for itself, or all MLPs as one unit. Raises UserError for one that has no size."""
+        of_kind = {"mlp": self.mlp, "value_output": self.value_output, "query_key": self.query_key}
         found: dict[Unit, Sequence[Form]] = {
-            x: (form,) for x in units if (form := of_attention.get(x.kind)) is not None
+            x: (form,) for x in units if (form := of_kind.get(x.kind)) is not None
         }
-        mlps = [x for x in units if x.kind == "mlp"]
-        if self.mlp is None or not mlps:
+        for x, (form,) in found.items():
+            if not len(form.sizes(x)):
+                raise UserError(
+                    f"{x.name} has {x.linears[-1].n} inner dimensions, and no size that"
+                    f" method.units.{x.kind} allows: lower its round_to, or set it to null."
+                )
+        mlps = [x for x in found if x.kind == "mlp"]
+        if not self.equal or self.mlp is None or not mlps:
             return found
-        if not self.equal:
-            return found | dict.fromkeys(mlps, (self.mlp,))
         if len({x.linears[-1].n for x in mlps}) > 1:
             raise UserError(
                 "The MLPs of this model have several sizes already, so they are not cut alike: use"
                 " method.units.equal=false."
             )
         every = Unit("mlps", "mlp", tuple(x for unit in mlps for x in unit.linears))
-        return found | {every: (Alike(self.mlp, mlps),)}
+        others = {x: form for x, form in found.items() if x.kind != "mlp"}
+        return others | {every: (Alike(self.mlp, mlps),)}
 
     def check(self, method: Method) -> None:
         """The norm needs a Gram matrix, and a training has to start from what is cut."""
