@@ -65,15 +65,23 @@ def in_domain(record: Record) -> str | None:
     """What to say of texts that are measured on and, in another part, calibrated on."""
     read = record.calibration.get("source") or {}
     parts = read.get("parts", {"": {"source": read}}).values()
-    texts = {str(part["source"]["name"]) for part in parts if part.get("source")}
+    sources = [part["source"] for part in parts if part.get("source")]
+    texts = {str(x["name"]) for x in sources}
     same = sorted(texts & {name.partition("@")[0] for name in record.metrics})
     if not same:
         return None
     other = "domains" if "wikitext2" in same else "wikitext2"
-    return (
-        f"{', '.join(same)} is of the kind of text that this model was calibrated on; how it does"
-        f" on another says the same command with benchmark={other}"
+    asked = (record.config.get("benchmark") or {}).get("parts") or {}
+    read_by = [x.get("corpus") or {} for x in asked.values()]
+    measured = {(x.get("name"), x.get("split")) for x in read_by}
+    very = sorted({x["name"] for x in sources if (x["name"], x.get("split")) in measured} & {*same})
+    told = (
+        f"{', '.join(very)} is the very text that this model was calibrated on: no measure of its"
+        " quality"
+        if very
+        else f"{', '.join(same)} is of the kind of text that this model was calibrated on"
     )
+    return f"{told}; how it does on another says the same command with benchmark={other}"
 
 
 def label(metric: str, values: dict[str, float]) -> str:

@@ -137,3 +137,11 @@ def test_text_of_the_calibrations_own_kind_is_called_so():
 def test_a_metric_of_ones_own_is_shown_and_details_are_not():
     metrics = {"mine@1": {"surprise": 0.25, "surprise_stderr": 0.1, "n": 12.0, "nll": 2.0}}
     assert [x for x in by_label(record(metrics=metrics)) if "mine" in x] == ["mine@1 surprise"]
+
+
+def test_the_very_text_of_the_calibration_is_called_so():
+    source = {"name": "wikitext2", "split": "test"}
+    for split, said in (("test", "is the very text"), ("validation", "is of the kind of text")):
+        parts = {"wikitext2": {"corpus": {"name": "wikitext2", "split": split}}, "own": {}}
+        found = record(calibration={"source": source}, config={"benchmark": {"parts": parts}})
+        assert said in str(in_domain(found))
