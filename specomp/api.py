@@ -142,7 +142,11 @@ def save(
     report: what its specomp.json should say. Raises UserError where the folder holds something
     else, the model cannot be opened again, or the disk is full.
     """
-    info = {} if report is None else {"ledger": report.ledger.as_dict(), "notes": report.notes}
+    info = (
+        {}
+        if report is None
+        else {**report.made, "ledger": report.ledger.as_dict(), "notes": report.notes}
+    )
     save_compressed(model, tokenizer, Path(folder), form=form, info=info)
     return Path(folder)
 

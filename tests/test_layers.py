@@ -70,6 +70,7 @@ THIRD_PARTY = {
     "loguru": {"specomp/models/packed.py"},
     "huggingface_hub": {"specomp/models/"},
     "tokenizers": {"specomp/models/"},
+    "yaml": {"specomp/models/card.py"},
     "transformers": {
         "specomp/models/",
         "specomp/data/",

@@ -118,6 +118,8 @@ class Place:
             code = cli.run(typed) or 0
         except SystemExit as error:
             code = error.code if isinstance(error.code, int) else 1
+            if isinstance(error.code, str):  # as the interpreter does
+                sys.stderr.write(f"{error.code}\n")
         except BaseException:
             import traceback
 

@@ -74,6 +74,11 @@ def compress(run: Run, statistics: Statistics) -> Report:
         training=dict(account),
         seconds=progress.seconds,
         notes=progress.notes,
+        made={
+            "method": method.name,
+            **run.budget.identity(),
+            "calibration": run.samples.description | {"hash": run.samples.hash},
+        },
     )
     return explained(run, found, chosen, trained)
 

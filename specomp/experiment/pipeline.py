@@ -4,7 +4,9 @@ Build and check everything that is cheap; stop if the record says it is done; th
 through the same functions as the library (api.py), save, evaluate, and write down what happened.
 """
 
+import json
 import logging
+import shlex
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
@@ -22,17 +24,21 @@ from specomp.compression.ledger import Size, ledger, measure
 from specomp.compression.module import CalibrationOnlyModule
 from specomp.compression.report import LinearReport
 from specomp.compression.run import Progress, Run
+from specomp.disk import disk_errors
 from specomp.errors import UserError, first_line
+from specomp.evaluation.metric import is_detail
 from specomp.evaluation.suite import Benchmark
 from specomp.experiment.checks import actionable
 from specomp.experiment.config import Experiment, ask, build
+from specomp.experiment.environment import hidden
 from specomp.experiment.label import folder_name
 from specomp.experiment.plan import show_plan
 from specomp.experiment.record import Record, point_of, provenance, record_key
 from specomp.experiment.summary import show
+from specomp.models.card import Measured, write_card
 from specomp.models.files import checked_folder
 from specomp.models.load import LoadedModel, device_name
-from specomp.models.save import Export, exporting, refresh, save_compressed
+from specomp.models.save import INFO_FILE, Export, exporting, refresh, save_compressed
 from specomp.models.save import load as load_folder
 from specomp.profiling import profiles
 
@@ -201,7 +207,28 @@ def execute(experiment: Experiment, record: Record) -> bool:
             name: before.get(name, 0) + count for name, count in counted.items()
         }
     experiment.tracking.publish(record, [x.as_dict() for x in linears])
+    if record.model_folder:
+        bring_up_card(experiment, record, Path(record.model_folder))
     return True
+
+
+def command(record: Record) -> str:
+    """What was typed, without where it was done."""
+    typed = [x for x in record.config.get("overrides") or [] if not x.startswith("paths.")]
+    return hidden(shlex.join(["specomp", *typed]))
+
+
+def bring_up_card(experiment: Experiment, record: Record, folder: Path) -> None:
+    """The folder's model card, with what was measured."""
+    measured = [
+        Measured(name, metric, record.dense_metrics.get(name, {}).get(metric), value)
+        for name, values in record.metrics.items()
+        for metric, value in values.items()
+        if not is_detail(metric)
+    ]
+    info = json.loads((folder / INFO_FILE).read_text(encoding="utf-8"))
+    with disk_errors(folder):
+        write_card(folder, info, name=folder.name, source=side_files(experiment), measured=measured)
 
 
 def load_dense(experiment: Experiment, record: Record) -> LoadedModel:
@@ -268,6 +295,8 @@ def produce(experiment: Experiment, record: Record) -> tuple[Any, Any, list[Line
         **run.budget.identity(),
         "changes": record.changes,
         "record": record.key,
+        "calibration": record.calibration,
+        "command": command(record),
         "specomp": record.identity,
     }
     with ExitStack() as stack:

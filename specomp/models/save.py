@@ -31,6 +31,7 @@ from specomp.checksums import checking, reseal, seal
 from specomp.disk import disk_errors, whole_folder
 from specomp.errors import UserError, one_line
 from specomp.models.beside import write_beside
+from specomp.models.card import write_card
 from specomp.models.door import Walk, check_tokenizer, logits
 from specomp.models.door import check as check_door
 from specomp.models.families import family_of
@@ -181,7 +182,9 @@ class Export:
         write_beside(target, tokenizer, self.beside)
         packed = form == "factors" and bool(grid_linears(model))
         write_identity(target, model, form, quantization_config(model) if packed else None)
-        write_json(target / INFO_FILE, {"specomp": __version__, "form": form, **info})
+        told = {"specomp": __version__, "form": form, **info}
+        write_json(target / INFO_FILE, told)
+        write_card(target, told, name=folder.name, source=self.beside)
 
     def _save_rest(self, model: PreTrainedModel) -> None:
         """config.json, generation settings and what was not added; beside files that were, an index

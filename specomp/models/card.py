@@ -1,0 +1,210 @@
+"""The model card of a folder: README.md, with what the hub reads of it in front.
+
+What is in it comes from specomp.json and from what was measured; a number stands beside what it
+counts. A card that somebody else wrote, or changed the first line of, is left alone.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
+
+from specomp import __version__
+from specomp.disk import atomic_path, remove
+
+CARD = "README.md"
+OURS = "<!-- written by specomp, which brings it up to date until this line is gone -->"
+# of the source model's card, what stays true
+KEPT = ("license", "license_name", "license_link", "language")
+
+
+@dataclass(frozen=True)
+class Measured:
+    """One number: on what, which metric, of the dense model (None: not measured) and of this."""
+
+    benchmark: str
+    metric: str
+    dense: float | None
+    compressed: float
+
+
+def write_card(
+    folder: Path,
+    info: Mapping[str, Any],
+    *,
+    name: str,
+    source: Path | None,
+    measured: Sequence[Measured] = (),
+) -> bool:
+    """Write the card of a saved model, unless there is one that is not ours. Whether it was
+    written.
+
+    info: what specomp.json says; name: of the model; source: a folder with the source model's card.
+    """
+    path = folder / CARD
+    there = path.read_text(encoding="utf-8", errors="replace") if path.is_file() else None
+    if there is not None and OURS not in there:
+        return False
+    front = _data(info, name, source, measured).to_yaml()
+    tokenizer = any(folder.glob("tokenizer*"))
+    sections = [OURS, f"# {name}", *_sections(info, measured, tokenizer)]
+    text = "\n\n".join([f"---\n{front}\n---", *sections]) + "\n"
+    if there == text:
+        return False
+    if there is None:  # a folder or a link to nowhere is in its place
+        remove(path)
+    with atomic_path(path) as writing:
+        writing.write_text(text, encoding="utf-8")
+    return True
+
+
+def _data(
+    info: Mapping[str, Any], name: str, source: Path | None, measured: Sequence[Measured]
+) -> ModelCardData:
+    """What the hub understands."""
+    results = [
+        EvalResult(
+            task_type="text-generation",
+            dataset_type=x.benchmark.partition("@")[0],
+            dataset_name=x.benchmark,
+            metric_type="perplexity" if x.metric == "ppl" else x.metric,
+            metric_value=x.compressed,
+        )
+        for x in measured
+        if math.isfinite(x.compressed)
+    ]
+    repo = _base(info).get("repo")
+    return ModelCardData(
+        base_model=repo,
+        library_name="transformers",
+        pipeline_tag="text-generation",
+        tags=["specomp", "compression", "low-rank", str(info.get("method") or "own-method")],
+        metrics=sorted({str(x.metric_type) for x in results}) or None,
+        model_name=name if results else None,
+        eval_results=results or None,
+        **_kept(source),
+    )
+
+
+def _kept(source: Path | None) -> dict[str, Any]:
+    """Licence and languages of the source model's card."""
+    path = None if source is None else source / CARD
+    if path is None or not path.is_file():
+        return {}
+    try:
+        data = ModelCard.load(path, ignore_metadata_errors=True).data.to_dict()
+    except (OSError, ValueError, yaml.YAMLError):  # no card that can be read
+        return {}
+    return {x: data[x] for x in KEPT if x in data}
+
+
+def _base(info: Mapping[str, Any]) -> Mapping[str, Any]:
+    found = (info.get("base_model") or {}).get("source")
+    return found if isinstance(found, Mapping) else {}
+
+
+def _sections(info: Mapping[str, Any], measured: Sequence[Measured], tokenizer: bool) -> list[str]:
+    base, read = _base(info), info.get("calibration") or {}
+    of = base.get("repo") or (info.get("base_model") or {}).get("name")
+    row = " ".join([str(info.get("method") or "a method of its own"), *info.get("changes", ())])
+    text = (read.get("source") or {}).get("fingerprint")
+    made = [f"Row: `{row}`", f"Budget: {_budget(info)}"]
+    if of:
+        exact = [f"{key} `{base[key]}`" for key in ("revision", "sha256") if base.get(key)]
+        made.insert(0, ", ".join([f"Source model: `{of}`", *exact]))
+    if read:
+        made.append(
+            f"Calibrated on {text or 'token ids'}: {read.get('samples')} samples of"
+            f" {read.get('length')} tokens, sha256 `{str(read.get('hash'))[:16]}`"
+        )
+    if info.get("command"):
+        made.append(f"Command: `{info['command']}`")
+    record = info.get("record")
+    made.append(f"specomp {__version__}" + (f", record `{str(record)[:12]}`" if record else ""))
+    limits = [
+        f"It is fitted to its calibration text{f' ({text})' if text else ''}: on other texts and"
+        " languages it loses more. Measure on your own before you use it.",
+        "Safety is not evaluated: refusals, bias and toxicity may differ from the source model's.",
+        "The source model's licence and terms hold for it too.",
+    ]
+    begin = f"{f'`{of}`' if of else 'A model'} made smaller with specomp: `{row}`, {_budget(info)}."
+    return [
+        begin,
+        "## Loading",
+        _snippet(info, tokenizer=tokenizer),
+        "## How it was made",
+        _items(made),
+        *_sizes(info),
+        "## Measured",
+        _measured(measured),
+        "## Limits",
+        _items(limits),
+    ]
+
+
+def _items(lines: Sequence[str]) -> str:
+    return "\n".join(f"- {x}" for x in lines)
+
+
+def _sizes(info: Mapping[str, Any]) -> list[str]:
+    ledger = info.get("ledger") or {}
+    dense, small = ledger.get("dense"), ledger.get("compressed")
+    if not (dense and small):
+        return []
+    counted = {
+        "linear_params": "parameters of the linears in decoder layers",
+        "model_params": "parameters of the whole model",
+        "model_bytes": "bytes stored",
+        "held_bytes": "bytes in memory",
+    }
+    rows = [
+        (what, f"{dense[x]:,}", f"{small[x]:,}", f"{small[x] / dense[x]:.3f}")
+        for x, what in counted.items()
+    ]
+    return [
+        "## Sizes",
+        _table(["", "dense", "compressed", "compressed / dense"], rows),
+        "Compression is the fraction removed of the weights of the linears inside the decoder"
+        " layers: embeddings, head, norms and biases do not count.",
+    ]
+
+
+def _budget(info: Mapping[str, Any]) -> str:
+    if info.get("bits") is not None:
+        return f"{info['bits']:g} stored bits a weight"
+    removed = info.get("compression")
+    return "no budget stated" if removed is None else f"compression {100 * removed:.6g} %"
+
+
+def _snippet(info: Mapping[str, Any], *, tokenizer: bool) -> str:
+    """How it is opened."""
+    own = info.get("form") == "factors"
+    lines = ["```python"]
+    names = "AutoModelForCausalLM, AutoTokenizer" if tokenizer else "AutoModelForCausalLM"
+    lines += [f"from transformers import {names}", ""]
+    if own:
+        lines.append("# its code is in the folder; after `import specomp` it needs no trust")
+    trust = ", trust_remote_code=True" if own else ""
+    lines.append(f'model = AutoModelForCausalLM.from_pretrained("FOLDER", dtype="auto"{trust})')
+    if tokenizer:
+        lines.append('tokenizer = AutoTokenizer.from_pretrained("FOLDER")')
+    return "\n".join([*lines, "```"])
+
+
+def _measured(measured: Sequence[Measured]) -> str:
+    if not measured:
+        return "Nothing yet."
+    rows = []
+    for x in measured:
+        dense = "--" if x.dense is None else f"{x.dense:,.4g}"
+        rows.append((x.benchmark, x.metric, dense, f"{x.compressed:,.4g}"))
+    return _table(["benchmark", "metric", "dense", "compressed"], rows)
+
+
+def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join(f"| {' | '.join(x.replace('|', '/') for x in row)} |" for row in lines)
