@@ -43,6 +43,7 @@ COMMANDS = {
     "table": "results: of a paper's table, of a sweep, of a folder",
     "report": "a sweep as one HTML page with its figures",
     "dashboard": "the same in W&B",
+    "push": "a model folder to the hub",
 }
 # how Hydra tells of a choice that there is not
 UNKNOWN = re.compile(
@@ -263,14 +264,15 @@ def told(work: Callable[[], Any]) -> int:
 
 
 def tool(name: str, typed: Sequence[str]) -> int:
-    """A command about results. The exit code."""
+    """A command about results or about what was saved. The exit code."""
     try:
-        if name != "table":
+        if name in ("report", "dashboard"):
             needed("matplotlib", "figures", f"specomp {name}")
     except UserError as error:
         log.error("%s", error)
         return 1
-    command: Callable[[Sequence[str]], int] = import_module(f"specomp.tables.{name}").main
+    place = "models" if name == "push" else "tables"
+    command: Callable[[Sequence[str]], int] = import_module(f"specomp.{place}.{name}").main
     return command(typed)
 
 

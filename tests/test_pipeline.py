@@ -4,8 +4,8 @@ failure.
 
 import csv
 import json
-import os
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -170,7 +170,8 @@ def test_the_second_run_does_nothing(tmp_path, monkeypatch, evaluations):
 
 def test_a_new_benchmark_joins_the_record_without_recompressing(tmp_path, loads, evaluations):
     first = compose_run(tmp_path, *SVD)
-    folder_stamp = os.stat(first.model_folder).st_mtime_ns
+    weights = Path(first.model_folder) / "model.safetensors"
+    stamp = weights.stat().st_mtime_ns
     loads.clear()
     evaluations.clear()
     second = compose_run(tmp_path, *SVD, "benchmark.window=16")
@@ -179,7 +180,8 @@ def test_a_new_benchmark_joins_the_record_without_recompressing(tmp_path, loads,
     assert first.metrics.items() <= second.metrics.items()
     assert second.provenance == first.provenance
     assert second.seconds["compress"] == first.seconds["compress"], "not compressed again"
-    assert os.stat(second.model_folder).st_mtime_ns == folder_stamp
+    assert second.model_folder == first.model_folder and weights.stat().st_mtime_ns == stamp
+    assert set(second.metrics) <= set((weights.parent / "README.md").read_text().split())
     (new,) = second.metrics.keys() - first.metrics.keys()
     assert (new, True) in evaluations
     assert second.dense_metrics.keys() == second.metrics.keys(), (

@@ -17,6 +17,7 @@ from specomp import __version__
 from specomp.disk import atomic_path, remove
 
 CARD = "README.md"
+PLACE = "FOLDER"  # where the model lies, in the snippet that opens it
 OURS = "<!-- written by specomp, which brings it up to date until this line is gone -->"
 # of the source model's card, what stays true
 KEPT = ("license", "license_name", "license_link", "language")
@@ -189,9 +190,9 @@ def _snippet(info: Mapping[str, Any], *, tokenizer: bool) -> str:
     if own:
         lines.append("# its code is in the folder; after `import specomp` it needs no trust")
     trust = ", trust_remote_code=True" if own else ""
-    lines.append(f'model = AutoModelForCausalLM.from_pretrained("FOLDER", dtype="auto"{trust})')
+    lines.append(f'model = AutoModelForCausalLM.from_pretrained("{PLACE}", dtype="auto"{trust})')
     if tokenizer:
-        lines.append('tokenizer = AutoTokenizer.from_pretrained("FOLDER")')
+        lines.append(f'tokenizer = AutoTokenizer.from_pretrained("{PLACE}")')
     return "\n".join([*lines, "```"])
 
 

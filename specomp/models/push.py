@@ -1,0 +1,93 @@
+"""specomp push FOLDER ORG/NAME: a model folder to the Hugging Face hub, which checks its card.
+
+Needs a token with write access: `hf auth login`, or HF_TOKEN. HF_ENDPOINT is another hub.
+"""
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from huggingface_hub import CommitOperationAdd, HfApi
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineModeIsEnabled
+from huggingface_hub.utils import validate_repo_id
+
+from specomp.checksums import check
+from specomp.errors import UserError, first_line
+from specomp.models.card import CARD, PLACE, write_card
+from specomp.models.files import checked_folder, model_folder
+from specomp.models.save import INFO_FILE
+
+
+def push(
+    folder: str | Path,
+    repo: str,
+    *,
+    private: bool = False,
+    token: str | None = None,
+    endpoint: str | None = None,
+) -> str:
+    """Upload a folder that was saved to a repository of the hub, which is made where there is none.
+    The address of the commit.
+
+    repo: "ORG/NAME"; private: for a repository that is made; token, endpoint: None: those of the
+    environment. Raises UserError where the folder is damaged or not specomp's, and where the hub
+    refuses.
+    """
+    path = model_folder(str(folder))
+    if not (path / INFO_FILE).is_file():
+        raise UserError(f"{path} was not written by specomp: it has no {INFO_FILE}.")
+    try:
+        validate_repo_id(repo)
+    except HFValidationError as error:
+        raise UserError(f"{repo!r} is no name of a repository: {first_line(error)}") from error
+    checked_folder(str(path))
+    check(path)
+    if not (path / CARD).is_file():
+        info = json.loads((path / INFO_FILE).read_text(encoding="utf-8"))
+        write_card(path, info, name=path.name, source=None)
+    card = (path / CARD).read_text(encoding="utf-8").replace(PLACE, repo)
+    files = [x for x in sorted(path.rglob("*")) if x.is_file() and x.name[:1] != "."]
+    added = [
+        CommitOperationAdd(x.relative_to(path).as_posix(), x) for x in files if x != path / CARD
+    ]
+    added.append(CommitOperationAdd(CARD, card.encode()))
+    api = HfApi(endpoint=endpoint or os.environ.get("HF_ENDPOINT"), token=token)
+    try:
+        made = api.create_repo(repo, private=private, exist_ok=True)
+        done = api.create_commit(made.repo_id, added, commit_message=f"specomp: {path.name}")
+    except OfflineModeIsEnabled as error:
+        raise UserError("HF_HUB_OFFLINE=1 keeps this process off the hub: unset it.") from error
+    except HfHubHTTPError as error:
+        status, told = error.response.status_code, f"The hub refuses {repo}"
+        if status in (401, 403):
+            raise UserError(
+                f"{told} ({status}): log in with `hf auth login`, or set HF_TOKEN to a token with"
+                " write access there."
+            ) from error
+        raise UserError(f"{told} ({status}: {first_line(error)}).") from error
+    except ValueError as error:  # the card's metadata
+        raise UserError(f"{path / CARD}: {' '.join(str(error).split())}") from error
+    except Exception as error:
+        if not type(error).__module__.startswith("httpx"):  # the hub's client changed its own once
+            raise
+        raise UserError(f"{api.endpoint} cannot be reached: {first_line(error)}") from error
+    return done.commit_url
+
+
+def main(typed: Sequence[str] | None = None) -> int:
+    """The command. The exit code."""
+    parser = argparse.ArgumentParser(prog="specomp push", description=__doc__)
+    parser.add_argument("folder", help="that was saved")
+    parser.add_argument("repo", help="ORG/NAME")
+    parser.add_argument("--private", action="store_true", help="make it so, where there is none")
+    asked = parser.parse_args(typed)
+    try:
+        address = push(asked.folder, asked.repo, private=asked.private)
+    except UserError as error:
+        sys.stderr.write(f"specomp: {error}\n")
+        return 1
+    sys.stdout.write(f"{address}\n")
+    return 0
