@@ -32,6 +32,7 @@ from specomp.experiment.checks import actionable
 from specomp.experiment.config import Experiment, ask, build
 from specomp.experiment.environment import hidden
 from specomp.experiment.label import folder_name
+from specomp.experiment.names import MACHINE
 from specomp.experiment.plan import show_plan
 from specomp.experiment.record import Record, point_of, provenance, record_key
 from specomp.experiment.summary import show
@@ -214,7 +215,12 @@ def execute(experiment: Experiment, record: Record) -> bool:
 
 def command(record: Record) -> str:
     """What was typed, without where it was done."""
-    typed = [x for x in record.config.get("overrides") or [] if not x.startswith("paths.")]
+    typed = []
+    for override in record.config.get("overrides") or []:
+        key, sign, _ = override.partition("=")
+        if key.startswith("paths.") or key.rpartition(".")[2] in MACHINE:
+            continue
+        typed.append(f"{key}=PATH" if sign and key.endswith(".path") else override)
     return hidden(shlex.join(["specomp", *typed]))
 
 

@@ -102,3 +102,21 @@ def test_a_run_says_how_it_was_made_and_what_it_measured(tmp_path):
     compose_run(tmp_path, "method=svd_llm", "save=true", "benchmark.max_windows=3")
     assert (folder / "README.md").read_text() == "mine"
     assert specomp.load(folder).model is not None  # a card is no part of what has a checksum
+
+
+def test_the_command_in_a_card_says_nothing_of_the_machine(tmp_path):
+    text = tmp_path / "text.txt"
+    text.write_text("So it is written down here, once and again.\n" * 400)
+    record = compose_run(
+        tmp_path,
+        "method=svd",
+        "save=true",
+        "corpus=text",
+        f"corpus.path={text}",
+        "model.device=cpu",
+    )
+    found = card(Path(record.model_folder)).text
+    assert (
+        "Command: `specomp debug=tiny method=svd save=true corpus=text corpus.path=PATH`" in found
+    )
+    assert str(tmp_path) not in found
