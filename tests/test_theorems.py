@@ -288,6 +288,18 @@ def test_the_two_sided_norm_attains_the_bound(problem, tokens, damping, solve):
     assert spectrum.damping == damping
 
 
+def test_damped_inputs_are_those_of_a_text_with_some_energy_everywhere():
+    """As if a share of the tokens were white noise of the mean energy."""
+    torch.manual_seed(0)
+    x, W = torch.randn(40, 9).double() * torch.arange(9), torch.randn(5, 9).double()
+    H, G = torch.eye(5).double(), x.T @ x
+    noise = (0.3 * G.diagonal().mean()).sqrt() * torch.eye(9)
+    norm = KroneckerWhitening(fit="independent", damping=1e-12, solve="float64", input_damping=0.3)(
+        Stats({Gram(): G, OutputGradGram(): H})
+    )
+    assert norm.loss(W) == pytest.approx(float((W @ torch.cat([x, noise]).T).norm()), rel=1e-6)
+
+
 @examples
 @given(problems())
 def test_nothing_else_loses_less_in_the_two_sided_norm(problem):

@@ -9,13 +9,14 @@ g_t^T) is the curvature of the loss by the weight, and A kron B approximates it:
 independent of each other as in K-FAC, or as the nearest such product as in GFWSVD. So the squared
 norm predicts the loss increase. With B = I and independent factors it is SVD-LLM, with A = I and a
 diagonal B FWSVD on outputs. Differs from the papers: labels are the text's, not drawn from the
-model (the empirical Fisher matrix); B is damped relative to its mean diagonal and A not at all
+model (the empirical Fisher matrix); B is damped relative to its mean diagonal, A so if asked
 (CHOICE); the nearest product is taken over tokens, not sequences, and after one step of its
 iteration.
 """
 
 from typing import Annotated, Literal
 
+import torch
 from pydantic import Field
 
 from specomp.numerics.factors import Norm, TwoSidedNorm
@@ -35,6 +36,9 @@ class KroneckerWhitening:
     fit: Literal["independent", "nearest"]
     damping: Annotated[float, Field(gt=0)]
     solve: SolveDtype
+    # Added to the inputs' Gram, relative to the mean of its diagonal: inputs that this text rarely
+    # has count a little, as in texts that it is not.
+    input_damping: Annotated[float, Field(ge=0)] = 0.0
 
     @property
     def needs(self) -> frozenset[Statistic]:
@@ -56,4 +60,7 @@ class KroneckerWhitening:
         if self.fit == "nearest":
             # The product of the traces is the square of what it stands for: one of them goes.
             inputs = inputs / inputs.diagonal().sum().clamp_min(1e-30)
+        if self.input_damping:
+            mean = inputs.diagonal().mean()
+            inputs = inputs + torch.diag(self.input_damping * mean.expand(len(inputs)))
         return TwoSidedNorm(inputs, gradients, self.damping, solve=self.solve)
