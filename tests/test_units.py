@@ -31,7 +31,7 @@ from specomp.numerics.factors import GramNorm, TwoSidedNorm
 from specomp.slots import Choice, describe
 
 TOKENS = random_tokens(8, 32)
-CUT = Cut(ridge=1e-4, prior=0.0, order="weighted", repair=True, round_to=1)
+CUT = Cut(ridge=1e-4, prior=0.0, order="weighted", repair=True, loss_scale=1.0, round_to=1)
 
 
 def compressed(model, name="specomp", ratio=0.5, units="cut", **slots):
@@ -187,6 +187,25 @@ def test_a_cut_that_loses_less_is_taken_and_one_that_loses_more_is_not():
     apart = settled({unit: chosen})
     assert [x.name for x in apart] == ["mlp.gate", "mlp.up", "mlp.down"]
     assert all(isinstance(x.form, Pivoted) or x.form == DENSE for x in apart.values())
+
+
+def test_what_a_cut_loses_may_count_for_more_or_less():
+    losses = torch.cat([torch.linspace(3, 0.02, 12), torch.zeros(1)]).double()
+    taken = []
+    for scale in (0.1, 1.0, 10.0):
+        unit = mlp()
+        form = replace(CUT, loss_scale=scale)
+        sizes = torch.tensor([2, 7])
+        assert torch.equal(form.losses(unit, sizes, Given({}, losses)), scale * losses[sizes])
+        values = {x.name: 0.7 ** torch.arange(8.0) for x in unit.linears}
+        singles = [Unit(x.name, "linear", (x,)) for x in unit.linears]
+        packing, budget = [Pivoted(max_growth=1.01)], Numbers(compression=0.5)
+        menu = options(
+            singles, packing, budget, torch.float32, Given(values, losses), None,
+            {unit: (form,)}, comparable=True,
+        )  # fmt: skip
+        taken.append(sum(menu[unit].choice(i).form == form for i in range(len(menu[unit]))))
+    assert taken[0] > taken[1] > taken[2]
 
 
 def test_without_gradients_shares_of_energy_are_compared():

@@ -48,6 +48,8 @@ class Cut:
     order: Literal["weighted", "unweighted", "leverage", "random"]
     # Whether the kept ones stand in for the others; false is for the ablation.
     repair: bool
+    # What a predicted loss of a cut counts for beside those of low rank: below 1 more is cut.
+    loss_scale: Annotated[float, Field(gt=0)]
     # Inner dimensions are multiples of this, for kernels that want it.
     round_to: Annotated[int, Field(ge=1)]
 
@@ -64,9 +66,9 @@ class Cut:
 
     def losses(self, unit: Unit, sizes: Tensor, evidence: Evidence) -> Tensor:
         """tr(D W R W^T D^T), R what the kept dimensions leave of C, (sizes) in float64; without
-        repair, tr(D W_d C_d W_d^T D^T) of those that are dropped.
+        repair, tr(D W_d C_d W_d^T D^T) of those that are dropped. Times loss_scale.
         """
-        return self._order(unit, evidence)["losses"][sizes]
+        return self.loss_scale * self._order(unit, evidence)["losses"][sizes]
 
     def _order(self, unit: Unit, evidence: Evidence) -> Mapping[str, Tensor]:
         """Of its inner dimensions, and what every number of them loses."""
