@@ -498,6 +498,44 @@ def test_the_order_of_pairs_is_independent_of_units_of_measurement(rotary, bias)
     assert torch.allclose(one["losses"], other["losses"], rtol=1e-5)
 
 
+def test_without_positions_and_gradients_scores_are_the_best_of_their_rank():
+    """A3's optimum: sqrt(C_q) sqrt(C_k) truncated."""
+    torch.manual_seed(0)
+    q, k = (LinearSpec(x, 8, 12, 0, 0, x) for x in "qk")
+    x = torch.randn(60, 12).double()
+    weights = {n: torch.randn(8, 12).double() * torch.logspace(0, 1, 8)[:, None] for n in "qk"}
+    evidence = Seen(weights, dict.fromkeys("qk", GramNorm(x.T @ x)), {})
+    found = QueryKey()._order(Unit("scores", "query_key", (q, k), (1, 1)), evidence)
+    queries, keys = (x @ weights[n].T for n in "qk")
+    B = found["bases"][0]
+    whole = torch.linalg.svdvals(queries @ keys.T)
+    for size in (2, 4, 6):
+        kept = found["order"][:size]
+        made = (queries @ B)[:, kept] @ (keys @ torch.linalg.inv(B).T)[:, kept].T
+        lost = float((made - queries @ keys.T).norm())
+        assert lost == pytest.approx(float(whole[size:].norm()), rel=1e-6)
+        assert bool((found["losses"].diff() <= 0).all())
+
+
+def test_with_biases_the_pair_that_loses_least_goes_first():
+    """However little its keys move: what its queries add to a large bias of the keys counts."""
+    unit, evidence, (_, weights, _) = scores_of_one_group(rotary=True, bias=True)
+    weights["k"][[0, 4]] *= 1e-6
+    found = QueryKey()._order(unit, evidence)
+    taken = found["losses"].diff().neg()
+    assert bool((taken[1:].diff() <= 0).all())
+
+
+def test_dead_keys_are_stored_for_nothing():
+    model = tiny_model("opt")
+    with torch.no_grad():
+        for layer in model.model.decoder.layers:
+            layer.self_attn.k_proj.weight[:8] = 0
+            layer.self_attn.k_proj.bias[:8] = 0
+    only_scores(model, 0.7)
+    assert bool(model(TOKENS[:1]).logits.isfinite().all())
+
+
 def test_queries_behind_a_norm_are_refused():
     with pytest.raises(UserError, match=r"method.units.query_key=null"):
         only_scores(tiny_model("qwen3"), 0.5)

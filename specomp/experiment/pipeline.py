@@ -6,6 +6,7 @@ through the same functions as the library (api.py), save, evaluate, and write do
 
 import json
 import logging
+import re
 import shlex
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -24,7 +25,6 @@ from specomp.compression.ledger import Size, ledger, measure
 from specomp.compression.module import CalibrationOnlyModule
 from specomp.compression.report import LinearReport
 from specomp.compression.run import Progress, Run
-from specomp.disk import disk_errors
 from specomp.errors import UserError, first_line
 from specomp.evaluation.metric import is_detail
 from specomp.evaluation.suite import Benchmark
@@ -44,6 +44,8 @@ from specomp.models.save import load as load_folder
 from specomp.profiling import profiles
 
 log = logging.getLogger(__name__)
+# A path of this machine, where a value or a part of one begins.
+A_PATH = re.compile(r"(^|[\s\[{:,'\"])[~/][^\s,\]}'\"]*")
 
 
 class RecordProgress(Progress):
@@ -217,10 +219,12 @@ def command(record: Record) -> str:
     """What was typed, without where it was done."""
     typed = []
     for override in record.config.get("overrides") or []:
-        key, sign, _ = override.partition("=")
-        if key.startswith("paths.") or key.rpartition(".")[2] in MACHINE:
+        key, sign, value = override.partition("=")
+        name = key.lstrip("+~")
+        if name.startswith(("paths.", "hydra.", "tracking")) or name.rpartition(".")[2] in MACHINE:
             continue
-        typed.append(f"{key}=PATH" if sign and key.endswith(".path") else override)
+        value = "PATH" if name.endswith(".path") else A_PATH.sub(r"\1PATH", value)
+        typed.append(f"{key}{sign}{value}")
     return hidden(shlex.join(["specomp", *typed]))
 
 
@@ -232,9 +236,11 @@ def bring_up_card(experiment: Experiment, record: Record, folder: Path) -> None:
         for metric, value in values.items()
         if not is_detail(metric)
     ]
-    info = json.loads((folder / INFO_FILE).read_text(encoding="utf-8"))
-    with disk_errors(folder):
+    try:
+        info = json.loads((folder / INFO_FILE).read_text(encoding="utf-8"))
         write_card(folder, info, name=folder.name, source=side_files(experiment), measured=measured)
+    except Exception as error:  # the folder may be gone; a card costs no record
+        log.warning("The card of %s is as it was: %s", folder, first_line(error))
 
 
 def load_dense(experiment: Experiment, record: Record) -> LoadedModel:

@@ -72,9 +72,11 @@ def in_domain(record: Record) -> str | None:
         return None
     other = "domains" if "wikitext2" in same else "wikitext2"
     asked = (record.config.get("benchmark") or {}).get("parts") or {}
-    read_by = [x.get("corpus") or {} for x in asked.values()]
-    measured = {(x.get("name"), x.get("split")) for x in read_by}
-    very = sorted({x["name"] for x in sources if (x["name"], x.get("split")) in measured} & {*same})
+    own = ((record.config.get("calibration") or {}).get("corpus") or {}).get("path")
+    corpora = [(x or {}).get("corpus") or {} for x in asked.values()]
+    measured = [(x.get("name"), x.get("split")) for x in corpora if x.get("path") == own]
+    seen = [(x["name"], split) for x in sources for split in (x.get("split"), "all")]
+    very = sorted({x for x, split in measured if (x, split) in seen} & {*same})
     told = (
         f"{', '.join(very)} is the very text that this model was calibrated on: no measure of its"
         " quality"

@@ -6,8 +6,9 @@ head, each of which is the product of a query's and a key's number. Under rotary
 come in pairs that no basis may mix, so whole pairs are kept; where positions do not rotate, in the
 basis where dimensions matter in order. Differs from the papers: a pair's weight is what dropping it
 from the queries alone loses in their own norm, times the same of the keys, under the root: without
-gradients that is MoDeGPT's ||C_q^1/2 e|| ||C_k^1/2 e||; one order over all groups of a decoder
-layer says which keeps how many (CHOICE). Biases cost no weights and stay whole.
+gradients that is MoDeGPT's ||C_q^1/2 e|| ||C_k^1/2 e||. Biases cost no weights and stay whole; with
+them a pair's weight is the sum of both. One order over all groups of a decoder layer says which
+keeps how many (CHOICE).
 
 transformers' attention reshapes q and k by one head_dim: each output that is kept stands where it
 stood, or at its place in the new basis, the bias or zero where there is none.
@@ -67,21 +68,24 @@ class QueryKey:
             Ck, Hk = _moments(keys, groups, evidence)
             eye = torch.eye(Ck.shape[-1], dtype=SOLVE_DTYPE, device=Ck.device)
             B = eye.expand_as(Ck)
+            share = heads // groups
+            # without gradients a key counts for what the queries make of it
+            plain = torch.equal(Hk, eye.expand_as(Hk))
+            M = Cq.reshape(groups, share, *Cq.shape[1:]).sum(1) if plain else Hk
             if not unit.rotary:
-                own = FLOOR * Ck.diagonal(dim1=1, dim2=2)
+                own = FLOOR * _positive(Ck.diagonal(dim1=1, dim2=2))
                 found = [
-                    weighted_basis(C + f.diag(), H)[0] for C, H, f in zip(Ck, Hk, own, strict=True)
+                    weighted_basis(C + f.diag(), H)[0] for C, H, f in zip(Ck, M, own, strict=True)
                 ]
                 B = torch.stack(found)
                 B = B * _balance(B, Cq, Ck)[:, None]
             inverse = torch.linalg.inv(B)
-            share = heads // groups
             A, A_inverse = B.repeat_interleave(share, 0), inverse.repeat_interleave(share, 0)
-            of_queries = _of_pairs(
-                (A_inverse @ Hq @ A_inverse.mT) * (A.mT @ Cq @ A), _pair(unit)
-            ).reshape(groups, share, -1)
-            of_keys = _of_pairs((B.mT @ Hk @ B) * (inverse @ Ck @ inverse.mT), _pair(unit))
-            matter, lost = _weights(of_queries.sum(1), of_keys, biased=_biased(unit, evidence))
+            Hq, Hk = (eye, eye) if plain else (A_inverse @ Hq @ A_inverse.mT, B.mT @ Hk @ B)
+            of_queries = _of_pairs(Hq * (A.mT @ Cq @ A), _pair(unit)).reshape(groups, share, -1)
+            of_keys = _of_pairs(Hk * (inverse @ Ck @ inverse.mT), _pair(unit))
+            lost = _weights(of_queries.sum(1), of_keys, biased=_biased(unit, evidence))
+            matter = lost.clone()
             matter[range(groups), matter.argmax(1)] = torch.inf  # one of every group at least
             order = matter.flatten().argsort(descending=True, stable=True)
             taken = lost.flatten()[order]
@@ -162,14 +166,19 @@ def _of_pairs(E: Tensor, pair: int) -> Tensor:
     return blocks.diagonal(dim1=2, dim2=4).sum((1, 2)).clamp_min(0)
 
 
-def _weights(of_queries: Tensor, of_keys: Tensor, *, biased: bool) -> tuple[Tensor, Tensor]:
-    """(by what pairs are ordered, what each loses), (groups, pairs).
+def _weights(of_queries: Tensor, of_keys: Tensor, *, biased: bool) -> Tensor:
+    """What each pair loses, (groups, pairs).
 
     Without biases a dropped product is gone from either side, and both sides say what that loses:
     their geometric mean. With biases each side loses what it adds to the bias of the other.
     """
-    both = (of_queries * of_keys).sqrt()
-    return both.clone(), of_queries + of_keys if biased else both
+    return of_queries + of_keys if biased else (of_queries * of_keys).sqrt()
+
+
+def _positive(energy: Tensor) -> Tensor:
+    """(groups, width): in place of none the mean of the group, of a dead group 1."""
+    mean = energy.mean(1, keepdim=True)
+    return torch.where(energy > 0, energy, torch.where(mean > 0, mean, 1.0))
 
 
 def _with_outputs(

@@ -41,9 +41,10 @@ class FunctionalUnits:
         }
         for x, (form,) in found.items():
             if not len(form.sizes(x)):
+                lower = "lower its round_to, or " if x.kind == "mlp" else ""
                 raise UserError(
-                    f"{x.name} has {x.linears[-1].n} inner dimensions, and no size that"
-                    f" method.units.{x.kind} allows: lower its round_to, or set it to null."
+                    f"{x.name} has no size that method.units.{x.kind} allows: {lower}set it to"
+                    " null."
                 )
         mlps = [x for x in found if x.kind == "mlp"]
         if not self.equal or self.mlp is None or not mlps:
@@ -108,9 +109,10 @@ class FunctionalUnits:
                 "export=dense writes a plain architecture, which has one size for all MLPs: set"
                 " method.units.equal=true, or use method/units=none or export=factors."
             )
-        if self.value_output is not None and training.adds_bias:
+        kinds = {"value_output": self.value_output, "query_key": self.query_key}
+        if training.adds_bias and (held := [x for x, form in kinds.items() if form is not None]):
             raise UserError(
                 "export=dense writes a plain architecture, which has output biases everywhere or"
                 f" nowhere, and {type(training).__name__} gives attention that is cut none: set"
-                " method.units.value_output=null, or use export=factors."
+                f" {' '.join(f'method.units.{x}=null' for x in held)}, or use export=factors."
             )

@@ -36,8 +36,8 @@ class KroneckerWhitening:
     fit: Literal["independent", "nearest"]
     damping: Annotated[float, Field(gt=0)]
     solve: SolveDtype
-    # Added to the inputs' Gram, relative to the mean of its diagonal: inputs that this text rarely
-    # has count a little, as in texts that it is not.
+    # Likewise added to the inputs' Gram, relative to the mean of its diagonal: inputs that this text
+    # rarely has count a little, as in texts that it is not.
     input_damping: Annotated[float, Field(ge=0)] = 0.0
 
     @property

@@ -5,13 +5,14 @@ counts. A card that somebody else wrote, or changed the first line of, is left a
 """
 
 import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import yaml  # type: ignore[import-untyped]
-from huggingface_hub import EvalResult, ModelCard, ModelCardData
+from huggingface_hub import EvalResult, ModelCardData
 
 from specomp import __version__
 from specomp.disk import atomic_path, remove
@@ -20,6 +21,7 @@ CARD = "README.md"
 PLACE = "FOLDER"  # where the model lies, in the snippet that opens it
 OURS = "<!-- written by specomp, which brings it up to date until this line is gone -->"
 # of the source model's card, what stays true
+FRONT = re.compile(r"---[ \t]*\r?\n(.*?)\r?\n---[ \t]*(?:\r?\n|$)", re.DOTALL)
 KEPT = ("license", "license_name", "license_link", "language")
 
 
@@ -52,7 +54,7 @@ def write_card(
         return False
     front = _data(info, name, source, measured).to_yaml()
     tokenizer = any(folder.glob("tokenizer*"))
-    sections = [OURS, f"# {name}", *_sections(info, measured, tokenizer)]
+    sections = [OURS, f"# {' '.join(name.split())}", *_sections(info, measured, tokenizer)]
     text = "\n\n".join([f"---\n{front}\n---", *sections]) + "\n"
     if there == text:
         return False
@@ -76,14 +78,14 @@ def _data(
             metric_value=x.compressed,
         )
         for x in measured
-        if math.isfinite(x.compressed)
+        if math.isfinite(x.compressed) and (x.metric == "ppl" or x.metric.startswith("acc"))
     ]
     repo = _base(info).get("repo")
     return ModelCardData(
         base_model=repo,
         library_name="transformers",
         pipeline_tag="text-generation",
-        tags=["specomp", "compression", "low-rank", str(info.get("method") or "own-method")],
+        tags=["specomp", "compression", str(info.get("method") or "own-method")],
         metrics=sorted({str(x.metric_type) for x in results}) or None,
         model_name=name if results else None,
         eval_results=results or None,
@@ -92,15 +94,23 @@ def _data(
 
 
 def _kept(source: Path | None) -> dict[str, Any]:
-    """Licence and languages of the source model's card."""
+    """Licence and languages of the source model's card, as they are written there."""
     path = None if source is None else source / CARD
     if path is None or not path.is_file():
         return {}
-    try:
-        data = ModelCard.load(path, ignore_metadata_errors=True).data.to_dict()
-    except (OSError, ValueError, yaml.YAMLError):  # no card that can be read
+    front = FRONT.match(path.read_text(encoding="utf-8-sig", errors="replace"))
+    try:  # BaseLoader: the language `no` is Norwegian, and no truth value
+        data = yaml.load(front[1], yaml.BaseLoader) if front else None
+    except (yaml.YAMLError, RecursionError):
         return {}
-    return {x: data[x] for x in KEPT if x in data}
+    found = {x: data[x] for x in KEPT if x in data} if isinstance(data, Mapping) else {}
+    return {x: y for x, y in found.items() if _plain(y)}
+
+
+def _plain(value: Any) -> bool:
+    return isinstance(value, str) or (
+        isinstance(value, list) and all(isinstance(x, str) for x in value)
+    )
 
 
 def _base(info: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -111,19 +121,19 @@ def _base(info: Mapping[str, Any]) -> Mapping[str, Any]:
 def _sections(info: Mapping[str, Any], measured: Sequence[Measured], tokenizer: bool) -> list[str]:
     base, read = _base(info), info.get("calibration") or {}
     of = base.get("repo") or (info.get("base_model") or {}).get("name")
-    row = " ".join([str(info.get("method") or "a method of its own"), *info.get("changes", ())])
-    text = (read.get("source") or {}).get("fingerprint")
-    made = [f"Row: `{row}`", f"Budget: {_budget(info)}"]
+    row = " ".join([str(info.get("method") or "a method of its own"), *(info.get("changes") or ())])
+    text = _text(read)
+    made = [f"Row: {_code(row)}", f"Budget: {_budget(info)}"]
     if of:
         exact = [f"{key} `{base[key]}`" for key in ("revision", "sha256") if base.get(key)]
-        made.insert(0, ", ".join([f"Source model: `{of}`", *exact]))
+        made.insert(0, ", ".join([f"Source model: {_code(of)}", *exact]))
     if read:
         made.append(
             f"Calibrated on {text or 'token ids'}: {read.get('samples')} samples of"
             f" {read.get('length')} tokens, sha256 `{str(read.get('hash'))[:16]}`"
         )
     if info.get("command"):
-        made.append(f"Command: `{info['command']}`")
+        made.append(f"Command: {_code(info['command'])}")
     record = info.get("record")
     made.append(f"specomp {__version__}" + (f", record `{str(record)[:12]}`" if record else ""))
     limits = [
@@ -132,7 +142,8 @@ def _sections(info: Mapping[str, Any], measured: Sequence[Measured], tokenizer: 
         "Safety is not evaluated: refusals, bias and toxicity may differ from the source model's.",
         "The source model's licence and terms hold for it too.",
     ]
-    begin = f"{f'`{of}`' if of else 'A model'} made smaller with specomp: `{row}`, {_budget(info)}."
+    whose = _code(of) if of else "A model"
+    begin = f"{whose} made smaller with specomp: {_code(row)}, {_budget(info)}."
     return [
         begin,
         "## Loading",
@@ -145,6 +156,22 @@ def _sections(info: Mapping[str, Any], measured: Sequence[Measured], tokenizer: 
         "## Limits",
         _items(limits),
     ]
+
+
+def _text(read: Mapping[str, Any]) -> str:
+    """What was calibrated on; of a mixture all of it."""
+    source = read.get("source")
+    parts = source.get("parts") if isinstance(source, Mapping) else None
+    found = [x.get("source") for x in parts.values()] if isinstance(parts, Mapping) else [source]
+    return "; ".join(
+        str(x["fingerprint"]) for x in found if isinstance(x, Mapping) and x.get("fingerprint")
+    )
+
+
+def _code(text: Any) -> str:
+    """On one line, as it is."""
+    plain = " ".join(str(text).split())
+    return f"`` {plain} ``" if "`" in plain else f"`{plain}`"
 
 
 def _items(lines: Sequence[str]) -> str:
@@ -165,6 +192,7 @@ def _sizes(info: Mapping[str, Any]) -> list[str]:
     rows = [
         (what, f"{dense[x]:,}", f"{small[x]:,}", f"{small[x] / dense[x]:.3f}")
         for x, what in counted.items()
+        if dense.get(x) and small.get(x)  # of older folders
     ]
     return [
         "## Sizes",

@@ -16,7 +16,7 @@ from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 
 from specomp.checksums import check
 from specomp.errors import UserError, first_line
-from specomp.models.card import CARD, PLACE, write_card
+from specomp.models.card import CARD, OURS, PLACE, write_card
 from specomp.models.files import checked_folder, model_folder
 from specomp.models.save import INFO_FILE
 
@@ -41,20 +41,18 @@ def push(
         raise UserError(f"{path} was not written by specomp: it has no {INFO_FILE}.")
     try:
         validate_repo_id(repo)
+        if "/" not in repo:
+            raise UserError(f"{repo!r} is no name of a repository: write ORG/NAME.")
     except HFValidationError as error:
         raise UserError(f"{repo!r} is no name of a repository: {first_line(error)}") from error
     checked_folder(str(path))
     check(path)
-    if not (path / CARD).is_file():
-        info = json.loads((path / INFO_FILE).read_text(encoding="utf-8"))
-        write_card(path, info, name=path.name, source=None)
-    card = (path / CARD).read_text(encoding="utf-8").replace(PLACE, repo)
-    files = [x for x in sorted(path.rglob("*")) if x.is_file() and x.name[:1] != "."]
-    added = [
-        CommitOperationAdd(x.relative_to(path).as_posix(), x) for x in files if x != path / CARD
-    ]
+    token = (token or "").strip() or None
+    api = HfApi(endpoint=(endpoint or os.environ.get("HF_ENDPOINT") or "").rstrip("/") or None)
+    api.token = token
+    added = [CommitOperationAdd(x.relative_to(path).as_posix(), x) for x in _files(path)]
+    card = _card(path, repo)
     added.append(CommitOperationAdd(CARD, card.encode()))
-    api = HfApi(endpoint=endpoint or os.environ.get("HF_ENDPOINT"), token=token)
     try:
         made = api.create_repo(repo, private=private, exist_ok=True)
         done = api.create_commit(made.repo_id, added, commit_message=f"specomp: {path.name}")
@@ -68,13 +66,40 @@ def push(
                 " write access there."
             ) from error
         raise UserError(f"{told} ({status}: {first_line(error)}).") from error
-    except ValueError as error:  # the card's metadata
-        raise UserError(f"{path / CARD}: {' '.join(str(error).split())}") from error
+    except ValueError as error:
+        raise UserError(f"{repo}: {' '.join(str(error).split())}") from error
     except Exception as error:
         if not type(error).__module__.startswith("httpx"):  # the hub's client changed its own once
             raise
-        raise UserError(f"{api.endpoint} cannot be reached: {first_line(error)}") from error
+        told = first_line(error).replace(token or "\0", "TOKEN")
+        raise UserError(f"{api.endpoint} cannot be reached: {told}") from error
     return done.commit_url
+
+
+def _files(folder: Path) -> list[Path]:
+    """What is uploaded beside the card. Raises UserError for a link out of the folder."""
+    found = []
+    for path in sorted(x for x in folder.rglob("*") if x.is_file()):
+        inside = path.relative_to(folder)
+        if path == folder / CARD or any(x[:1] == "." or x == "__pycache__" for x in inside.parts):
+            continue
+        if not path.resolve().is_relative_to(folder.resolve()):
+            raise UserError(f"{path} is a link to a file outside the folder: remove it.")
+        found.append(path)
+    return found
+
+
+def _card(folder: Path, repo: str) -> str:
+    """The card, whose snippet opens the repository. Raises UserError where it cannot be read."""
+    path = folder / CARD
+    try:
+        if not path.is_file():
+            info = json.loads((folder / INFO_FILE).read_text(encoding="utf-8"))
+            write_card(folder, info, name=folder.name, source=None)
+        text = path.read_text(encoding="utf-8")
+    except (ValueError, OSError) as error:
+        raise UserError(f"{path} cannot be read or made: {first_line(error)}") from error
+    return text.replace(f'("{PLACE}"', f'("{repo}"') if OURS in text else text
 
 
 def main(typed: Sequence[str] | None = None) -> int:

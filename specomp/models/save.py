@@ -14,6 +14,7 @@ saves no memory.
 import contextlib
 import logging
 import os
+import shutil
 import sys
 import tempfile
 from collections.abc import Iterator
@@ -31,7 +32,7 @@ from specomp.checksums import checking, reseal, seal
 from specomp.disk import disk_errors, whole_folder
 from specomp.errors import UserError, one_line
 from specomp.models.beside import write_beside
-from specomp.models.card import write_card
+from specomp.models.card import CARD, write_card
 from specomp.models.door import Walk, check_tokenizer, logits
 from specomp.models.door import check as check_door
 from specomp.models.families import family_of
@@ -184,7 +185,19 @@ class Export:
         write_identity(target, model, form, quantization_config(model) if packed else None)
         told = {"specomp": __version__, "form": form, **info}
         write_json(target / INFO_FILE, told)
-        write_card(target, told, name=folder.name, source=self.beside)
+        self._card(told)
+
+    def _card(self, told: dict[str, Any]) -> None:
+        """The model card: that of the folder so far where somebody else wrote it. It never costs a
+        model.
+        """
+        before = self.folder / CARD
+        try:
+            if before.is_file():
+                shutil.copyfile(before, self.target / CARD)
+            write_card(self.target, told, name=self.folder.name, source=self.beside)
+        except Exception as error:
+            log.warning("%s has no model card: %s", self.folder, one_line(error))
 
     def _save_rest(self, model: PreTrainedModel) -> None:
         """config.json, generation settings and what was not added; beside files that were, an index

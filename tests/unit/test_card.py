@@ -1,6 +1,8 @@
 """The model card: what the hub reads of it, what people read of it, and whose it is."""
 
+import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -9,6 +11,7 @@ from running import compose_run, random_tokens
 from tiny import tiny_model, tiny_tokenizer
 
 import specomp
+from specomp.experiment.pipeline import command
 from specomp.models.card import OURS, Measured, write_card
 
 TOKENS = random_tokens(8, 32)
@@ -52,7 +55,15 @@ def test_the_hub_reads_it_back(tmp_path):
     assert not write_card(tmp_path, INFO, name="mine", source=source, measured=measured)
 
 
-@pytest.mark.parametrize("text", ["---\nlicense: [\n---\n", "", "\x00", "no front matter"])
+@pytest.mark.parametrize(
+    "text",
+    [
+        *("---\nlicense: [\n---\n", "", "\x00", "no front matter"),
+        *("---\ntags: 3\n1: a\n---\n", "---\nself: true\n---\n", "---\n- a\n---\n"),
+        f"---\nlicense: {'[' * 3000}\n---\n",
+        "---\nlicense: {a: b}\n---\n",
+    ],
+)
 def test_a_source_without_a_card_that_can_be_read_gives_nothing(tmp_path, text):
     source = tmp_path / "source"
     source.mkdir()
@@ -120,3 +131,58 @@ def test_the_command_in_a_card_says_nothing_of_the_machine(tmp_path):
         "Command: `specomp debug=tiny method=svd save=true corpus=text corpus.path=PATH`" in found
     )
     assert str(tmp_path) not in found
+
+
+def test_norwegian_is_a_language_and_a_mixture_names_its_texts(tmp_path):
+    source = tmp_path / "source"
+    source.mkdir()
+    (source / "README.md").write_text("---\nlanguage: [en, no]\n---\n")
+    parts = {x: {"source": {"fingerprint": f"{x} text"}} for x in ("web", "code")}
+    info = INFO | {
+        "calibration": {"source": {"name": "mixture", "parts": parts}, "samples": 4, "length": 8},
+        "command": "specomp a='b`c`'\nd",
+        "ledger": {"dense": {"model_params": 2}, "compressed": {"model_params": 1}},
+    }
+    measured = [Measured("ptb@1", "nonfinite_windows", 0.0, 0.0)]
+    write_card(tmp_path, info, name="mine\nyours", source=source, measured=measured)
+    found = card(tmp_path)
+    assert found.data.language == ["en", "no"] and found.data.eval_results is None
+    assert "Calibrated on web text; code text: 4 samples" in found.text
+    assert "- Command: `` specomp a='b`c`' d ``" in found.text and "# mine yours" in found.text
+    assert "| parameters of the whole model | 2 | 1 | 0.500 |" in found.text
+
+
+def test_a_card_of_ones_own_outlives_another_save_and_costs_no_model(tmp_path, monkeypatch):
+    model = tiny_model("llama")
+    specomp.compress(model, TOKENS, "svd", 0.4, calibration={"batch_size": 4})
+    specomp.save(model, tmp_path / "mine")
+    (tmp_path / "mine" / "README.md").write_text("my own")
+    specomp.save(model, tmp_path / "mine")
+    assert (tmp_path / "mine" / "README.md").read_text() == "my own"
+    monkeypatch.setattr("specomp.models.save.write_card", lambda *_, **__: 1 / 0)
+    specomp.save(model, tmp_path / "other")
+    assert specomp.load(tmp_path / "other").model is not None
+
+
+def test_a_folder_that_is_gone_costs_no_record(tmp_path):
+    record = compose_run(tmp_path, "method=svd", "save=true")
+    shutil.rmtree(record.model_folder)
+    more = compose_run(tmp_path, "method=svd", "save=false", "benchmark.window=16")
+    assert more.status == "ok" and len(more.metrics) == 2
+
+
+@pytest.mark.parametrize(
+    ("typed", "told"),
+    [
+        ("+paths.data=/home/me", None),
+        ("hydra.run.dir=/home/me", None),
+        ("tracking.token=abc", None),
+        ("model={path: /home/me, name: x}", "'model={path: PATH, name: x}'"),
+        ("calibration.files=[/a/b,~/c]", "'calibration.files=[PATH,PATH]'"),
+        ("model.repo=org/name", "model.repo=org/name"),
+        ("method/whitening=gram", "method/whitening=gram"),
+    ],
+)
+def test_no_path_is_in_a_command(typed, told):
+    found = command(SimpleNamespace(config={"overrides": [typed]}))
+    assert found == " ".join(x for x in ("specomp", told) if x)

@@ -2,6 +2,7 @@
 
 import base64
 import json
+import shutil
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
@@ -120,7 +121,7 @@ def test_what_the_hub_refuses_is_one_line(hub, folder, capsys, status, said):
 
 def test_a_card_that_the_hub_cannot_read_stops_before_anything_is_sent(hub, folder):
     hub.invalid = True
-    with pytest.raises(UserError, match='README.md: .*"license" must be one of'):
+    with pytest.raises(UserError, match='README.md.*"license" must be one of'):
         push(folder, "org/mine")
     assert not hub.folder.exists()
 
@@ -132,9 +133,29 @@ def test_a_hub_that_is_not_there(folder, monkeypatch):
         push(folder, "org/mine", endpoint="http://127.0.0.1:9", token="x")
 
 
+def test_only_what_belongs_to_the_model_is_sent(hub, folder, tmp_path):
+    """Nothing hidden, nothing that a link leads to; a card of one's own as it is."""
+    mine = tmp_path / "mine"
+    shutil.copytree(folder, mine)
+    for name in (".git/config", ".cache/huggingface/x", "__pycache__/m.pyc", ".env"):
+        (mine / name).parent.mkdir(parents=True, exist_ok=True)
+        (mine / name).write_text("secret")
+    (mine / "README.md").write_text("put it in MY_FOLDERS")
+    push(mine, "org/mine")
+    sent = {x.relative_to(hub.folder).as_posix() for x in hub.folder.rglob("*") if x.is_file()}
+    assert sent == {x.name for x in folder.iterdir()}
+    assert (hub.folder / "README.md").read_text() == "put it in MY_FOLDERS"
+    (tmp_path / "secret").write_text("secret")
+    (mine / "notes.txt").symlink_to(tmp_path / "secret")
+    with pytest.raises(UserError, match=r"notes\.txt is a link to a file outside"):
+        push(mine, "org/mine")
+
+
 def test_what_is_not_a_folder_of_ours_is_refused(tmp_path, folder):
     with pytest.raises(UserError, match="is no name of a repository"):
         push(folder, "a/b/c")
+    with pytest.raises(UserError, match="write ORG/NAME"):
+        push(folder, "mine")
     tiny_model("llama").save_pretrained(tmp_path / "plain")
     with pytest.raises(UserError, match="was not written by specomp"):
         push(tmp_path / "plain", "org/mine")
