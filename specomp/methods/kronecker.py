@@ -36,7 +36,7 @@ class KroneckerWhitening:
     fit: Literal["independent", "nearest"]
     damping: Annotated[float, Field(gt=0)]
     solve: SolveDtype
-    # Likewise added to the inputs' Gram, relative to the mean of its diagonal: inputs that this text
+    # Likewise added to the inputs' Gram, relative to its mean diagonal: inputs that this text
     # rarely has count a little, as in texts that it is not.
     input_damping: Annotated[float, Field(ge=0)] = 0.0
 
