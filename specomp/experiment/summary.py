@@ -76,7 +76,7 @@ def in_domain(record: Record) -> str | None:
     corpora = [(x or {}).get("corpus") or {} for x in asked.values()]
     measured = [(x.get("name"), x.get("split")) for x in corpora if x.get("path") == own]
     seen = [(x["name"], split) for x in sources for split in (x.get("split"), "all")]
-    very = sorted({x for x, split in measured if (x, split) in seen} & {*same})
+    very = sorted({str(x) for x, split in measured if (x, split) in seen} & {*same})
     told = (
         f"{', '.join(very)} is the very text that this model was calibrated on: no measure of its"
         " quality"
