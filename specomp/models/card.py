@@ -20,8 +20,8 @@ from specomp.disk import atomic_path, remove
 CARD = "README.md"
 PLACE = "FOLDER"  # where the model lies, in the snippet that opens it
 OURS = "<!-- written by specomp, which brings it up to date until this line is gone -->"
-# of the source model's card, what stays true
 FRONT = re.compile(r"---[ \t]*\r?\n(.*?)\r?\n---[ \t]*(?:\r?\n|$)", re.DOTALL)
+# of the source model's card, what stays true
 KEPT = ("license", "license_name", "license_link", "language")
 
 

@@ -48,8 +48,8 @@ def push(
     checked_folder(str(path))
     check(path)
     token = (token or "").strip() or None
-    api = HfApi(endpoint=(endpoint or os.environ.get("HF_ENDPOINT") or "").rstrip("/") or None)
-    api.token = token
+    hub = (endpoint or os.environ.get("HF_ENDPOINT") or "").rstrip("/") or None
+    api = HfApi(endpoint=hub, token=token)
     added = [CommitOperationAdd(x.relative_to(path).as_posix(), x) for x in _files(path)]
     card = _card(path, repo)
     added.append(CommitOperationAdd(CARD, card.encode()))
