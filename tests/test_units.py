@@ -59,6 +59,15 @@ def inner_sizes(model):
     return [unit.linears[-1].n for unit in family_of(model.config).mlps(model)]
 
 
+def computes_as_before_in_every_form(model, expected, folder):
+    found = model(TOKENS[:2]).logits
+    assert torch.allclose(found, expected, atol=1e-3 * float(expected.abs().max()))
+    for kind in ("factors", "dense"):
+        specomp.save(model, folder / kind, form=kind)
+        again = specomp.load(folder / kind).model
+        assert torch.allclose(again(TOKENS[:2]).logits, found, atol=1e-4)
+
+
 def units_of(model, kind):
     return [x for x in family_of(model.config).functional_units(model) if x.kind == kind]
 
@@ -348,12 +357,7 @@ def test_values_of_few_directions_are_stored_at_that_size_for_nothing(tmp_path, 
     expected = model(TOKENS[:2]).logits.detach()
     report = only_values(model, 3 / width, ridge=1e-6)
     assert any("fewer dimensions of values" in x for x in report.notes)
-    found = model(TOKENS[:2]).logits
-    assert torch.allclose(found, expected, atol=1e-3 * float(expected.abs().max()))
-    for kind in ("factors", "dense"):
-        specomp.save(model, tmp_path / kind, form=kind)
-        again = specomp.load(tmp_path / kind).model
-        assert torch.allclose(again(TOKENS[:2]).logits, found, atol=1e-4)
+    computes_as_before_in_every_form(model, expected, tmp_path)
 
 
 def test_what_values_lose_is_what_the_report_says():
@@ -414,12 +418,7 @@ def test_queries_and_keys_of_few_dimensions_are_stored_at_that_size_for_nothing(
     expected = model(TOKENS[:2]).logits.detach()
     report = only_scores(model, 1 / 2 if unit.rotary else 3 / 8)
     assert any("queries or keys of fewer" in x for x in report.notes)
-    found = model(TOKENS[:2]).logits
-    assert torch.allclose(found, expected, atol=1e-3 * float(expected.abs().max()))
-    for kind in ("factors", "dense"):
-        specomp.save(model, tmp_path / kind, form=kind)
-        again = specomp.load(tmp_path / kind).model
-        assert torch.allclose(again(TOKENS[:2]).logits, found, atol=1e-4)
+    computes_as_before_in_every_form(model, expected, tmp_path)
 
 
 class Seen:

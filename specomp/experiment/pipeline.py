@@ -303,11 +303,8 @@ def produce(experiment: Experiment, record: Record) -> tuple[Any, Any, list[Line
     assert folder is not None, "only the dense row has none"
     info = {
         "base_model": {"name": experiment.source.name, "source": record.identity["model"]},
-        "method": run.method.name,
-        **run.budget.identity(),
         "changes": record.changes,
         "record": record.key,
-        "calibration": record.calibration,
         "command": command(record),
         "specomp": record.identity,
     }
@@ -329,12 +326,13 @@ def produce(experiment: Experiment, record: Record) -> tuple[Any, Any, list[Line
         with record.stage("calibrate"):
             module.calibrate()
         report = module.finish()
+        info |= report.made | {"ledger": report.ledger.as_dict()}
         record.ledger, record.training = report.ledger, report.training
         experiment.records.save_linears(record.key, [x.as_dict() for x in report.linears])
         experiment.records.seal(record)
         if export is not None:
             with record.stage("save"):
-                export.finish(loaded.tokenizer, info | {"ledger": record.ledger.as_dict()})
+                export.finish(loaded.tokenizer, info)
     if run.store is not None:
         record.model_folder = str(folder)
         return reload(experiment, folder).model, loaded.tokenizer, report.linears
@@ -345,7 +343,7 @@ def produce(experiment: Experiment, record: Record) -> tuple[Any, Any, list[Line
                 loaded.tokenizer,
                 folder,
                 form=experiment.options.export,
-                info=info | {"ledger": record.ledger.as_dict()},
+                info=info,
                 cache=run.cache,
                 beside=side_files(experiment),
                 ours=True,  # its name has the record's key

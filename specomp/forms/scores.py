@@ -20,18 +20,16 @@ import torch
 from torch import Tensor, nn
 
 from specomp.forms.cut import gram_of, stored_linear
-from specomp.forms.heads import weighted_basis
+from specomp.forms.heads import FLOOR, weighted_basis
 from specomp.forms.pivoted import INDEX_BITS
 from specomp.forms.prices import Part
 from specomp.models.family import LinearSpec, Unit
 from specomp.models.modules import Substitute
+from specomp.numerics.elimination import tails
 from specomp.numerics.grid import GridSpec
 from specomp.numerics.linalg import SOLVE_DTYPE, relative
 from specomp.settings import configurable
 from specomp.slots import Evidence
-
-# Energy that every dimension is given, of its own: a basis has some length in each.
-FLOOR = 1e-9
 
 
 @configurable
@@ -88,8 +86,7 @@ class QueryKey:
             matter = lost.clone()
             matter[range(groups), matter.argmax(1)] = torch.inf  # one of every group at least
             order = matter.flatten().argsort(descending=True, stable=True)
-            taken = lost.flatten()[order]
-            losses = torch.cat([taken.flip(0).cumsum(0).flip(0), taken.new_zeros(1)])
+            losses = tails(lost.flatten()[order])
             return {"order": order.cpu(), "losses": losses.cpu(), "bases": B.contiguous().cpu()}
 
         return evidence.remembered(unit, self, make)

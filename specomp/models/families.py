@@ -3,7 +3,7 @@
 from transformers import PreTrainedConfig
 
 from specomp.errors import UserError
-from specomp.models.family import COMPRESSED_PREFIX, Attention, Mlp, ModelFamily, Site
+from specomp.models.family import Attention, Mlp, ModelFamily, Site, base_model_type
 
 LLAMA = ModelFamily(
     # LLaMA 1-3, Vicuna, SmolLM2, Mistral, Qwen 2-3 and Gemma 2 name their linears alike
@@ -65,13 +65,6 @@ FAMILY_OF_TYPE = {model_type: family for family in FAMILIES for model_type in fa
 # Trained with their BOS token in front of every text, and lost without it: published Gemma models
 # have perplexities of thousands on windows that begin in mid-text.
 NEED_BOS = frozenset({"gemma", "gemma2", "gemma3", "gemma3_text"})
-
-
-def base_model_type(config: PreTrainedConfig) -> str:
-    """The model_type, without the mark of a compressed folder: "llama" for "llama" and for
-    "specomp_llama".
-    """
-    return config.model_type.removeprefix(COMPRESSED_PREFIX)
 
 
 def needs_bos(config: PreTrainedConfig) -> bool:

@@ -14,6 +14,13 @@ from specomp.models.modules import Substitute
 COMPRESSED_PREFIX = "specomp_"  # a compressed folder of a llama has the model_type "specomp_llama"
 
 
+def base_model_type(config: Any) -> str:
+    """The model_type, without the mark of a compressed folder: "llama" for "llama" and for
+    "specomp_llama".
+    """
+    return str(config.model_type).removeprefix(COMPRESSED_PREFIX)
+
+
 @dataclass(frozen=True)
 class Site:
     """Linears fed by the same activation, so that one Gram serves them all. Names are relative to a
@@ -181,8 +188,7 @@ class ModelFamily:
         """Whether models of this config have a norm between queries and scores. config: of
         transformers.
         """
-        kind = config.model_type.removeprefix(COMPRESSED_PREFIX)
-        return self.attention is not None and kind in self.attention.normed
+        return self.attention is not None and base_model_type(config) in self.attention.normed
 
     def functional_units(self, model: Any) -> list[Unit]:
         """Those of several linears. model: of transformers."""

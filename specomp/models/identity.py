@@ -17,8 +17,8 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 from specomp import __version__
 from specomp.errors import UserError, first_line
-from specomp.models.families import base_model_type, family_of
-from specomp.models.family import COMPRESSED_PREFIX
+from specomp.models.families import family_of
+from specomp.models.family import COMPRESSED_PREFIX, base_model_type
 from specomp.models.modules import Substitute, full_name
 from specomp.models.remote import OWN_FIELDS, compressed_config, compressed_model
 

@@ -53,8 +53,7 @@ def adopt(model: Any) -> None:
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
-    from specomp.models.families import base_model_type
-    from specomp.models.family import COMPRESSED_PREFIX
+    from specomp.models.family import COMPRESSED_PREFIX, base_model_type
 
     register()
     base, classes = base_model_type(model.config), dict[Any, Any](MODEL_FOR_CAUSAL_LM_MAPPING)

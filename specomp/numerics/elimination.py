@@ -76,9 +76,7 @@ def eliminate(
         R = R[stay][:, stay].addmm_(rows.T, rows, alpha=-1)
         G = G[:, stay].addmm_(left, rows, alpha=-1)
         alive = alive[stay]
-    taken = torch.cat(gains)
-    losses = torch.cat([taken.flip(0).cumsum(0).flip(0), taken.new_zeros(1)])
-    return Elimination(torch.cat(order), losses)
+    return Elimination(torch.cat(order), tails(torch.cat(gains)))
 
 
 def _block(
@@ -125,7 +123,12 @@ def losses_in_order(
     R, unit = scaled(C, C.new_zeros(len(C)))
     root = positive_root(R[order][:, order])
     taken = ((F.to(SOLVE_DTYPE) * unit)[:, order] @ root).square().sum(0)
-    return torch.cat([taken.flip(0).cumsum(0).flip(0), taken.new_zeros(1)])
+    return tails(taken)
+
+
+def tails(steps: Float[Tensor, " d"]) -> Float[Tensor, " d+1"]:
+    """What is left after the first k steps, k = 0 .. d: the sum of those that come later."""
+    return torch.cat([steps.flip(0).cumsum(0).flip(0), steps.new_zeros(1)])
 
 
 def leverage(C: Float[Tensor, "d d"]) -> Float[Tensor, " d"]:
@@ -150,9 +153,7 @@ def losses_unrepaired(
     """
     C, F = C.to(SOLVE_DTYPE)[order][:, order], F.to(SOLVE_DTYPE)[:, order]
     terms = (F.T @ F) * (C + noise.to(SOLVE_DTYPE)[order].diag())
-    steps = terms.diagonal() + 2 * terms.triu(1).sum(1)
-    losses = steps.flip(0).cumsum(0).flip(0)
-    return torch.cat([losses, losses.new_zeros(1)])
+    return tails(terms.diagonal() + 2 * terms.triu(1).sum(1))
 
 
 def eliminating(h: int, d: int) -> Work:
