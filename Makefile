@@ -3,8 +3,9 @@ PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.installed
 FOUR := .venv/transformers4
+VLLM := .serving
 
-.PHONY: demo test test-all lint install clean
+.PHONY: demo test test-all serving lint install clean
 
 demo: $(STAMP)
 	$(BIN)/python run.py
@@ -14,6 +15,10 @@ test: $(STAMP)
 
 test-all: $(STAMP) $(FOUR)
 	SPECOMP_TRANSFORMERS4=$(FOUR) $(BIN)/python -m pytest -m "slow or not slow"
+
+# What is served: greedy tokens of compressed folders in vLLM (for CPUs), beside those of transformers.
+serving: $(STAMP) $(VLLM)/.installed
+	$(BIN)/python experiments/serving/compare.py $(VLLM)/bin/python
 
 lint: $(STAMP)
 	$(BIN)/ruff check .
@@ -35,5 +40,12 @@ $(FOUR): $(STAMP)
 	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --upgrade --target $(FOUR) transformers==4.57.1 huggingface_hub==0.36.2 tokenizers==0.22.2
 	touch $(FOUR)
 
+# An environment of its own, since vLLM pins its torch. The other three do not fit that torch, and break the import of transformers.
+$(VLLM)/.installed: experiments/serving/requirements.txt
+	$(PYTHON) -m venv $(VLLM)
+	$(VLLM)/bin/pip install --quiet --disable-pip-version-check -r experiments/serving/requirements.txt
+	$(VLLM)/bin/pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	touch $(VLLM)/.installed
+
 clean:
-	rm -rf .venv outputs multirun .pytest_cache .mypy_cache .ruff_cache
+	rm -rf .venv .serving outputs multirun .pytest_cache .mypy_cache .ruff_cache

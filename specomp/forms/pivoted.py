@@ -105,7 +105,9 @@ class PivotedLinear(TwoStage):
         self.bias = (
             nn.Parameter(torch.zeros(out_features, dtype=dtype, device=device)) if bias else None
         )
-        self.register_buffer("order", torch.arange(out_features, dtype=torch.int32, device=device))
+        # Where the caller makes tensors, not `device`: an engine that makes parameters alone on the
+        # meta device never fills a buffer there, and reads zeros without a word (vLLM).
+        self.register_buffer("order", torch.arange(out_features, dtype=torch.int32))
 
     @classmethod
     def from_pivots(

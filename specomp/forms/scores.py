@@ -232,7 +232,7 @@ class SomeOutputs(Substitute):
         self.bias = (
             nn.Parameter(torch.zeros(out_features, dtype=dtype, device=device)) if bias else None
         )
-        self.register_buffer("order", torch.zeros(out_features, dtype=torch.int32, device=device))
+        self.register_buffer("order", torch.zeros(out_features, dtype=torch.int32))  # see pivoted
 
     def arguments(self) -> dict:
         """Sizes, and whether there is a bias."""

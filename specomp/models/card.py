@@ -148,6 +148,7 @@ def _sections(info: Mapping[str, Any], measured: Sequence[Measured], tokenizer: 
         begin,
         "## Loading",
         _snippet(info, tokenizer=tokenizer),
+        _serving(info),
         "## How it was made",
         _items(made),
         *_sizes(info),
@@ -222,6 +223,16 @@ def _snippet(info: Mapping[str, Any], *, tokenizer: bool) -> str:
     if tokenizer:
         lines.append(f'tokenizer = AutoTokenizer.from_pretrained("{PLACE}")')
     return "\n".join([*lines, "```"])
+
+
+def _serving(info: Mapping[str, Any]) -> str:
+    """How an engine opens it."""
+    if why := info.get("unserved"):
+        return f"Serving engines refuse it: {why}."
+    options = (
+        " --model-impl transformers --trust-remote-code" if info.get("form") == "factors" else ""
+    )
+    return f"Served by vLLM: `vllm serve {PLACE}{options}`."
 
 
 def _measured(measured: Sequence[Measured]) -> str:

@@ -3,7 +3,8 @@ what the model did.
 
 Always by the class that its config.json names, with one decoder layer in memory: every weight has
 its place, and the logits of a few tokens are the same. Once for every version of this code, class
-of model and form also in a process of its own that cannot import specomp.
+of model and form also in a process of its own that cannot import specomp, where it is made the way
+serving engines make it too.
 """
 
 import hashlib
@@ -42,6 +43,7 @@ LARGE = (
     2**30
 )  # bytes: of a larger folder the process of its own opens the first decoder layers only
 FIRST = 2
+ENGINE = "engine: "  # in front of why the model cannot be made as serving engines make it
 SWITCH = "SPECOMP_FRESH_CHECK"  # 0: no process of its own
 
 
@@ -97,9 +99,9 @@ def check(
     half: bool,
     device: str,
     cache: Cache,
-) -> None:
+) -> str | None:
     """Raises UserError where the model in `folder`, which is to be called `name`, is not the one
-    that was saved.
+    that was saved. Returns why serving engines would not get that model, None where they would.
 
     wanted: `logits` before saving, None where there are none; form: "factors" or "dense"; half:
     whether weights were of 16 bits; device: where the model was.
@@ -124,7 +126,8 @@ def check(
     if wanted is not None:
         _compare(wanted, logits(model), allowed, f"{name} is not saved: opened again it")
         if os.environ.get(SWITCH) != "0":
-            _check_fresh(folder, name, model, family, form, allowed, cache)
+            return _check_fresh(folder, name, model, family, form, allowed, cache)
+    return None
 
 
 def check_tokenizer(folder: Path, name: Path, tokenizer: Any) -> None:
@@ -176,7 +179,8 @@ import json, sys
 sys.modules["specomp"] = None
 import torch
 from safetensors.torch import save_file
-from transformers import AutoConfig, AutoModelForCausalLM
+from torch import nn
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 folder, layers, depth, ids, out = sys.argv[1:]
 config = AutoConfig.from_pretrained(folder, trust_remote_code=True)
 if depth := int(depth):
@@ -189,9 +193,29 @@ if depth := int(depth):
 model = AutoModelForCausalLM.from_pretrained(
     folder, config=config, trust_remote_code=True, dtype="auto"
 ).eval()
+ids = torch.tensor(json.loads(ids))
 with torch.no_grad():
-    logits = model(input_ids=torch.tensor(json.loads(ids)), use_cache=False).logits
-save_file({"logits": logits[0].float().contiguous()}, out)
+    found = {"logits": model(input_ids=ids, use_cache=False).logits[0].float().contiguous()}
+if "AutoModel" in (getattr(config, "auto_map", None) or {}):
+    # as vLLM does: without a head, parameters on the meta device, buffers where they are made
+    plain = nn.Module.register_parameter
+    def on_meta(module, name, value):
+        plain(module, name, value)
+        if value is not None:
+            module._parameters[name] = nn.Parameter(value.to("meta"), requires_grad=False)
+    try:
+        nn.Module.register_parameter = on_meta
+        engine = AutoModel.from_config(config, trust_remote_code=True).eval()
+        nn.Module.register_parameter = plain
+        unfilled = [x for x, value in engine.named_buffers() if value.is_meta]
+        assert not unfilled, f"{len(unfilled)} buffers are never filled, such as {unfilled[0]}"
+        engine.load_state_dict(model.base_model.state_dict(), assign=True)
+        for key, inner in (("hidden", model.base_model), ("engine", engine)):
+            with torch.no_grad():
+                found[key] = inner(input_ids=ids, use_cache=False)[0][0].float().contiguous()
+    except Exception as error:
+        print("engine:", *str(error).split())
+save_file(found, out)
 """
 
 
@@ -203,14 +227,14 @@ def _check_fresh(
     form: str,
     allowed: float,
     cache: Cache,
-) -> None:
+) -> str | None:
     kinds = {full_name(type(x)) for x in model.modules() if isinstance(x, Substitute)}
     packed = getattr(model.config, "quantization_config", None) is not None
     versions = [_code(), torch.__version__, transformers.__version__]
     memo = digest([*versions, type(model).__name__, str(model.dtype), form, packed, sorted(kinds)])
     known = f"doors/{memo[:24]}.json"
-    if cache.load_json(known) is not None:
-        return
+    if (before := cache.load_json(known)) is not None:
+        return before["unserved"]  # type: ignore[no-any-return]
     log.info("Open the folder as its user will, without specomp: once for this kind of model here.")
     size = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
     layers = family.layers(model)
@@ -239,10 +263,19 @@ def _check_fresh(
             raise UserError(
                 f"{name} is not saved: where specomp is not installed it does not open ({last})."
             )
-        got = load_file(out)["logits"]
+        got = load_file(out)
     what = f"{name} is not saved: opened where specomp is not installed it"
-    _compare(wanted, got, allowed, what)
-    cache.save_json(known, {"class": type(model).__name__, "form": form})
+    _compare(wanted, got["logits"], allowed, what)
+    said = [x.removeprefix(ENGINE) for x in done.stdout.splitlines() if x.startswith(ENGINE)]
+    if "engine" in got:
+        try:
+            _compare(got["hidden"], got["engine"], allowed, "without its head it")
+        except UserError as error:
+            said = [str(error)]
+    unserved = said[0] if said else None
+    about = {"class": type(model).__name__, "form": form, "unserved": unserved}
+    cache.save_json(known, about)
+    return unserved
 
 
 @once

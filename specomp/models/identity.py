@@ -13,7 +13,10 @@ import transformers
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_MAPPING_NAMES,
+)
 
 from specomp import __version__
 from specomp.errors import UserError, first_line
@@ -52,6 +55,13 @@ def write_identity(
         (folder / f"{_file_stem(base)}.py").write_text(
             modelling_source(base, {type(model.get_submodule(name)) for name in entries})
         )
+
+
+def hide_from_engines(folder: Path) -> None:
+    """Take from config.json what serving engines ask for: they refuse the folder then."""
+    config = json.loads((folder / "config.json").read_text())
+    config.get("auto_map", {}).pop("AutoModel", None)
+    write_json(folder / "config.json", config)
 
 
 def check_form(model: PreTrainedModel, form: Form) -> tuple[dict[str, list[Any]], dict[str, Any]]:
@@ -187,7 +197,7 @@ def modelling_source(base: str, kinds: Collection[type]) -> str:
 
     Raises UserError for a class whose source cannot be had.
     """
-    config, model = _class_names(base)
+    config, model, inner = _class_names(base)
     own = [
         x
         for kind in sorted(kinds, key=full_name)
@@ -214,7 +224,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import {config}, {model}
+from transformers import {config}, {model}, {inner}
 
 
 {copied}
@@ -223,20 +233,22 @@ KINDS = {{
     "{full_name(nn.Linear)}": nn.Linear,
 {named}}}
 Specomp{config} = compressed_config({config}, "{COMPRESSED_PREFIX}{base}")
-Specomp{model} = compressed_model(
-    {model}, Specomp{config}, lambda config, _: config.specomp_modules or {{}}, KINDS
+Specomp{model}, Specomp{inner} = (
+    compressed_model(base, Specomp{config}, lambda config, _: config.specomp_modules or {{}}, KINDS)
+    for base in ({model}, {inner})
 )
 '''
 
 
 def _identity(base: str, entries: dict[str, list[Any]], form: str) -> dict[str, Any]:
     """The fields of config.json that say which classes open the folder."""
-    config, model = _class_names(base)
+    config, model, inner = _class_names(base)
     if form == "dense":
         return {"model_type": base, "architectures": [model]}
     classes = {
         "AutoConfig": f"{_file_stem(base)}.Specomp{config}",
         "AutoModelForCausalLM": f"{_file_stem(base)}.Specomp{model}",
+        "AutoModel": f"{_file_stem(base)}.Specomp{inner}",  # what serving engines ask for
     }
     return {
         "model_type": COMPRESSED_PREFIX + base,
@@ -246,8 +258,10 @@ def _identity(base: str, entries: dict[str, list[Any]], form: str) -> dict[str, 
     }
 
 
-def _class_names(base: str) -> tuple[str, str]:
-    return CONFIG_MAPPING[base].__name__, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[base]
+def _class_names(base: str) -> tuple[str, str, str]:
+    """Of the config, the causal model, and the one without a head."""
+    causal, inner = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[base], MODEL_MAPPING_NAMES[base]
+    return CONFIG_MAPPING[base].__name__, causal, inner
 
 
 def _file_stem(base: str) -> str:

@@ -99,7 +99,10 @@ def _card(folder: Path, repo: str) -> str:
         text = path.read_text(encoding="utf-8")
     except (ValueError, OSError) as error:
         raise UserError(f"{path} cannot be read or made: {first_line(error)}") from error
-    return text.replace(f'("{PLACE}"', f'("{repo}"') if OURS in text else text
+    places = {f'("{PLACE}"': f'("{repo}"', f"vllm serve {PLACE}": f"vllm serve {repo}"}
+    for here, there in places.items() if OURS in text else ():
+        text = text.replace(here, there)
+    return text
 
 
 def main(typed: Sequence[str] | None = None) -> int:

@@ -20,13 +20,15 @@ AUTO_CONFIG = "transformers.models.auto.configuration_auto"
 
 
 def register() -> None:
-    """Give AutoConfig and AutoModelForCausalLM the classes of every supported compressed model
-    type. Idempotent; imports torch.
+    """Give AutoConfig, AutoModelForCausalLM and AutoModel the classes of every supported compressed
+    model type. Idempotent; imports torch.
     """
     import transformers
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
     from transformers.models.auto.modeling_auto import (
         MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+        MODEL_MAPPING_NAMES,
+        AutoModel,
         AutoModelForCausalLM,
     )
 
@@ -39,10 +41,14 @@ def register() -> None:
         if name in CONFIG_MAPPING and not issubclass(CONFIG_MAPPING[name], _StandIn):
             continue
         config_class = compressed_config(CONFIG_MAPPING[base], name)
-        stock = getattr(transformers, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[base])
-        model_class = compressed_model(stock, config_class, modules_of, Kinds())
-        _complete(model_class, config_class)
-        AutoModelForCausalLM.register(config_class, model_class)
+        for auto, names in (
+            (AutoModel, MODEL_MAPPING_NAMES),
+            (AutoModelForCausalLM, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES),
+        ):
+            stock = getattr(transformers, names[base])
+            model_class = compressed_model(stock, config_class, modules_of, Kinds())
+            _complete(model_class, config_class)
+            auto.register(config_class, model_class)
         CONFIG_MAPPING.register(name, config_class)
 
 
@@ -128,7 +134,7 @@ def _subclasses(kind: type) -> list[type]:
     return found + [y for x in found for y in _subclasses(x)]
 
 
-def modules_of(config: Any, model: Any) -> dict[str, list[Any]]:
+def modules_of(config: Any, linear: Any) -> dict[str, list[Any]]:
     """What stands in the place of linears by a config, also by one that was written before
     `specomp_modules` was there.
     """
@@ -137,7 +143,7 @@ def modules_of(config: Any, model: Any) -> dict[str, list[Any]]:
     biased = set(config.lowrank_biases or ())
     ranks = config.lowrank_ranks or {}
     for name in dict.fromkeys([*ranks, *biased]):
-        dense = model.get_submodule(name)
+        dense = linear(name)
         sizes = {
             "in_features": dense.in_features,
             "out_features": dense.out_features,

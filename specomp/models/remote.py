@@ -30,10 +30,11 @@ def compressed_config(base: Any, compressed_type: str) -> Any:
 
 
 def compressed_model(base: Any, compressed_config_class: Any, modules_of: Any, kinds: Any) -> Any:
-    """The model class of `base` with other modules in the place of some linears.
+    """The model class of `base`, with its head or without (engines have one of their own), with
+    other modules in the place of some linears.
 
-    modules_of: (config, model of `base`) -> [class, arguments] by full name; kinds: that class by
-    its name.
+    modules_of: (config, linear by full name) -> [class, arguments] by full name; kinds: that class
+    by its name.
     """
 
     class CompressedModel(base):  # type: ignore[misc]
@@ -41,15 +42,20 @@ def compressed_model(base: Any, compressed_config_class: Any, modules_of: Any, k
 
         def __init__(self, config: Any) -> None:
             super().__init__(config)
-            for name, (kind, arguments) in modules_of(config, self).items():
-                weight = self.get_submodule(name).weight
+            inner, prefix = self.base_model, f"{self.base_model_prefix}."
+
+            def found(name: str) -> Any:
+                return inner.get_submodule(name.removeprefix(prefix))
+
+            for name, (kind, arguments) in modules_of(config, found).items():
+                weight = found(name).weight
                 # the meta device while weights are being loaded
                 place = {
                     "dtype": weight.dtype,
                     "device": weight.device,
                 }
                 parent, _, leaf = name.rpartition(".")
-                setattr(self.get_submodule(parent), leaf, kinds[kind](**arguments, **place))
+                setattr(found(parent), leaf, kinds[kind](**arguments, **place))
 
     CompressedModel.__name__ = CompressedModel.__qualname__ = f"Specomp{base.__name__}"
     return CompressedModel

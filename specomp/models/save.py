@@ -37,7 +37,13 @@ from specomp.models.door import Walk, check_tokenizer, logits
 from specomp.models.door import check as check_door
 from specomp.models.families import family_of
 from specomp.models.files import TOKEN_FILES, checked_folder, model_folder, safetensors_header
-from specomp.models.identity import Form, check_form, write_identity, write_json
+from specomp.models.identity import (
+    Form,
+    check_form,
+    hide_from_engines,
+    write_identity,
+    write_json,
+)
 from specomp.models.load import LoadedModel, open_model, quiet, torch_device
 from specomp.models.modules import Substitute
 from specomp.models.packed import (
@@ -55,6 +61,11 @@ log = logging.getLogger(__name__)
 INFO_FILE = "specomp.json"  # also marks a folder as ours, which may be replaced
 MAX_SHARD = "5GB"
 HALVES = (torch.float16, torch.bfloat16)
+# Tried with vLLM 0.32: its kernels have no scheme for blocks, and a rank is no multiple of a group.
+INTEGERS = (
+    "its integers are packed in blocks that vLLM's kernels do not have; export=dense, or"
+    " quantizer=none, is served"
+)
 # what decides its numbers; the rest of a folder may be edited
 SEALED = ("*.safetensors", "*.index.json", "config.json", INFO_FILE, "*.py", *TOKEN_FILES)
 
@@ -109,7 +120,7 @@ def exporting(
         yield export
         seal(target, SEALED)
         half = any(x.dtype in HALVES for x in model.parameters())
-        check_door(
+        unserved = check_door(
             target,
             folder,
             export.logits,
@@ -118,6 +129,8 @@ def exporting(
             device=str(model.device),
             cache=cache or Cache(default_cache()),
         )
+        if unserved:
+            export.withhold(unserved)
         if tokenizer := export.tokenizer:
             check_tokenizer(target, folder, tokenizer)
 
@@ -135,6 +148,7 @@ class Export:
         self.walk: Walk | None = None  # through the decoder layers that are added
         self.logits: Tensor | None = None  # of the model before it was saved
         self.tokenizer: PreTrainedTokenizerBase | None = None
+        self.told: dict[str, Any] = {}  # specomp.json
 
     def add(self, index: int) -> None:
         """Write one decoder layer of the model to a file of its own."""
@@ -183,9 +197,22 @@ class Export:
         write_beside(target, tokenizer, self.beside)
         packed = form == "factors" and bool(grid_linears(model))
         write_identity(target, model, form, quantization_config(model) if packed else None)
-        told = {"specomp": __version__, "form": form, **info}
-        write_json(target / INFO_FILE, told)
-        self._card(told)
+        self.told = {"specomp": __version__, "form": form, **info}
+        write_json(target / INFO_FILE, self.told)
+        self._card(self.told)
+        if packed:
+            self.withhold(INTEGERS)
+
+    def withhold(self, why: str) -> None:
+        """Make serving engines refuse the folder, which they would load wrongly or not at all; its
+        card says so.
+        """
+        log.warning("%s is for transformers only, serving engines refuse it: %s", self.folder, why)
+        hide_from_engines(self.target)
+        self.told["unserved"] = why
+        write_json(self.target / INFO_FILE, self.told)
+        self._card(self.told)
+        reseal(self.target, ["config.json", INFO_FILE])
 
     def _card(self, told: dict[str, Any]) -> None:
         """The model card: that of the folder so far where somebody else wrote it. It never costs a

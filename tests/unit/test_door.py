@@ -11,12 +11,12 @@ import sys
 import pytest
 import torch
 from tiny import tiny_model, tiny_tokenizer
-from transformers import AutoModelForCausalLM, GenerationConfig
+from transformers import AutoModel, AutoModelForCausalLM, GenerationConfig
 
 import specomp
 from specomp.cache import Cache
 from specomp.errors import UserError
-from specomp.models import door
+from specomp.models import door, identity
 from specomp.models.beside import write_beside
 from specomp.models.identity import for_all_versions
 from specomp.models.save import save_compressed
@@ -299,3 +299,52 @@ def test_what_decides_no_number_may_be_edited(tmp_path):
 def test_logits_of_another_shape_are_one_line():
     with pytest.raises(UserError, match=r"it gives other logits \(16, 7\)"):
         door._compare(torch.ones(16, 9), torch.ones(16, 7), 0.1, "it")
+
+
+def test_engines_get_the_model_without_its_head(tiny_any, tmp_path):
+    """They ask for AutoModel, and have a head of their own: after `import specomp` too."""
+    tokens = torch.randint(0, 200, (4, 16), generator=torch.Generator().manual_seed(0))
+    row = specomp.method("svd_llm", packing="pivoted")
+    specomp.compress(tiny_any, tokens, method=row, ratio=0.2)
+    specomp.save(tiny_any, tmp_path / "m")
+    config = json.loads((tmp_path / "m" / "config.json").read_text())
+    inner = AutoModel.from_pretrained(tmp_path / "m").eval()
+    assert type(inner).__name__ == config["auto_map"]["AutoModel"].partition(".")[2]
+    with torch.no_grad():
+        assert torch.equal(inner(IDS)[0], tiny_any.eval().base_model(IDS)[0])
+
+
+def test_what_engines_would_load_wrongly_they_refuse(tmp_path, monkeypatch, cache, caplog):
+    """A buffer that is made on the device of the parameters, which vLLM never fills: token 0 for
+    ever, without a word.
+    """
+    monkeypatch.setenv(door.SWITCH, "1")
+    source = identity.modelling_source
+
+    def placed(*args):
+        found = source(*args)
+        right = "torch.arange(out_features, dtype=torch.int32)"
+        assert right in found
+        return found.replace(right, right[:-1] + ", device=device)")
+
+    monkeypatch.setattr(identity, "modelling_source", placed)
+    for name in ("one", "two"):  # the second is of a known kind
+        caplog.clear()
+        model = tiny_model("llama")
+        tokens = torch.randint(0, 200, (4, 16), generator=torch.Generator().manual_seed(0))
+        specomp.compress(model, tokens, specomp.method("svd_llm", packing="pivoted"), ratio=0.2)
+        folder = tmp_path / name
+        save_compressed(model, None, folder, form="factors", info={}, cache=Cache(cache.root))
+        assert "buffers are never filled, such as layers.0.self_attn.q_proj.order" in caplog.text
+        config = json.loads((folder / "config.json").read_text())
+        assert sorted(config["auto_map"]) == ["AutoConfig", "AutoModelForCausalLM"]
+        assert "Serving engines refuse it: " in (folder / "README.md").read_text()
+        assert torch.equal(logits(specomp.load(folder).model), logits(model)), "and its seals hold"
+
+
+def test_packed_integers_are_not_for_engines(tmp_path, caplog):
+    """vLLM has no kernel for their blocks."""
+    specomp.save(compressed(quantizer="rtn_int4"), tmp_path / "m")
+    assert "AutoModel" not in json.loads((tmp_path / "m" / "config.json").read_text())["auto_map"]
+    assert "serving engines refuse it: its integers" in caplog.text
+    specomp.load(tmp_path / "m")
