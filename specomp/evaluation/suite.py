@@ -11,6 +11,7 @@ from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 
 from specomp.data.token_ids import Bos
 from specomp.errors import UserError
+from specomp.evaluation.divergence import ComparesDense, DenseModel
 from specomp.evaluation.metric import Metric
 from specomp.evaluation.perplexity import ForwardPrecision, Perplexity
 from specomp.evaluation.workload import Workload
@@ -100,6 +101,19 @@ class Suite:
             for label, part in self.parts.items()
         }
         return replace(self, parts=parts)
+
+    def beside(self, dense: DenseModel) -> "Suite":
+        """The same, for models that come from this dense one."""
+        parts = {
+            label: part.beside(dense) if isinstance(part, ComparesDense) else part
+            for label, part in self.parts.items()
+        }
+        return replace(self, parts=parts)
+
+    @property
+    def comparing(self) -> list[ComparesDense]:
+        """The parts that have to see the dense model first."""
+        return [x for x in self.benchmarks if isinstance(x, ComparesDense)]
 
     def check_tokens(self, tokenizer: PreTrainedTokenizerBase, rows: int) -> None:
         """Check every part's text against the rows of a model's embedding. Raises UserError."""

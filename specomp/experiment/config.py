@@ -14,11 +14,12 @@ from hydra import compose, initialize_config_dir
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, open_dict
 
-from specomp.cache import Cache
+from specomp.cache import Cache, digest
 from specomp.compression.checks import check_method
 from specomp.compression.route import Route
 from specomp.data.calibration import CalibrationSet, CalibrationSpec
 from specomp.data.token_ids import embedding_rows
+from specomp.evaluation.divergence import DenseModel
 from specomp.evaluation.suite import Suite
 from specomp.experiment.checks import (
     check_export,
@@ -117,7 +118,9 @@ def ask(cfg: DictConfig) -> Request:
     check_export(architecture, parts["method"], options)
     return Request(
         source=source,
-        suite=suite.for_model(architecture),
+        suite=suite.for_model(architecture).beside(
+            DenseModel(cache, digest(source.fingerprint(cache)))
+        ),
         options=options,
         processes=processes,
         cache=cache,

@@ -180,12 +180,14 @@ def execute(experiment: Experiment, record: Record) -> bool:
     tokenizer: Any = experiment.tokenizer
     linears: list[LinearReport] = []
     if record.ledger and folder is not None and kept:
-        if experiment.options.reference and any(
+        unmeasured = experiment.options.reference and any(
             b.id not in _dense_metrics(experiment) for b in missing
-        ):
+        )
+        if unmeasured or not all(x.remembers(tokenizer) for x in experiment.suite.comparing):
             loaded = load_dense(experiment, record)
-            with record.stage("evaluate dense"):
-                reference(experiment, loaded)
+            if unmeasured:
+                with record.stage("evaluate dense"):
+                    reference(experiment, loaded)
             del loaded  # not both models in memory
         try:
             with record.stage("load"):
@@ -244,9 +246,12 @@ def bring_up_card(experiment: Experiment, record: Record, folder: Path) -> None:
 
 
 def load_dense(experiment: Experiment, record: Record) -> LoadedModel:
-    """The dense model."""
+    """The dense model, seen by those benchmarks that compare with it."""
     with record.stage("load"):
         loaded = experiment.source.load(experiment.cache)
+    for benchmark in experiment.suite.comparing:
+        with record.stage("evaluate dense"):
+            benchmark.remember(loaded.model, loaded.tokenizer)
     record.provenance["device"] = device_name(loaded.model.device)
     return loaded
 
