@@ -4,7 +4,10 @@ functions: it takes seconds.
 The stock task definitions (prompts, scoring) are always used. With a data root only their data
 changes: JSON lines at <root>/<task>/<split>.jsonl[.gz] (mmlu:
 <root>/mmlu/<split>/<subject>.jsonl[.gz]), and nothing is asked from the network. An id without a
-hash is of the published data, wherever it was read; any other data puts its hash into the id.
+hash is of the published data, wherever it was read; any other data puts its hash into the id. The
+published data is known by its content for the tasks of the papers' tables alone. That of the others
+could not be had where this was written: an id without a hash then says that it came from the hub,
+and local data puts its hash into the id even where it is the published one.
 
 Special tokens are the tokenizer's own, as in lm-eval 0.4.13: Gemma's put BOS in front of every
 request, and bos=auto has nothing to add.
@@ -14,12 +17,14 @@ import copy
 import difflib
 import functools
 import hashlib
+import importlib.util
 import json
 import logging
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+import random
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -39,83 +44,163 @@ from specomp.settings import configurable
 log = logging.getLogger(__name__)
 TaskConfig = dict[str, Any]
 
-# Where lm-eval keeps the definitions of the tasks in the papers' tables; reading these spares its
-# index of 14,000 tasks (19 s).
-STOCK_FILES = {
-    "piqa": "piqa/piqa.yaml",
-    "winogrande": "winogrande/default.yaml",
-    "arc_easy": "arc/arc_easy.yaml",
-    "arc_challenge": "arc/arc_challenge.yaml",
-    "hellaswag": "hellaswag/hellaswag.yaml",
-    "openbookqa": "openbookqa/openbookqa.yaml",
-}
 MMLU = "mmlu"
+MMLU_SUBJECTS = 57
+IFEVAL = "ifeval"
+IFEVAL_PACKAGES = ("langdetect", "immutabledict", "nltk")  # its checks of answers import them
+NLTK_DATA = "tokenizers/punkt_tab"  # lm-eval downloads it while it imports them
 
 
 @dataclass(frozen=True, kw_only=True)
-class TaskData:
-    """What of a task's data its numbers depend on: the split that is evaluated, the one that
-    examples of a prompt come from, and the columns of a row. published: split -> `content_of` the
-    published one.
+class KnownTask:
+    """A task that is found without lm-eval's index of 14,000 tasks (19 s), and reads local files.
+
+    definition: below lm-eval's folder of tasks (mmlu: one per subject). evaluated, examples: the
+    splits of its documents and of the examples in a prompt. fields: the columns its numbers depend
+    on. shots: the definition's own number of examples, None where it names none. published: split
+    -> `content_of` the published one, where that is known.
     """
 
+    definition: str
     evaluated: str
     examples: str
     fields: tuple[str, ...]
-    published: Mapping[str, str]
+    shots: int | None = None
+    published: Mapping[str, str] = field(default_factory=dict)
 
     def splits(self, num_fewshot: int) -> list[str]:
         """Those that are read."""
-        return [self.evaluated, *([self.examples] if num_fewshot else [])]
+        return list(dict.fromkeys([self.evaluated, *([self.examples] if num_fewshot else [])]))
 
 
 MULTIPLE_CHOICE = ("question", "choices", "answerKey")
-DATA = {
-    "piqa": TaskData(
+TWO_ALTERNATIVES = ("premise", "choice1", "choice2", "question", "label")
+KNOWN = {
+    "piqa": KnownTask(
+        definition="piqa/piqa.yaml",
         evaluated="validation",
         examples="train",
         fields=("goal", "sol1", "sol2", "label"),
         published={"validation": "92415049378f3e96"},
     ),
-    "winogrande": TaskData(
+    "winogrande": KnownTask(
+        definition="winogrande/default.yaml",
         evaluated="validation",
         examples="train",
         fields=("sentence", "option1", "option2", "answer"),
         published={"validation": "c6027d9c555eb457"},
     ),
-    "arc_easy": TaskData(
+    "arc_easy": KnownTask(
+        definition="arc/arc_easy.yaml",
         evaluated="test",
         examples="train",
         fields=MULTIPLE_CHOICE,
         published={"test": "3edcadd66e55fdac"},
     ),
-    "arc_challenge": TaskData(
+    "arc_challenge": KnownTask(
+        definition="arc/arc_challenge.yaml",
         evaluated="test",
         examples="train",
         fields=MULTIPLE_CHOICE,
         published={"test": "02d85fe5c189409f"},
     ),
-    "hellaswag": TaskData(
+    "hellaswag": KnownTask(
+        definition="hellaswag/hellaswag.yaml",
         evaluated="validation",
         examples="train",
         fields=("activity_label", "ctx_a", "ctx_b", "endings", "label"),
         published={"validation": "26648d3f40d4e051"},
     ),
-    "openbookqa": TaskData(
+    "openbookqa": KnownTask(
+        definition="openbookqa/openbookqa.yaml",
         evaluated="test",
         examples="train",
         fields=("question_stem", "choices", "answerKey"),
         published={"test": "fb195ea080bb6504"},
     ),
-    MMLU: TaskData(
+    MMLU: KnownTask(
+        definition="mmlu/default/mmlu_*.yaml",
         evaluated="test",
         examples="dev",
         fields=("question", "choices", "answer"),
         published={"test": "b8d135d346d9a490", "dev": "46ec4922b1a54787"},
     ),
+    "boolq": KnownTask(
+        definition="super_glue/boolq/default.yaml",
+        evaluated="validation",
+        examples="train",
+        fields=("passage", "question", "label"),
+    ),
+    "copa": KnownTask(
+        definition="super_glue/copa/default.yaml",
+        evaluated="validation",
+        examples="train",
+        fields=TWO_ALTERNATIVES,
+    ),
+    "sciq": KnownTask(
+        definition="sciq/sciq.yaml",
+        evaluated="test",
+        examples="train",
+        fields=(
+            "support",
+            "question",
+            "distractor1",
+            "distractor2",
+            "distractor3",
+            "correct_answer",
+        ),
+    ),
+    "mathqa": KnownTask(
+        definition="mathqa/mathqa.yaml",
+        evaluated="test",
+        examples="train",
+        fields=("Problem", "options", "correct"),
+    ),
+    "lambada_openai": KnownTask(
+        definition="lambada/lambada_openai.yaml",
+        evaluated="test",
+        examples="test",
+        fields=("text",),
+    ),
+    # their prompt brings six examples of its own
+    "truthfulqa_mc1": KnownTask(
+        definition="truthfulqa/truthfulqa_mc1.yaml",
+        evaluated="validation",
+        examples="validation",
+        fields=("question", "mc1_targets"),
+        shots=0,
+    ),
+    "truthfulqa_mc2": KnownTask(
+        definition="truthfulqa/truthfulqa_mc2.yaml",
+        evaluated="validation",
+        examples="validation",
+        fields=("question", "mc2_targets"),
+        shots=0,
+    ),
+    "gsm8k": KnownTask(
+        definition="gsm8k/gsm8k.yaml",
+        evaluated="test",
+        examples="train",
+        fields=("question", "answer"),
+        shots=5,
+    ),
+    IFEVAL: KnownTask(
+        definition="ifeval/ifeval.yaml",
+        evaluated="train",
+        examples="train",
+        fields=("prompt", "instruction_id_list", "kwargs"),
+        shots=0,
+    ),
+    **{
+        f"xcopa_{language}": KnownTask(
+            definition=f"xcopa/default_{language}.yaml",
+            evaluated="test",
+            examples="validation",
+            fields=TWO_ALTERNATIVES,
+        )
+        for language in ("et", "ht", "id", "it", "qu", "sw", "ta", "th", "tr", "vi", "zh")
+    },
 }
-MMLU_SUBJECTS = 57
-MMLU_FILES = "mmlu/default/mmlu_*.yaml"  # one per subject
 SUFFIXES = (".jsonl", ".jsonl.gz")
 SPLIT_KEYS = ("training_split", "validation_split", "test_split", "fewshot_split")
 FEWSHOT_SEED = 1234  # lm-eval's default
@@ -125,13 +210,16 @@ BOOTSTRAP_ITERS = (
 BATCHES_PER_CHUNK = (
     32  # requests are sorted by length within a chunk; progress is reported between chunks
 )
+WRITTEN_PER_CHUNK = 4  # the same of requests whose answers are written, which take longer
+ANSWER_TOKENS = 256  # lm-eval's number where a definition names none
 
 
 @configurable
 class HarnessTask:
     """One lm-eval task or group. `limit` is documents, shared evenly by the subjects of mmlu;
     `num_fewshot` None is the task's own number; `data_root` None loads the data from the hub;
-    `metric` is the one the result must contain.
+    `metric` is the one the result must contain; `chat_template` True asks every request in the
+    tokenizer's, each example a turn of its own.
     """
 
     volatile: ClassVar[bool] = False
@@ -143,14 +231,17 @@ class HarnessTask:
     precision: ForwardPrecision
     data_root: Path | None
     metric: str
+    chat_template: bool = False
 
     @property
     def id(self) -> str:
-        """For example piqa@1, piqa@1:limit100, mmlu@1:5shot, mmlu@1:limit2each (subject); with a
-        hash at its end where the data is not the published one: piqa@1:limit100:3f2a91c0. Raises
-        UserError where local data cannot be read.
+        """For example piqa@1, piqa@1:limit100, mmlu@1:5shot, mmlu@1:5shot:chat,
+        mmlu@1:limit2each (subject); with a hash at its end where the data is not the published one:
+        piqa@1:limit100:3f2a91c0. Raises UserError where local data cannot be read.
         """
-        settings = [f"{self.num_fewshot}shot"] if self.num_fewshot is not None else []
+        named = self.num_fewshot is not None and not self._shots_fixed
+        settings = [f"{self.num_fewshot}shot"] if named else []
+        settings += ["chat"] if self.chat_template else []
         settings += (
             [f"limit{self.limit_each}{'each' if self.task == MMLU else ''}"]
             if self.limit is not None
@@ -167,18 +258,32 @@ class HarnessTask:
     @property
     def _data_mark(self) -> list[str]:
         """What local data adds to the id; nothing where it is the published one."""
-        if self.data_root is None or self.task not in DATA:
+        if self.data_root is None or self.task not in KNOWN:
             return []
-        root, known = self.data_root.expanduser().absolute(), DATA[self.task]
+        root, known = self.data_root.expanduser().absolute(), KNOWN[self.task]
         files = {
-            split: split_files(root, self.task, split)
-            for split in known.splits(self.num_fewshot or 0)
+            split: split_files(root, self.task, split) for split in known.splits(self.shots or 0)
         }
         if not all(files.values()):  # nothing can be measured, and `validate` says what is missing
             return []
         contents = {split: content_of(paths, known.fields) for split, paths in files.items()}
         published = {split: known.published.get(split) for split in files}
         return [] if contents == published else [_sha256(contents)[:8]]
+
+    @property
+    def shots(self) -> int | None:
+        """Examples in a prompt; None where only lm-eval knows."""
+        known = KNOWN.get(self.task)
+        if known is not None and (self.num_fewshot is None or self._shots_fixed):
+            return known.shots or 0
+        return self.num_fewshot
+
+    @property
+    def _shots_fixed(self) -> bool:
+        """Whether the definition wants no examples beside those in its prompt: lm-eval keeps to
+        that too.
+        """
+        return self.task in KNOWN and KNOWN[self.task].shots == 0
 
     @property
     def limit_each(self) -> int | None:
@@ -201,7 +306,7 @@ class HarnessTask:
             self.task,
             self.limit_each,
             MMLU_SUBJECTS if self.task == MMLU else 1,
-            self.num_fewshot or 0,
+            self.shots or 0,
         )
         half, known = self.precision == "bfloat16", tokens is not None
         sure: Sure = "estimate" if known else "unknown"
@@ -213,29 +318,35 @@ class HarnessTask:
         ]
 
     def validate(self, max_length: int) -> None:
-        """Raises UserError for an unknown task, a metric it is known to lack and, with a data root,
-        for missing files.
+        """Raises UserError for an unknown task, a metric it is known to lack, packages that are not
+        there, answers longer than a context of `max_length` tokens and, with a data root, for
+        missing files.
 
-        `max_length` decides nothing: lm-eval cuts a prompt that is too long from the left, and the
-        result counts those.
+        A prompt that is too long is none of that: lm-eval cuts it from the left, and the result
+        counts those.
         """
         definitions = self._specification() or []
         if definitions:  # otherwise only a run tells the metrics
-            self._check_metric(
-                {
-                    metric["metric"]
-                    for definition in definitions
-                    for metric in definition["metric_list"]
-                }
+            self._check_metric(x for definition in definitions for x in _metric_names(definition))
+        for definition in definitions:
+            if definition["output_type"] == "generate_until":
+                _check_room(self.task, definition["generation_kwargs"], max_length)
+        if self.num_fewshot and self._shots_fixed:
+            log.warning(
+                "%s: its prompt is whole, and lm-eval adds no examples to it: num_fewshot=%d is not"
+                " used.",
+                self.task,
+                self.num_fewshot,
             )
         _ = self._data_mark  # reads the rows
 
     def check_tokens(self, tokenizer: PreTrainedTokenizerBase, rows: int) -> None:
         """Raises UserError where a request has a token without a row in the embedding, where local
         data that is not the published one makes no requests, where there is none and no network is
-        to be used, or where the tokenizer has nothing to begin one with; loads no model. What can
-        be none of that is left for later.
+        to be used, or where the tokenizer has no chat template or nothing to begin a request with;
+        loads no model. What can be none of that is left for later.
         """
+        self._check_template(tokenizer)
         if tokenizer.bos_token_id is None and tokenizer.eos_token_id is None:
             raise UserError(
                 f"{self.task}: a request begins with BOS or EOS where nothing else does, and the"
@@ -266,20 +377,21 @@ class HarnessTask:
     def __call__(
         self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
     ) -> dict[str, float]:
-        """acc, acc_norm where the task defines it, their _stderr, n (documents),
-        nonfinite_requests, truncated_requests.
+        """acc, acc_norm and what else the task defines, their _stderr, n (documents), chance (the
+        accuracy of guessing, where that is known), nonfinite_requests, truncated_requests.
         """
+        self._check_template(tokenizer)
         with evaluating(model, self.precision):
             lm = _language_model(model, tokenizer, self.batch_size, self.id)
-            results = self._evaluate(lm)
-        scores = _scores(results, self.task) | {
+            scores = self._evaluate(lm)
+        scores |= {
             "nonfinite_requests": float(lm.nonfinite),
             "truncated_requests": float(lm.truncated),
         }
         self._check_metric(scores)
         if lm.nonfinite or lm.truncated:
             log.warning(
-                "%s: of %d requests %d had a non-finite log-likelihood, %d were cut to the"
+                "%s: of %d requests %d had a non-finite log-likelihood or logit, %d were cut to the"
                 " context.",
                 self.id,
                 lm.total,
@@ -291,6 +403,18 @@ class HarnessTask:
         )
         return scores
 
+    def _check_template(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        """Raises UserError where there is none and it is asked for."""
+        if not self.chat_template:
+            return
+        try:
+            tokenizer.get_chat_template()
+        except ValueError as error:  # none, or several and no default
+            raise UserError(
+                f"{self.task}: chat_template=true, but the tokenizer has no chat template of its"
+                " own: set chat_template=false, or take a model that was tuned on conversations."
+            ) from error
+
     def _check_answers(self) -> None:
         """Raises UserError where a row's right answer is none of its choices, which lm-eval counts
         as a wrong one.
@@ -298,6 +422,8 @@ class HarnessTask:
         with _quiet():
             loaded = _load(self._specification(), self.task, self.data_root)
         for name, task in loaded["tasks"].items():
+            if task.OUTPUT_TYPE != "multiple_choice":
+                continue
             for number, doc in enumerate(task.eval_docs, start=1):
                 choices = task.doc_to_choice(doc)
                 right = task.doc_to_text(doc) if task.multiple_input else task.doc_to_target(doc)
@@ -308,42 +434,41 @@ class HarnessTask:
                         " or leave it out."
                     )
 
-    def _evaluate(self, lm: Any) -> Mapping[str, Any]:
-        """lm-eval's results of a language model of its kind."""
+    def _evaluate(self, lm: Any) -> dict[str, float]:
+        """lm-eval's scores of a language model of its kind, and chance."""
         from lm_eval.evaluator import evaluate
 
         with _quiet():
             loaded = _load(self._specification(), self.task, self.data_root)
             for task in loaded["tasks"].values():
-                shots = (
-                    self.num_fewshot
-                    if self.num_fewshot is not None
-                    else task.get_config("num_fewshot")
-                )
+                shots = self.shots if self.shots is not None else task.get_config("num_fewshot")
                 task.set_config(key="num_fewshot", value=shots or 0)
                 task.set_fewshot_seed(seed=FEWSHOT_SEED)
             self._check_published(loaded["tasks"].values())
             # not simple_evaluate: it reseeds every generator of the process and collects the
             # environment (1 s a call)
-            results: Mapping[str, Any] = evaluate(
+            results = evaluate(
                 lm=lm,
                 task_dict=loaded,
                 limit=self.limit_each,
                 bootstrap_iters=BOOTSTRAP_ITERS,
                 log_samples=False,
+                apply_chat_template=self.chat_template,
+                fewshot_as_multiturn=self.chat_template,
             )
-        return results
+        return _scores(results, self.task) | _chance(loaded["tasks"].values())
 
     def _check_published(self, tasks: Iterable[Any]) -> None:
         """Says so where the hub's data is no longer what the id stands for."""
-        known = DATA.get(self.task)
+        known = KNOWN.get(self.task)
         if self.data_root is not None or known is None:
             return
-        loaded = list(tasks)
-        for split in known.splits(self.num_fewshot or 0):
-            subjects = sorted(loaded, key=lambda task: str(task.config.dataset_name))
+        subjects = sorted(tasks, key=lambda task: str(task.config.dataset_name))
+        for split in known.splits(self.shots or 0):
+            if split not in known.published:
+                continue
             rows = [_sha256_of_rows(x.dataset[split], known.fields) for x in subjects]
-            if known.published.get(split, _sha256(rows)) != _sha256(rows):
+            if known.published[split] != _sha256(rows):
                 log.warning(
                     "%s: the %s split on the hub is not the one that %s stood for.",
                     self.task,
@@ -369,9 +494,8 @@ class HarnessTask:
             return stock or None
         root = self.data_root.expanduser().absolute()
         if not stock:
-            known = ", ".join([*STOCK_FILES, MMLU])
             raise UserError(
-                f"{self.task}: only {known} can be read from a data root ({root}): set"
+                f"{self.task}: only {', '.join(KNOWN)} can be read from a data root ({root}): set"
                 " data_root=null to load it from the hub."
             )
         return [
@@ -379,7 +503,7 @@ class HarnessTask:
                 config,
                 _local_files(config, root, self.task),
                 root / self.task,
-                self.num_fewshot or 0,
+                self.shots or 0,
             )
             for config in stock
         ]
@@ -397,7 +521,8 @@ def localize(
     evaluated = config.get("test_split") or config["validation_split"]  # lm-eval's own order
     needed = [evaluated]
     if num_fewshot:
-        needed.append(config.get("fewshot_split") or config.get("training_split") or evaluated)
+        candidates = ("fewshot_split", "training_split", "validation_split")
+        needed.append(next((config[key] for key in candidates if config.get(key)), evaluated))
     missing = [split for split in needed if split not in files]
     if missing:
         found = ", ".join(sorted(files)) or "none"
@@ -488,19 +613,78 @@ def _local_files(config: Mapping[str, Any], root: Path, task: str) -> dict[str, 
 
 @functools.cache
 def _stock_configs(task: str) -> list[TaskConfig]:
-    """lm-eval's definitions of a task of the tables, includes resolved (mmlu: one per subject);
-    empty for other tasks.
+    """lm-eval's definitions of a known task, includes resolved (mmlu: one per subject); empty for
+    other tasks. Raises UserError where they cannot be loaded.
     """
-    if task not in STOCK_FILES and task != MMLU:
+    if task not in KNOWN:
         return []
+    if task == IFEVAL:
+        _check_ifeval()
     # the definitions hold !function tags, which only this loader knows
     from lm_eval.tasks import (
         _yaml_loader,
     )
 
     folder = Path(_yaml_loader.__file__).parent
-    paths = sorted(folder.glob(MMLU_FILES)) if task == MMLU else [folder / STOCK_FILES[task]]
-    return [_yaml_loader.load_yaml(path) for path in paths]
+    return [_yaml_loader.load_yaml(x) for x in sorted(folder.glob(KNOWN[task].definition))]
+
+
+def _check_ifeval() -> None:
+    """Raises UserError where what checks its answers is not there: lm-eval imports it with the
+    definition, and asks the network for nltk's data.
+    """
+    missing = [x for x in IFEVAL_PACKAGES if importlib.util.find_spec(x) is None]
+    if missing:
+        raise UserError(
+            f"ifeval: its answers are checked with {', '.join(missing)}, not installed here: pip"
+            " install 'lm_eval[ifeval]', or take this task out of the benchmark."
+        )
+    nltk = importlib.import_module("nltk")  # no dependency of specomp
+    try:
+        nltk.data.find(NLTK_DATA)
+    except LookupError as error:
+        name = NLTK_DATA.rpartition("/")[2]
+        raise UserError(
+            f"ifeval: its answers are checked with nltk's data {name}, which is in no folder of"
+            f" nltk's: python -m nltk.downloader {name} (with network; NLTK_DATA names another"
+            " folder), or take this task out of the benchmark."
+        ) from error
+
+
+def _metric_names(definition: TaskConfig) -> list[str]:
+    """What `_scores` calls the metrics of a definition."""
+    filters = [x["name"] for x in definition.get("filter_list") or [{"name": "none"}]]
+    return [
+        _metric_name(x["metric"], chosen) for x in definition["metric_list"] for chosen in filters
+    ]
+
+
+def _metric_name(name: str, chosen: str) -> str:
+    """One name for a metric and for what of an answer it looks at: exact_match, strict-match ->
+    exact_match.strict-match; exact_match_stderr -> exact_match.strict-match_stderr.
+    """
+    if chosen == "none":
+        return name
+    metric = name.removesuffix("_stderr")
+    return f"{metric}.{chosen}{name[len(metric) :]}"
+
+
+def _answer_tokens(options: Mapping[str, Any]) -> int:
+    """The most that are written."""
+    from lm_eval.models.utils import normalize_gen_kwargs
+
+    return int(normalize_gen_kwargs(dict(options), ANSWER_TOKENS)["max_gen_toks"])
+
+
+def _check_room(description: str, options: Mapping[str, Any], max_length: int) -> int:
+    """The most tokens of a prompt beside an answer. Raises UserError where there is none."""
+    answer = _answer_tokens(options)
+    if answer >= max_length:
+        raise UserError(
+            f"{description}: answers of up to {answer} tokens leave no room for a prompt in the"
+            f" model's context of {max_length}: take this task out of the benchmark."
+        )
+    return max_length - answer
 
 
 @functools.cache
@@ -569,6 +753,8 @@ def _rehearsal(tokenizer: PreTrainedTokenizerBase, rows: int, description: str) 
     from lm_eval.api.model import LM
 
     class Rehearsal(LM):  # type: ignore[misc]
+        tokenizer_name = ""  # of lm-eval's cache of requests, which is not used
+
         def loglikelihood(self, requests: list[Any]) -> list[tuple[float, bool]]:
             return [(self._checked(*x.args), False) for x in requests]
 
@@ -584,6 +770,18 @@ def _rehearsal(tokenizer: PreTrainedTokenizerBase, rows: int, description: str) 
             for text in {context, context + continuation}:
                 check_rows(torch.tensor(tokenizer.encode(text)), rows, tokenizer, description)
             return 0.0
+
+        def apply_chat_template(
+            self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True
+        ) -> str:
+            return str(
+                tokenizer.apply_chat_template(
+                    chat_history,
+                    tokenize=False,
+                    add_generation_prompt=add_generation_prompt,
+                    continue_final_message=not add_generation_prompt,
+                )
+            )
 
     return Rehearsal()
 
@@ -606,6 +804,40 @@ def _language_model(
                 answers += super().loglikelihood(chunk, disable_tqdm=True)
             return answers
 
+        def loglikelihood_rolling(
+            self, requests: list[Any], disable_tqdm: bool = True
+        ) -> list[float]:
+            chunks = _chunks(requests, batch_size)  # whole texts, many windows each
+            answers: list[float] = []
+            for chunk in track(chunks, description, len(chunks)):
+                answers += super().loglikelihood_rolling(chunk, disable_tqdm=True)
+            return answers
+
+        def generate_until(self, requests: list[Any], disable_tqdm: bool = True) -> list[str]:
+            for context, options in (x.args for x in requests):
+                room = _check_room(description, options, self.max_length)
+                self.truncated += len(self.tok_encode(context)) > room
+            self.total += len(requests)
+            chunks = _chunks(requests, WRITTEN_PER_CHUNK * batch_size)
+            answers: list[str] = []
+            for chunk in track(chunks, description, len(chunks)):
+                answers += super().generate_until(chunk, disable_tqdm=True)
+            return answers
+
+        def _model_generate(self, context: torch.Tensor, **options: Any) -> torch.Tensor:
+            broken = torch.zeros(len(context), dtype=torch.bool, device=context.device)
+
+            def watch(_: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
+                # the largest is the one chosen; others may be -inf
+                broken.logical_or_(~logits.amax(-1).isfinite())
+                return logits
+
+            written: torch.Tensor = super()._model_generate(
+                context=context, logits_processor=[watch], **options
+            )
+            self.nonfinite += int(broken.sum())
+            return written
+
         def _loglikelihood_tokens(
             self, requests: Sequence[Any], **options: Any
         ) -> list[tuple[float, bool]]:
@@ -615,7 +847,9 @@ def _language_model(
                     f"{description}: an answer of {longest} tokens does not fit the model's context"
                     f" of {self.max_length}: take this task out of the benchmark."
                 )
-            answers: list[tuple[float, bool]] = super()._loglikelihood_tokens(requests, **options)
+            answers: list[tuple[float, bool]] = super()._loglikelihood_tokens(
+                requests, **options | {"disable_tqdm": True}
+            )
             self.total += len(answers)
             self.truncated += sum(
                 len(context) + len(continuation) > self.max_length + 1
@@ -647,8 +881,8 @@ def _chunks(requests: Sequence[Any], size: int) -> list[list[Any]]:
 
 
 def _scores(results: Mapping[str, Any], task: str) -> dict[str, float]:
-    """lm-eval's row of a task or group as plain names: "acc,none" -> acc, "exact_match,strict" ->
-    exact_match.strict.
+    """lm-eval's row of a task or group as plain names: "acc,none" -> acc; others see
+    `_metric_name`.
     """
     rows = {**results["results"], **results.get("groups", {})}
     if task not in rows:
@@ -661,9 +895,36 @@ def _scores(results: Mapping[str, Any], task: str) -> dict[str, float]:
         name, comma, chosen = key.partition(",")
         # a standard error of one document is the text "N/A"
         if comma and isinstance(value, int | float):
-            scores[name if chosen == "none" else f"{name}.{chosen}"] = float(value)
+            scores[_metric_name(name, chosen)] = float(value)
     scores["n"] = float(sum(counts["effective"] for counts in results["n-samples"].values()))
     return scores
+
+
+def _chance(tasks: Iterable[Any]) -> dict[str, float]:
+    """The accuracy of guessing on the documents that were asked: the mean of 1 / choices, 0 where
+    the answer is written or a word of the language. Nothing where the score is no share of
+    documents answered right.
+    """
+    shares: list[float] = []
+    for task in tasks:
+        documents = {x.doc_id: x.doc for x in task.instances}
+        if task.OUTPUT_TYPE in ("generate_until", "loglikelihood"):
+            shares += [0.0] * len(documents)
+        elif task.OUTPUT_TYPE == "multiple_choice" and not callable(task.config.process_results):
+            shares += [1 / len(task.doc_to_choice(x)) for x in documents.values()]
+        else:
+            return {}
+    return {"chance": sum(shares) / len(shares)} if shares else {}
+
+
+def _bootstrapped(statistic: Callable[[Sequence[Any]], float], values: Any, iters: int) -> float:
+    """lm-eval's standard error of what is no mean, without its processes and its printing."""
+    from lm_eval.api.metrics import sample_stddev
+
+    draw = random.Random(0)
+    return float(
+        sample_stddev([statistic(draw.choices(values, k=len(values))) for _ in range(iters)])
+    )
 
 
 @contextmanager
@@ -672,6 +933,7 @@ def _quiet() -> Iterator[None]:
     stand in for the warnings.
     """
     import datasets
+    import lm_eval.api.metrics as metrics_module
     import lm_eval.api.task as task_module
 
     logger, bars = logging.getLogger("lm_eval"), datasets.are_progress_bars_disabled()
@@ -679,9 +941,12 @@ def _quiet() -> Iterator[None]:
     logger.setLevel(logging.ERROR)
     datasets.disable_progress_bars()
     task_module.tqdm = functools.partial(tqdm, disable=True)  # the bar over documents has no switch
+    bootstrap = metrics_module.bootstrap_stderr
+    metrics_module.bootstrap_stderr = _bootstrapped
     try:
         yield
     finally:
+        metrics_module.bootstrap_stderr = bootstrap
         logger.setLevel(level)
         task_module.tqdm = tqdm
         if not bars:

@@ -7,7 +7,7 @@ FRACTION = "fraction"  # a unit: of documents, printed in percent
 
 
 # What a number was measured on, or the same number said another way; in records, not in summaries.
-DETAILS = {"nll", "ppl_finite", "tokens", "windows", "window", "collapsed", "n"}
+DETAILS = {"nll", "ppl_finite", "tokens", "windows", "window", "collapsed", "n", "chance"}
 SECOND = {"nonfinite_windows", "acc_norm"}  # beside a first one that tables have a column for
 
 

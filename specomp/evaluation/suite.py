@@ -87,6 +87,7 @@ class Suite:
     precision: ForwardPrecision | None = None
     limit: PositiveInt | None = None
     num_fewshot: int | None = None
+    chat_template: bool | None = None
     task_batch_size: PositiveInt | None = None
 
     @property

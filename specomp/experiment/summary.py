@@ -10,6 +10,7 @@ from rich.text import Text
 from specomp.compression.ledger import Ledger
 from specomp.compression.report import size_row, size_rows
 from specomp.evaluation.metric import is_detail
+from specomp.evaluation.quality import kept_accuracy
 from specomp.experiment.label import method_name, text_name
 from specomp.experiment.record import Record
 
@@ -34,6 +35,8 @@ def show(record: Record, *, console: Console | None = None) -> None:
     console.print(
         f"time: {spent}; peak memory {max(record.peak_memory_mib.values(), default=0):.0f} MiB"
     )
+    if (kept := kept_accuracy(record.metrics, record.dense_metrics)) is not None:
+        console.print(str(kept), markup=False)
     for note in record.notes:
         console.print(f"note: {note}", markup=False)
     if (same := in_domain(record)) is not None:
@@ -55,7 +58,7 @@ def rows(record: Record) -> list[tuple[str, str, str, str]]:
                         f"{name} {label(metric, values)}",
                         reference,
                         value,
-                        "{:,.4f}" if "acc" in metric else "{:,.2f}",
+                        "{:,.4f}" if "acc" in metric or "exact_match" in metric else "{:,.2f}",
                     )
                 )
     return lines
