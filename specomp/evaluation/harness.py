@@ -427,6 +427,8 @@ class HarnessTask:
             for number, doc in enumerate(task.eval_docs, start=1):
                 choices = task.doc_to_choice(doc)
                 right = task.doc_to_text(doc) if task.multiple_input else task.doc_to_target(doc)
+                if type(doc.get("label")) is int:  # copa reads the second choice out of all but 0
+                    right = doc["label"]
                 if right not in (range(len(choices)) if isinstance(right, int) else choices):
                     raise UserError(
                         f"{name}: the answer of row {number} in {self.data_root}/{self.task} is"
@@ -865,7 +867,8 @@ def _language_model(
     if padded.pad_token_id is None or padded.pad_token_id >= rows:
         usable = padded.eos_token_id is not None and padded.eos_token_id < rows
         padded.pad_token = padded.eos_token if usable else padded.convert_ids_to_tokens(0)
-    return CountingLM(pretrained=model, tokenizer=padded, batch_size=batch_size)
+    with _quiet():  # that the model is in memory already is meant
+        return CountingLM(pretrained=model, tokenizer=padded, batch_size=batch_size)
 
 
 def _chunks(requests: Sequence[Any], size: int) -> list[list[Any]]:

@@ -8,6 +8,7 @@ import importlib.machinery
 import json
 import math
 import random
+import re
 import sys
 import types
 from collections.abc import Iterator
@@ -163,24 +164,34 @@ def write(root: Path, task: str) -> dict[str, Rows]:
 
 
 class Asked:
-    """What lm-eval's model was asked."""
+    """What lm-eval's model was asked, and said. To gsm8k it says a number too, every other time
+    the right one.
+    """
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         from lm_eval.models.huggingface import HFLM
 
-        self.requests: list[Any] = []
+        self.said: list[Any] = []
         for name in ("loglikelihood", "generate_until"):
             monkeypatch.setattr(HFLM, name, self.watched(getattr(HFLM, name)))
 
     def watched(self, plain: Any) -> Any:
         def ask(lm: Any, requests: list[Any], disable_tqdm: bool = True) -> Any:
-            self.requests += [x.args for x in requests]
-            return plain(lm, requests, disable_tqdm=True)
+            answers = plain(lm, requests, disable_tqdm=True)
+            self.said += [(x.args, answer) for x, answer in zip(requests, answers, strict=True)]
+            return [
+                self.numbered(x.args[0], answer) if isinstance(answer, str) else answer
+                for x, answer in zip(requests, answers, strict=True)
+            ]
 
         return ask
 
+    def numbered(self, prompt: str, answer: str) -> str:
+        asked = re.findall(r"(\d+) and ", prompt)
+        return answer + (f" #### {int(asked[-1]) * 2 + int(asked[-1]) % 2}" if asked else "")
+
     def take(self) -> list[Any]:
-        taken, self.requests = self.requests, []
+        taken, self.said = self.said, []
         return taken
 
 
@@ -232,13 +243,13 @@ def compare(
     shots: int | None = None,
     chat: bool = False,
 ) -> dict[str, float]:
-    """Ours, equal to lm-eval's in every request and number."""
+    """Ours, equal to lm-eval's in every request, answer and number."""
     splits, asked = write(root, task), Asked(monkeypatch)
     ours = make(task, root, num_fewshot=shots, chat_template=chat)
     ours.validate(2048)
     ours.check_tokens(tokenizer, 257)
     asked.take()
-    scores, requests = ours(model, tokenizer), asked.take()
+    scores, said = ours(model, tokenizer), asked.take()
     row = by_lm_eval(
         task,
         splits,
@@ -249,7 +260,7 @@ def compare(
         apply_chat_template=chat,
         fewshot_as_multiturn=chat,
     )
-    assert requests and requests == asked.take()
+    assert said and said == asked.take()
     numbers = {k: v for k, v in row.items() if "," in k and not isinstance(v, str)}
     assert len(numbers) >= 2
     for key, value in numbers.items():
@@ -276,6 +287,8 @@ def test_tasks_equal_lm_evals_own(
 ) -> None:
     scores = compare(task, tmp_path, model, tokenizer, monkeypatch)
     assert f"{quoted(task)}_stderr" in scores
+    if task == "gsm8k":
+        assert scores["exact_match.strict-match"] == scores["exact_match.flexible-extract"] == 0.5
     chance = {"boolq": 1 / 2, "copa": 1 / 2, "sciq": 1 / 4, "mathqa": 1 / 5, "gsm8k": 0}
     chance |= {"xcopa_it": 1 / 2, "xcopa_zh": 1 / 2, "lambada_openai": 0}
     chance |= {"truthfulqa_mc1": (1 / 2 + 1 / 3 + 1 / 4) / 3}
@@ -474,3 +487,16 @@ def test_rows_of_no_instructions_are_found_before_any_work(
     (tmp_path / "ifeval" / "train.jsonl").write_text(json.dumps(row))
     with pytest.raises(UserError, match=r"ifeval: the rows in .* \(KeyError: 'be:nice'\)"):
         make("ifeval", tmp_path).check_tokens(tokenizer, 257)
+
+
+@pytest.mark.parametrize("task", ["boolq", "copa", "xcopa_zh"])
+def test_labels_of_no_choice_are_found_before_any_work(
+    task: str, tmp_path: Path, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    """As test splits without answers have them."""
+    splits = write(tmp_path, task)
+    rows = splits[KNOWN[task].evaluated]
+    text = "\n".join(json.dumps(row) for row in [*rows, {**rows[0], "label": -1}])
+    (tmp_path / task / f"{KNOWN[task].evaluated}.jsonl").write_text(text)
+    with pytest.raises(UserError, match=f"{task}: the answer of row 13 in .* is -1, which is none"):
+        make(task, tmp_path).check_tokens(tokenizer, 257)
