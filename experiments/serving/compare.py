@@ -71,7 +71,7 @@ GROUPED = {"intermediate_size": 512, "num_key_value_heads": 2}
 
 def folders() -> dict[str, tuple[Callable[[], PreTrainedModel], Any, float]]:
     """Model, row and ratio by name."""
-    row = specomp.method
+    row, even = specomp.method, {"mlp": {"round_to": 8}}
     polish = rows.slot("training", "polish", steps_factor=0.04)
     return {
         "factors": (smollm2, "svd_llm", 0.2),
@@ -83,6 +83,12 @@ def folders() -> dict[str, tuple[Callable[[], PreTrainedModel], Any, float]]:
         "opt": (lambda: small("OPT", ffn_dim=512), row("svd_llm", packing="pivoted"), 0.2),
         "opt_cut": (lambda: small("OPT", ffn_dim=512), "specomp", 0.4),
         "qwen2": (lambda: small("Qwen2", **GROUPED), "specomp", 0.4),
+        # layers of other content than their neighbours, sizes that two processes can share
+        "mixed": (
+            lambda: small("Qwen2", **GROUPED),
+            row("specomp", packing="factors", units=even),
+            0.3,
+        ),
         "qwen3": (lambda: small("Qwen3", head_dim=64, **GROUPED), "svd_llm", 0.2),
     }
 
@@ -124,12 +130,14 @@ def by_transformers(folder: Path, prompts: Sequence[Sequence[int]]) -> list[list
 
 def by_engine(python: Path, what: str, job: dict[str, Any]) -> Any:
     """What engine.py says to a job. Raises SystemExit with the last line of one that failed."""
+    cores = "|".join(map(str, range(job.get("tensor_parallel", 1))))
+    own = {"VLLM_CPU_OMP_THREADS_BIND": cores} if "|" in cores else {}  # a core for each process
     with tempfile.TemporaryDirectory() as temporary:
         given, out = Path(temporary) / "job.json", Path(temporary) / "out.json"
         given.write_text(json.dumps(job))
         done = subprocess.run(
             [python, HERE / "engine.py", what, given, out],
-            env={**os.environ, **ENGINE},
+            env={**os.environ, **ENGINE, **own},
             capture_output=True,
             text=True,
             check=False,
@@ -160,6 +168,7 @@ def main() -> int:
     shape = argparse.RawTextHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=shape)
     parser.add_argument("python", type=Path, help="of the environment that has vLLM")
+    parser.add_argument("--tensor-parallel", type=int, default=1, help="processes; of factors only")
     parser.add_argument("names", nargs="*", help=f"of {', '.join(folders())}")
     typed = parser.parse_args()
     if not typed.python.is_file():
@@ -173,7 +182,8 @@ def main() -> int:
             folder = Path(temporary) / name
             prompts = made(name, folder)
             job = {"folder": str(folder), "dtype": "float32", "length": 256}
-            theirs = by_engine(typed.python, "tokens", {**job, "prompts": prompts, "count": NEW})
+            job |= {"prompts": prompts, "count": NEW, "tensor_parallel": typed.tensor_parallel}
+            theirs = by_engine(typed.python, "tokens", job)
             ours = by_transformers(folder, prompts)
             said = [parted(folder, *x) for x in zip(prompts, ours, theirs, strict=True)]
             ties = [x for x in said if x and x.startswith("tie")]

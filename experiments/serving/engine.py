@@ -41,7 +41,8 @@ def generated(model, prompts, count):
 
 def tokens(job):
     """Of one folder, by the backend that it needs."""
-    model = engine(job["folder"], job["dtype"], job["length"], own=True)
+    size = job["tensor_parallel"]
+    model = engine(job["folder"], job["dtype"], job["length"], own=True, tensor_parallel_size=size)
     return generated(model, job["prompts"], job["count"])
 
 

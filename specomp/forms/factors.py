@@ -97,6 +97,10 @@ class LowRankLinear(TwoStage):
         """(m) of the linear, which u_proj has."""
         return self.u_proj.bias
 
+    def shards(self, style: str) -> dict[str, str] | None:
+        """The side that the linear is split on; the rank stays whole."""
+        return {"v_proj" if style.startswith("rowwise") else "u_proj": style}
+
     def expand(self, hidden: Tensor) -> Tensor:
         """y (... m) from Vt x (... r)."""
         out: Tensor = self.u_proj(hidden)

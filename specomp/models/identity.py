@@ -23,7 +23,13 @@ from specomp.errors import UserError, first_line
 from specomp.models.families import family_of
 from specomp.models.family import COMPRESSED_PREFIX, base_model_type
 from specomp.models.modules import Substitute, full_name
-from specomp.models.remote import OWN_FIELDS, compressed_config, compressed_model
+from specomp.models.remote import (
+    OWN_FIELDS,
+    compressed_config,
+    compressed_model,
+    shards_of,
+    tell_apart,
+)
 
 Form = Literal["factors", "dense"]
 
@@ -204,7 +210,8 @@ def modelling_source(base: str, kinds: Collection[type]) -> str:
         for x in reversed(kind.__mro__)
         if issubclass(x, Substitute)
     ]
-    copied_items: list[Any] = [*dict.fromkeys(own), compressed_config, compressed_model]
+    ours = [compressed_config, shards_of, tell_apart, compressed_model]
+    copied_items: list[Any] = [*dict.fromkeys(own), *ours]
     try:
         copied = "\n\n".join(inspect.getsource(item) for item in copied_items)
     except (OSError, TypeError) as error:

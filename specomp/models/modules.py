@@ -32,6 +32,12 @@ class Substitute(nn.Module):
         """The weight (m n) as it acts, multiplied in at least float32 and returned so."""
         raise NotImplementedError
 
+    def shards(self, style: str) -> dict[str, str] | None:
+        """Which of its parts have which style of tensor parallelism where the linear has `style`,
+        colwise or rowwise; None where it cannot be split.
+        """
+        return None
+
     def extra_repr(self) -> str:
         """Sizes, as nn.Linear prints them, and what else it is made of."""
         return ", ".join(f"{name}={value}" for name, value in self.arguments().items())

@@ -1,6 +1,6 @@
 """The classes of a compressed model, made from those of any causal LM of transformers.
 
-The source of both functions and of the modules that a folder holds is copied into every export
+The source of these functions and of the modules that a folder holds is copied into every export
 (save.py::modelling_source), so that a compressed folder also loads where specomp is not installed:
 they may use nothing but torch, transformers and each other.
 """
@@ -29,6 +29,41 @@ def compressed_config(base: Any, compressed_type: str) -> Any:
     return CompressedConfig
 
 
+def shards_of(model: Any) -> dict[str, str]:
+    """The tensor parallel plan of a compressed model: of each linear that the stock one shards,
+    what of it is; empty where one cannot be.
+    """
+    kinds: dict[str, list[Any]] = {}
+    for name, module in model.named_modules():
+        kind = ".".join("*" if x.isdigit() else x for x in name.split("."))
+        if style := (model._tp_plan or {}).get(kind):
+            # an nn.Linear as a whole, whatever its sizes
+            parts = module.shards(style) if hasattr(module, "shards") else {"": style}
+            kinds.setdefault(kind, []).append((name, parts))
+    found = [x for members in kinds.values() for x in members]
+    if any(parts is None for _, parts in found):
+        return {}
+    if all(parts == members[0][1] for members in kinds.values() for _, parts in members):
+        found = [(kind, members[0][1]) for kind, members in kinds.items()]
+    # otherwise layer by layer, which vLLM reads and transformers does not
+    split = [(name, *x) for name, parts in found for x in parts.items()]
+    return {f"{name}.{part}".rstrip("."): style for name, part, style in split}
+
+
+def tell_apart(model: Any, names: Any) -> None:
+    """Give the modules that hold these linears a class for each kind of content: engines look at
+    one module of a class and rewrite all of them alike (vLLM).
+    """
+    classes: dict[Any, type] = {}
+    for parent in dict.fromkeys(name.rpartition(".")[0] for name in names):
+        module = model.get_submodule(parent)
+        stock = type(module)
+        content = (stock, *(type(x) for x in module.children()))
+        if content not in classes:
+            classes[content] = type(stock.__name__, (stock,), {"__module__": stock.__module__})
+        module.__class__ = classes[content]
+
+
 def compressed_model(base: Any, compressed_config_class: Any, modules_of: Any, kinds: Any) -> Any:
     """The model class of `base`, with its head or without (engines have one of their own), with
     other modules in the place of some linears.
@@ -47,7 +82,8 @@ def compressed_model(base: Any, compressed_config_class: Any, modules_of: Any, k
             def found(name: str) -> Any:
                 return inner.get_submodule(name.removeprefix(prefix))
 
-            for name, (kind, arguments) in modules_of(config, found).items():
+            entries = modules_of(config, found)
+            for name, (kind, arguments) in entries.items():
                 weight = found(name).weight
                 # the meta device while weights are being loaded
                 place = {
@@ -56,6 +92,9 @@ def compressed_model(base: Any, compressed_config_class: Any, modules_of: Any, k
                 }
                 parent, _, leaf = name.rpartition(".")
                 setattr(found(parent), leaf, kinds[kind](**arguments, **place))
+            self._tp_plan = shards_of(self)
+            if inner is self:  # what engines ask for
+                tell_apart(self, [name.removeprefix(prefix) for name in entries])
 
     CompressedModel.__name__ = CompressedModel.__qualname__ = f"Specomp{base.__name__}"
     return CompressedModel

@@ -5,17 +5,20 @@ a process without specomp; saved models stay models.
 import copy
 import json
 import pickle
+import re
 import subprocess
 import sys
 
 import pytest
 import torch
 from tiny import tiny_model, tiny_tokenizer
-from transformers import AutoModel, AutoModelForCausalLM, GenerationConfig
+from transformers import AutoModel, AutoModelForCausalLM, GenerationConfig, LlamaConfig, LlamaModel
+from transformers.models.llama.modeling_llama import LlamaAttention
 
 import specomp
 from specomp.cache import Cache
 from specomp.errors import UserError
+from specomp.forms.factors import LowRankLinear
 from specomp.models import door, identity
 from specomp.models.beside import write_beside
 from specomp.models.identity import for_all_versions
@@ -348,3 +351,39 @@ def test_packed_integers_are_not_for_engines(tmp_path, caplog):
     assert "AutoModel" not in json.loads((tmp_path / "m" / "config.json").read_text())["auto_map"]
     assert "serving engines refuse it: its integers" in caplog.text
     specomp.load(tmp_path / "m")
+
+
+def test_what_is_sharded_is_said_part_by_part(tmp_path):
+    """Of two factors the side that the linear is split on; of pivot rows nothing can be."""
+    specomp.save(compressed(), tmp_path / "m")
+    inner = AutoModel.from_pretrained(tmp_path / "m")
+    plan = inner.tp_plan
+    assert plan["layers.*.self_attn.q_proj.u_proj"] == "colwise"
+    assert plan["layers.*.self_attn.o_proj.v_proj"] == "rowwise"
+    stock = LlamaModel(LlamaConfig(num_hidden_layers=1, vocab_size=10)).tp_plan
+    assert {re.sub(r"_proj\.[uv]_proj$", "_proj", x) for x in plan} == set(stock)
+    tokens = torch.randint(0, 200, (4, 16), generator=torch.Generator().manual_seed(0))
+    pivoted = tiny_model("llama")
+    specomp.compress(pivoted, tokens, specomp.method("svd_llm", packing="pivoted"), ratio=0.2)
+    specomp.save(pivoted, tmp_path / "p")
+    assert AutoModel.from_pretrained(tmp_path / "p").tp_plan == {}
+
+
+def test_decoder_layers_of_other_content_are_told_apart(tmp_path):
+    """Engines look at one attention and rewrite all of its class; where some linears are dense, the
+    plan goes layer by layer.
+    """
+    model = tiny_model("llama")
+    linear = model.model.layers[1].self_attn.o_proj
+    model.model.layers[1].self_attn.o_proj = LowRankLinear.from_factors(
+        torch.eye(len(linear.weight)), linear.weight, None, dtype=torch.float32, device="cpu"
+    )
+    specomp.save(model, tmp_path / "m")
+    inner = AutoModel.from_pretrained(tmp_path / "m").eval()
+    classes = [type(x.self_attn) for x in inner.layers]
+    assert len(set(classes)) == 2 and classes[1] is not classes[0]
+    assert all(issubclass(x, LlamaAttention) for x in classes)
+    assert inner.tp_plan["layers.1.self_attn.o_proj.v_proj"] == "rowwise"
+    assert inner.tp_plan["layers.0.self_attn.o_proj"] == "rowwise"
+    with torch.no_grad():
+        assert torch.equal(inner(IDS)[0], model.eval().model(IDS)[0])
