@@ -37,7 +37,7 @@ def report(
     sweep: Sweep, folders: Sequence[RecordStore], quality: Mapping[str, str] | None = None
 ) -> str:
     """The page. quality: `charts.quality` of the sweep, where it is drawn already."""
-    named = {p.label: p.done[0] for p in sweep.points if p.done}  # of several seeds the first
+    named = _named(sweep)
     linears = _beside(named, folders, "linears.csv")
     training: dict[str, str] = {}
     for name, rows in _beside(named, folders, "training.csv").items():
@@ -70,12 +70,15 @@ def report(
 
 
 def write(sweep: Sweep, folders: Sequence[RecordStore], folder: Path) -> list[Path]:
-    """report.html, and each figure of quality as an svg file of its own."""
+    """report.html, and each figure of quality, and of MLPs that are cut, as an svg file."""
     folder.mkdir(parents=True, exist_ok=True)
     quality = charts.quality(sweep)
     files = {"report.html": report(sweep, folders, quality)}
     for caption, drawing in quality.items():
         files[f"{as_file(caption)}.svg"] = f"{drawing}\n"
+    linears = _beside(_named(sweep), folders, "linears.csv")
+    if _is_cut(linears):
+        files["cut.svg"] = f"{charts.cut_profile(linears)}\n"
     for name, text in files.items():
         (folder / name).write_text(text)
     return [folder / name for name in files]
@@ -85,6 +88,16 @@ def _kind(line: Sequence[str]) -> str:
     """Of a row of a table: whose values it has."""
     kinds = ("paper", "difference")
     return next((x for x in kinds if any(c.startswith(x) for c in line)), "measured")
+
+
+def _named(sweep: Sweep) -> dict[str, Record]:
+    """Every point's record by its label, of several seeds the first."""
+    return {p.label: p.done[0] for p in sweep.points if p.done}
+
+
+def _is_cut(linears: Frames) -> bool:
+    """Whether any of these models has MLPs that are."""
+    return any("cut" in x for x in linears.values())
 
 
 def _beside(named: Mapping[str, Record], folders: Sequence[RecordStore], suffix: str) -> Frames:
@@ -99,7 +112,7 @@ def _where(sweep: Sweep, linears: Frames) -> dict[str, str]:
         "Stored share of each decoder layer": charts.layer_profile(linears),
         "What the factors lose, in the norm each method minimizes": charts.error_profile(linears),
     }
-    if any("cut" in x for x in linears.values()):
+    if _is_cut(linears):
         drawn["MLPs that are cut, by decoder layer"] = charts.cut_profile(linears)
     measured = {}
     for model in sweep.models:
@@ -167,7 +180,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = sweep_parser("report", __doc__)
     output = f"file to write (default: {own_records().parent}/EXPERIMENT.html)"
     parser.add_argument("--output", type=Path, help=output)
-    folder = "write report.html there, and the figures of quality as svg files"
+    folder = "write report.html there, and the figures of quality and of cut MLPs as svg files"
     parser.add_argument("--write", type=Path, metavar="FOLDER", help=folder)
     return command(parser, arguments, _written)
 
