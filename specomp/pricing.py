@@ -91,6 +91,7 @@ class Plan:
         *,
         workloads: Mapping[str, Sequence[Workload]] | None = None,
         reference: bool = False,
+        compared: Mapping[str, Sequence[Workload]] | None = None,
         save: bool = True,
     ) -> None:
         """workloads: what benchmarks run the model over, by label; reference: also the dense one;
@@ -98,6 +99,7 @@ class Plan:
         """
         self.run, self.method, self.route = run, run.method, run.route
         self.workloads, self.reference, self.save = dict(workloads or {}), reference, save
+        self.compared = dict(compared or {})
         self.size = measure(run.model, run.linears)
         self.layer = [x for x in run.linears if x.decoder_layer == 0]
         self.num_layers, self.config = len(run.layers), run.model.config
@@ -426,8 +428,9 @@ class Plan:
                 held=0,
             )
         ]
-        if reads and self.reference and not dense:
-            found.append(self.evaluate("evaluate dense", self.size))
+        first = [*(self.workloads.items() if self.reference else ()), *self.compared.items()]
+        if first and not dense:
+            found.append(self.evaluate("evaluate dense", self.size, first))
         make = {
             "calibrate": self.calibrate,
             "allocate": self.allocate,
@@ -438,10 +441,9 @@ class Plan:
         if self.save and not dense:
             size = self.compressed.model_bytes
             found.append(Stage(name="save", detail="a folder", work=work("disk", size), held=size))
+        last = self.size if dense else self.compressed
         return (
-            [*found, self.evaluate("evaluate", self.size if dense else self.compressed)]
-            if reads
-            else found
+            [*found, self.evaluate("evaluate", last, [*self.workloads.items()])] if reads else found
         )
 
     def activations(self, sequences: int, length: int) -> float:
@@ -639,10 +641,12 @@ class Plan:
         )
         return Stage(name="train", detail=detail, work=total, held=held)
 
-    def evaluate(self, name: str, size: Size) -> Stage:
-        """The benchmarks, on a model of this size."""
+    def evaluate(
+        self, name: str, size: Size, workloads: Sequence[tuple[str, Sequence[Workload]]]
+    ) -> Stage:
+        """Benchmarks, on a model of this size."""
         total, held, item = Work(), 0.0, self.run.model.dtype
-        read = [x for part in self.workloads.values() for x in part]
+        read = [x for _, part in workloads for x in part]
         for x in read:
             dtype = torch.bfloat16 if x.half and item == torch.float32 else item
             if x.tokens:  # a step of one token reads every weight once
@@ -659,7 +663,7 @@ class Plan:
             )
             held = max(held, self.activations(x.batch, longest) + logits)
         sure = all(x.sure in ("", "at most") for x in read)
-        unknown = [k for k, v in self.workloads.items() if any(x.tokens is None for x in v)]
+        unknown = [k for k, v in workloads if any(x.tokens is None for x in v)]
         detail = f"{'' if sure else 'about '}{sum(x.tokens or 0 for x in read):,} tokens" + (
             f"; unknown: {', '.join(unknown)}" if unknown else ""
         )

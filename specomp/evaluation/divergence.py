@@ -10,8 +10,9 @@ they are its logits.
 """
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import ClassVar, Protocol, runtime_checkable
 
 import torch
@@ -26,7 +27,6 @@ from specomp.evaluation.perplexity import CHUNK, Perplexity, evaluating
 from specomp.models.families import family_of
 from specomp.progress import track
 from specomp.settings import configurable
-from specomp.training.teacher import Head, head_of
 
 log = logging.getLogger(__name__)
 VERSION = 1  # of what is cached
@@ -98,10 +98,11 @@ class Divergence(Perplexity):
         dense model's states are not in the cache.
         """
         windows = self.windows(tokenizer)
-        decoder, found = family_of(model.config).decoder(model), []
+        decoder = family_of(model.config).decoder(model)
+        found: list[tuple[float, float]] = []
         batches = windows.split(self.batch_size)  # type: ignore[no-untyped-call]
         with evaluating(model, self.precision):
-            head = head_of(model)
+            head = partial(logits_of, model)
             for batch in track(batches, self.id, len(batches)):
                 ids = batch.to(model.device)
                 hidden = decoder(input_ids=ids, use_cache=False).last_hidden_state
@@ -126,7 +127,11 @@ class Divergence(Perplexity):
         }
 
     def _dense(self) -> DenseModel:
-        assert self.dense is not None, "a suite of an experiment is beside its dense model"
+        if self.dense is None:
+            raise UserError(
+                f"{self.name}: which dense model it is compared with only an experiment knows:"
+                " python run.py benchmark=divergence."
+            )
         return self.dense
 
     def _key(self, windows: Tensor) -> str:
@@ -134,7 +139,8 @@ class Divergence(Perplexity):
         return digest({"version": VERSION, "model": self._dense().key, "read": read})
 
     def _has(self, windows: Tensor) -> bool:
-        return all(self._states(windows, i) is not None for i in range(len(windows)))
+        dense, key = self._dense(), self._key(windows)
+        return all(dense.cache.has("dense", key, _part(i)) for i in range(len(windows)))
 
     def _states(self, windows: Tensor, index: int) -> Tensor | None:
         """(window, hidden) of the dense model, None where they are not in the cache."""
@@ -146,13 +152,25 @@ def _part(window: int) -> str:
     return f"window_{window:05d}"
 
 
-def compared(head: Head, dense: Tensor, own: Tensor) -> tuple[float, float]:
+def logits_of(model: PreTrainedModel, hidden: Tensor) -> Tensor:
+    """(tokens, vocabulary) in float32 of last hidden states (tokens, hidden), by the model's own
+    head, wherever that is; with the soft cap of the families that have one.
+    """
+    logits: Tensor = model.get_output_embeddings()(hidden).float()  # type: ignore[operator, no-untyped-call]
+    cap = getattr(model.config, "final_logit_softcapping", None)
+    return logits if cap is None else torch.tanh(logits / cap) * cap
+
+
+def compared(head: Callable[[Tensor], Tensor], dense: Tensor, own: Tensor) -> tuple[float, float]:
     """Sums over tokens, of KL in nats and of equal most likely tokens, for hidden states (tokens,
     hidden) of both models.
     """
     kl = same = 0.0
     for part in range(0, len(own), CHUNK):
         wanted, got = (torch.log_softmax(head(x[part : part + CHUNK]), -1) for x in (dense, own))
-        kl += float((wanted.exp() * (wanted - got)).sum(dtype=torch.float64))
-        same += float((wanted.argmax(-1) == got.argmax(-1)).sum())
+        share = wanted.exp()
+        # what the dense model never says counts nothing, though its logarithm is infinite
+        kl += float(torch.where(share == 0, 0.0, share * (wanted - got)).sum(dtype=torch.float64))
+        numbers = ~(wanted.isnan().any(-1) | got.isnan().any(-1))
+        same += float((numbers & (wanted.argmax(-1) == got.argmax(-1))).sum())
     return kl, same

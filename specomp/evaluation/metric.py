@@ -8,6 +8,7 @@ FRACTION = "fraction"  # a unit: of documents, printed in percent
 
 # What a number was measured on, or the same number said another way; in records, not in summaries.
 DETAILS = {"nll", "ppl_finite", "tokens", "windows", "window", "collapsed", "n", "chance"}
+FINE = {"acc", "exact_match", "agreement", "kl"}  # shares, and what may be a small part of one
 SECOND = {"nonfinite_windows", "acc_norm"}  # beside a first one that tables have a column for
 
 
@@ -19,6 +20,12 @@ def is_detail(metric: str) -> bool:
 def is_quoted(metric: str) -> bool:
     """Whether a table of all records has a column for it, unasked: no times of one machine."""
     return not (is_detail(metric) or metric in SECOND or "_per_s" in metric)
+
+
+def digits(metric: str) -> int:
+    """How many a number of a benchmark is printed with, after the point."""
+    first = metric.partition(".")[0]
+    return 4 if first in FINE or first.startswith("acc_") or first.endswith("_acc") else 2
 
 
 @dataclass(frozen=True)

@@ -1,5 +1,6 @@
 """How much of the dense model's accuracy is left, over several benchmarks at once."""
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from statistics import mean
@@ -11,7 +12,7 @@ Metrics = Mapping[str, Mapping[str, float]]  # by benchmark id, then name
 
 @dataclass(frozen=True, kw_only=True)
 class Kept:
-    """Means over benchmarks, all weighted alike: of score / dense score, and of the same with the
+    """Means over tasks, all weighted alike: of score / dense score, and of the same with the
     accuracy of guessing taken from both. left_out: id -> why it is not in the second.
     """
 
@@ -25,7 +26,7 @@ class Kept:
         """What it is, and what it counts."""
         text = (
             f"accuracy kept: {100 * self.plain:.1f}% of the dense model's (mean of score / dense"
-            f" over {self.counted} benchmarks)"
+            f" over {self.counted} tasks)"
         )
         if self.above is not None:
             text += (
@@ -37,14 +38,17 @@ class Kept:
 
 
 def kept_accuracy(metrics: Metrics, dense: Metrics) -> Kept | None:
-    """Of the benchmarks with an accuracy of both models; None where there are not two. Where the
-    dense model is never right there is no quotient at all, where it is no better than guessing
-    nothing is above chance.
+    """Of the tasks with an accuracy of both models, each counted once: by its last result on all
+    documents, else on some, and the languages of one task together. None where there are not two.
+    Where the dense model is never right there is no quotient at all, where it is no better than
+    guessing nothing is above chance.
     """
-    plain: list[float] = []
-    above: list[float] = []
+    plain: dict[str, list[float]] = {}
+    above: dict[str, list[float]] = {}
     left_out: dict[str, str] = {}
-    for name, values in metrics.items():
+    last = {x.partition("@")[0]: x for x in sorted(metrics, key=lambda x: ":limit" not in x)}
+    for task, name in last.items():
+        values, group = metrics[name], re.sub(r"^xcopa_..$", "xcopa", task)
         accuracy = next((x for x in ACCURACIES if x in values), None)
         if accuracy is None or accuracy not in dense.get(name, {}):
             continue
@@ -52,20 +56,20 @@ def kept_accuracy(metrics: Metrics, dense: Metrics) -> Kept | None:
         if reference == 0:
             left_out[name] = "the dense model's is 0 (in neither mean)"
             continue
-        plain.append(score / reference)
+        plain.setdefault(group, []).append(score / reference)
         chance = values.get("chance", dense[name].get("chance"))
         if chance is None:
             left_out[name] = "chance not known"
         elif reference <= chance:
             left_out[name] = f"the dense model's {reference:.4f} is not above {chance:.4f}"
         else:
-            above.append((score - chance) / (reference - chance))
+            above.setdefault(group, []).append((score - chance) / (reference - chance))
     if len(plain) < 2:
         return None
     return Kept(
-        plain=mean(plain),
+        plain=mean(map(mean, plain.values())),
         counted=len(plain),
-        above=mean(above) if above else None,
+        above=mean(map(mean, above.values())) if above else None,
         counted_above=len(above),
         left_out=left_out,
     )

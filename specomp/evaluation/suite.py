@@ -111,11 +111,6 @@ class Suite:
         }
         return replace(self, parts=parts)
 
-    @property
-    def comparing(self) -> list[ComparesDense]:
-        """The parts that have to see the dense model first."""
-        return [x for x in self.benchmarks if isinstance(x, ComparesDense)]
-
     def check_tokens(self, tokenizer: PreTrainedTokenizerBase, rows: int) -> None:
         """Check every part's text against the rows of a model's embedding. Raises UserError."""
         for part in self.benchmarks:

@@ -118,9 +118,7 @@ def ask(cfg: DictConfig) -> Request:
     check_export(architecture, parts["method"], options)
     return Request(
         source=source,
-        suite=suite.for_model(architecture).beside(
-            DenseModel(cache, digest(source.fingerprint(cache)))
-        ),
+        suite=suite.for_model(architecture),
         options=options,
         processes=processes,
         cache=cache,
@@ -180,8 +178,13 @@ def build(cfg: DictConfig) -> Experiment:
         training_samples = replace(request.calibration, num_samples=wanted).build(
             tokenizer, **drawing
         )
+    cache = request.cache
+    dense = DenseModel(cache, digest(request.source.fingerprint(cache)))
     return Experiment(
-        **vars(request), samples=samples, training_samples=training_samples, tokenizer=tokenizer
+        **vars(replace(request, suite=request.suite.beside(dense))),
+        samples=samples,
+        training_samples=training_samples,
+        tokenizer=tokenizer,
     )
 
 

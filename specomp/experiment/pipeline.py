@@ -26,6 +26,7 @@ from specomp.compression.module import CalibrationOnlyModule
 from specomp.compression.report import LinearReport
 from specomp.compression.run import Progress, Run
 from specomp.errors import UserError, first_line
+from specomp.evaluation.divergence import ComparesDense
 from specomp.evaluation.metric import is_detail
 from specomp.evaluation.suite import Benchmark
 from specomp.experiment.checks import actionable
@@ -183,7 +184,8 @@ def execute(experiment: Experiment, record: Record) -> bool:
         unmeasured = experiment.options.reference and any(
             b.id not in _dense_metrics(experiment) for b in missing
         )
-        if unmeasured or not all(x.remembers(tokenizer) for x in experiment.suite.comparing):
+        comparing = [x for x in missing if isinstance(x, ComparesDense)]
+        if unmeasured or not all(x.remembers(tokenizer) for x in comparing):
             loaded = load_dense(experiment, record)
             if unmeasured:
                 with record.stage("evaluate dense"):
@@ -249,9 +251,10 @@ def load_dense(experiment: Experiment, record: Record) -> LoadedModel:
     """The dense model, seen by those benchmarks that compare with it."""
     with record.stage("load"):
         loaded = experiment.source.load(experiment.cache)
-    for benchmark in experiment.suite.comparing:
-        with record.stage("evaluate dense"):
-            benchmark.remember(loaded.model, loaded.tokenizer)
+    for benchmark in experiment.suite.benchmarks:
+        if isinstance(benchmark, ComparesDense) and benchmark.id not in record.metrics:
+            with record.stage("evaluate dense"):
+                benchmark.remember(loaded.model, loaded.tokenizer)
     record.provenance["device"] = device_name(loaded.model.device)
     return loaded
 
@@ -384,6 +387,8 @@ def reference(experiment: Experiment, loaded: LoadedModel) -> dict[str, dict[str
             )
         for benchmark in experiment.suite.benchmarks:
             if benchmark.id not in record.metrics or benchmark.volatile:
+                if isinstance(benchmark, ComparesDense):
+                    benchmark.remember(loaded.model, loaded.tokenizer)
                 evaluate(record.metrics, benchmark, loaded.model, loaded.tokenizer)
                 experiment.records.save(record)
     wanted = {benchmark.id for benchmark in experiment.suite.benchmarks}

@@ -14,6 +14,7 @@ from rich.table import Table
 
 from specomp.data.token_ids import read_token_ids
 from specomp.errors import UserError
+from specomp.evaluation.divergence import ComparesDense
 from specomp.experiment.config import Request
 from specomp.experiment.record import COMMITTED, Record, RecordStore, point_of
 from specomp.experiment.summary import FILE_WIDTH
@@ -51,6 +52,11 @@ def plan_of(request: Request) -> Plan:
         *(config, request.source.dtype, request.method, request.ratio, spec, num_samples, length),
         processes=request.processes,
         workloads=workloads,
+        compared={
+            label: workloads[label]
+            for label, part in request.suite.parts.items()
+            if isinstance(part, ComparesDense)
+        },
         reference=request.options.reference,
         save=request.options.save,
     )

@@ -9,7 +9,7 @@ from rich.text import Text
 
 from specomp.compression.ledger import Ledger
 from specomp.compression.report import size_row, size_rows
-from specomp.evaluation.metric import is_detail
+from specomp.evaluation.metric import digits, is_detail
 from specomp.evaluation.quality import kept_accuracy
 from specomp.experiment.label import method_name, text_name
 from specomp.experiment.record import Record
@@ -58,7 +58,7 @@ def rows(record: Record) -> list[tuple[str, str, str, str]]:
                         f"{name} {label(metric, values)}",
                         reference,
                         value,
-                        "{:,.4f}" if "acc" in metric or "exact_match" in metric else "{:,.2f}",
+                        f"{{:,.{digits(metric)}f}}",
                     )
                 )
     return lines

@@ -4,6 +4,7 @@ What is in it comes from specomp.json and from what was measured; a number stand
 counts. A card that somebody else wrote, or changed the first line of, is left alone.
 """
 
+import json
 import math
 import re
 from collections.abc import Mapping, Sequence
@@ -54,7 +55,9 @@ def write_card(
         return False
     front = _data(info, name, source, measured).to_yaml()
     tokenizer = any(folder.glob("tokenizer*"))
-    sections = [OURS, f"# {' '.join(name.split())}", *_sections(info, measured, tokenizer)]
+    serving = _serving(info, folder)
+    told = _sections(info, measured, serving, tokenizer)
+    sections = [OURS, f"# {' '.join(name.split())}", *told]
     text = "\n\n".join([f"---\n{front}\n---", *sections]) + "\n"
     if there == text:
         return False
@@ -118,7 +121,9 @@ def _base(info: Mapping[str, Any]) -> Mapping[str, Any]:
     return found if isinstance(found, Mapping) else {}
 
 
-def _sections(info: Mapping[str, Any], measured: Sequence[Measured], tokenizer: bool) -> list[str]:
+def _sections(
+    info: Mapping[str, Any], measured: Sequence[Measured], serving: str, tokenizer: bool
+) -> list[str]:
     base, read = _base(info), info.get("calibration") or {}
     of = base.get("repo") or (info.get("base_model") or {}).get("name")
     row = " ".join([str(info.get("method") or "a method of its own"), *(info.get("changes") or ())])
@@ -148,7 +153,7 @@ def _sections(info: Mapping[str, Any], measured: Sequence[Measured], tokenizer: 
         begin,
         "## Loading",
         _snippet(info, tokenizer=tokenizer),
-        _serving(info),
+        serving,
         "## How it was made",
         _items(made),
         *_sizes(info),
@@ -225,13 +230,18 @@ def _snippet(info: Mapping[str, Any], *, tokenizer: bool) -> str:
     return "\n".join([*lines, "```"])
 
 
-def _serving(info: Mapping[str, Any]) -> str:
-    """How an engine opens it."""
+def _serving(info: Mapping[str, Any], folder: Path) -> str:
+    """How an engine opens it, which asks config.json for AutoModel where the code is in the
+    folder.
+    """
     if why := info.get("unserved"):
         return f"Serving engines refuse it: {why}."
-    options = (
-        " --model-impl transformers --trust-remote-code" if info.get("form") == "factors" else ""
-    )
+    own = info.get("form") == "factors"
+    path = folder / "config.json"
+    config = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    if own and "AutoModel" not in config.get("auto_map", {}):
+        return "Serving engines refuse it: it is older than what they need; save it again."
+    options = " --model-impl transformers --trust-remote-code" if own else ""
     return f"Served by vLLM: `vllm serve {PLACE}{options}`."
 
 

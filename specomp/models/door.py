@@ -30,7 +30,7 @@ from specomp.models.families import family_of
 from specomp.models.family import ModelFamily
 from specomp.models.files import some
 from specomp.models.load import open_streamed, quiet, read_config, told
-from specomp.models.modules import Substitute, evaluating, full_name
+from specomp.models.modules import evaluating
 
 log = logging.getLogger(__name__)
 
@@ -228,10 +228,10 @@ def _check_fresh(
     allowed: float,
     cache: Cache,
 ) -> str | None:
-    kinds = {full_name(type(x)) for x in model.modules() if isinstance(x, Substitute)}
+    code = {x.name: x.read_text() for x in folder.glob("*.py")}  # that of one's own modules too
     packed = getattr(model.config, "quantization_config", None) is not None
     versions = [_code(), torch.__version__, transformers.__version__]
-    memo = digest([*versions, type(model).__name__, str(model.dtype), form, packed, sorted(kinds)])
+    memo = digest([*versions, type(model).__name__, str(model.dtype), form, packed, code])
     known = f"doors/{memo[:24]}.json"
     if (before := cache.load_json(known)) is not None:
         return before["unserved"]  # type: ignore[no-any-return]

@@ -267,7 +267,7 @@ def _identity(base: str, entries: dict[str, list[Any]], form: str) -> dict[str, 
 
 def _class_names(base: str) -> tuple[str, str, str]:
     """Of the config, the causal model, and the one without a head."""
-    causal, inner = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[base], MODEL_MAPPING_NAMES[base]
+    causal, inner = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[base], str(MODEL_MAPPING_NAMES[base])
     return CONFIG_MAPPING[base].__name__, causal, inner
 
 

@@ -45,10 +45,14 @@ def register() -> None:
             (AutoModel, MODEL_MAPPING_NAMES),
             (AutoModelForCausalLM, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES),
         ):
-            stock = getattr(transformers, names[base])
+            stock = getattr(transformers, str(names[base]))
             model_class = compressed_model(stock, config_class, modules_of, Kinds())
-            _complete(model_class, config_class)
             auto.register(config_class, model_class)
+            if auto is AutoModelForCausalLM:
+                _save_with_code(model_class)
+            else:
+                model_class.save_pretrained = _headless
+            _find_when_unpickled(model_class, config_class)
         CONFIG_MAPPING.register(name, config_class)
 
 
@@ -67,8 +71,19 @@ def adopt(model: Any) -> None:
         model.__class__ = classes[CONFIG_MAPPING[COMPRESSED_PREFIX + base]]
 
 
-def _complete(model_class: Any, config_class: Any) -> None:
-    """Saved again they write the code that goes with the weights; pickled they are found here."""
+def _headless(self: Any, *args: Any, **options: Any) -> None:
+    """Refused: a folder without the head cannot be read, and it may be the one it came from."""
+    from specomp.errors import UserError
+
+    raise UserError(
+        f"{type(self).__name__} has no head: save the model that AutoModelForCausalLM opens."
+    )
+
+
+def _save_with_code(model_class: Any) -> None:
+    """Saved again it writes the code that goes with the weights, and what engines refuse they still
+    do.
+    """
 
     def save_pretrained(self: Any, save_directory: Any, *args: Any, **options: Any) -> None:
         folder = Path(save_directory)
@@ -76,10 +91,12 @@ def _complete(model_class: Any, config_class: Any) -> None:
         super(model_class, self).save_pretrained(save_directory, *args, **options)
         from specomp.checksums import LIST
         from specomp.disk import remove
-        from specomp.models.identity import write_identity
+        from specomp.models.identity import hide_from_engines, write_identity
 
         if (folder / "config.json").is_file():  # of several processes one writes
             write_identity(folder, self, "factors")
+            if "AutoModel" not in (getattr(self.config, "auto_map", None) or {"AutoModel": ""}):
+                hide_from_engines(folder)
         # of another model in this place, in another number of files: two sets would be refused
         old = {x for x, stat in before.items() if x.exists() and x.stat() == stat}
         if set(folder.glob("model*.safetensors*")) - old:
@@ -88,7 +105,11 @@ def _complete(model_class: Any, config_class: Any) -> None:
 
     save_pretrained.__doc__ = model_class.save_pretrained.__doc__
     model_class.save_pretrained = save_pretrained
-    for kind in (model_class, config_class):
+
+
+def _find_when_unpickled(*kinds: Any) -> None:
+    """Pickle asks for them here."""
+    for kind in kinds:
         kind.__module__ = __name__
         _classes[kind.__name__] = kind
 

@@ -51,17 +51,24 @@ def shards_of(model: Any) -> dict[str, str]:
 
 
 def tell_apart(model: Any, names: Any) -> None:
-    """Give the modules that hold these linears a class for each kind of content: engines look at
-    one module of a class and rewrite all of them alike (vLLM).
+    """Where the modules that hold these linears differ in what stands in them, give each kind a
+    class of its own: engines look at one module of a class and rewrite all alike (vLLM).
     """
-    classes: dict[Any, type] = {}
-    for parent in dict.fromkeys(name.rpartition(".")[0] for name in names):
-        module = model.get_submodule(parent)
-        stock = type(module)
-        content = (stock, *(type(x) for x in module.children()))
-        if content not in classes:
-            classes[content] = type(stock.__name__, (stock,), {"__module__": stock.__module__})
-        module.__class__ = classes[content]
+    holders = [model.get_submodule(x) for x in {name.rpartition(".")[0] for name in names}]
+    for stock in {type(x) for x in holders}:
+        alike: dict[Any, list[Any]] = {}
+        for module in model.modules():
+            if type(module) is stock:
+                alike.setdefault(tuple(type(x) for x in module.children()), []).append(module)
+
+        def plain(self: Any, protocol: Any, stock: Any = stock) -> Any:
+            return object.__new__, (stock,), self.__dict__  # pickled as the one that there is
+
+        for members in list(alike.values())[1:]:
+            own = {"__module__": stock.__module__, "__reduce_ex__": plain}
+            made = type(stock.__name__, (stock,), own)
+            for module in members:
+                module.__class__ = made
 
 
 def compressed_model(base: Any, compressed_config_class: Any, modules_of: Any, kinds: Any) -> Any:
@@ -77,6 +84,11 @@ def compressed_model(base: Any, compressed_config_class: Any, modules_of: Any, k
 
         def __init__(self, config: Any) -> None:
             super().__init__(config)
+            if self.base_model is self and getattr(config, "quantization_config", None):
+                raise ValueError(
+                    "The packed integers of this folder are those of the model with its head: open"
+                    " it by AutoModelForCausalLM."
+                )
             inner, prefix = self.base_model, f"{self.base_model_prefix}."
 
             def found(name: str) -> Any:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from specomp.errors import UserError
-from specomp.evaluation.metric import is_quoted
+from specomp.evaluation.metric import digits, is_quoted
 from specomp.experiment.label import method_name, model_name, text_name
 from specomp.experiment.record import (
     Record,
@@ -114,8 +114,8 @@ def cell(row: Row, column: str) -> str:
             return f"{value:.3g} (collapsed)"
     if column == "compression":
         return f"{100 * value:.6g}%"
-    share = column in {"target", "measured"} or column.endswith("acc")
-    return f"{value:.4f}" if share else f"{value:.2f}"
+    share = column in {"target", "measured"}
+    return f"{value:.{4 if share else digits(column.rpartition(' ')[2])}f}"
 
 
 def listing(rows: Sequence[Row], columns: Sequence[str], form: Form) -> str:

@@ -3,16 +3,21 @@ folder.
 """
 
 import math
+import shutil
 
 import pytest
 import torch
 from running import compose_config, compose_run
+from tiny import tiny_model, tiny_tokenizer
 from torch.nn import functional as F
 
 import specomp
+from specomp.errors import UserError
 from specomp.evaluation import divergence
 from specomp.evaluation.divergence import compared
-from specomp.experiment.config import build
+from specomp.experiment.config import ask, build
+from specomp.experiment.plan import plan_of
+from specomp.models.sources import RandomModel
 
 SVD = ("method=svd", "ratio=cr40")
 TEXT = (
@@ -78,3 +83,35 @@ def test_by_hand():
     kl, same = compared(lambda x: x, p.log(), q.log())
     assert kl == pytest.approx(0.75 * math.log(1.5) + 0.25 * math.log(0.5), rel=1e-6)
     assert same == 2, "of equal ones the first"
+
+
+def test_what_is_no_number_agrees_with_nothing():
+    """The most likely of no numbers is the first one."""
+    nan = torch.full((1, 2), math.nan)
+    for p, q in ((nan, nan), (nan, torch.zeros(1, 2)), (torch.zeros(1, 2), nan)):
+        assert compared(lambda x: x, p, q)[1] == 0
+    never = torch.tensor([[0.0, -math.inf]])
+    assert compared(lambda x: x, never, never) == (0, 1)
+
+
+def test_without_an_experiment_it_is_one_line(tmp_path):
+    (part,) = ask(compose_config(tmp_path, *SVD, *TEXT)).suite.benchmarks
+    with pytest.raises(UserError, match="only an experiment knows"):
+        part(tiny_model("llama"), tiny_tokenizer())
+
+
+def test_only_what_is_missing_needs_the_dense_model(tmp_path, monkeypatch):
+    record = compose_run(tmp_path, *SVD, *TEXT)
+    shutil.rmtree(tmp_path / "cache")
+    monkeypatch.setattr(
+        RandomModel, "load", lambda *_: pytest.fail("the dense model was loaded for nothing")
+    )
+    again = compose_run(tmp_path, *SVD, *TEXT, "reference=false")
+    assert again.metrics == record.metrics
+
+
+def test_a_plan_counts_the_dense_pass(tmp_path):
+    """Also where no dense metrics are asked for."""
+    request = ask(compose_config(tmp_path, *SVD, *TEXT, "reference=false"))
+    (stage,) = [x for x in plan_of(request).stages if x.name == "evaluate dense"]
+    assert stage.detail == "144 tokens"

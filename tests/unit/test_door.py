@@ -11,6 +11,7 @@ import sys
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from tiny import tiny_model, tiny_tokenizer
 from transformers import AutoModel, AutoModelForCausalLM, GenerationConfig, LlamaConfig, LlamaModel
 from transformers.models.llama.modeling_llama import LlamaAttention
@@ -387,3 +388,55 @@ def test_decoder_layers_of_other_content_are_told_apart(tmp_path):
     assert inner.tp_plan["layers.0.self_attn.o_proj"] == "rowwise"
     with torch.no_grad():
         assert torch.equal(inner(IDS)[0], model.eval().model(IDS)[0])
+
+
+def test_packed_integers_have_no_model_without_its_head(tmp_path):
+    """Their names are those of the whole model: what reads them otherwise has random weights."""
+    specomp.save(compressed(quantizer="rtn_int4"), tmp_path / "m")
+    with pytest.raises(ValueError, match="open it by AutoModelForCausalLM"):
+        AutoModel.from_pretrained(tmp_path / "m")
+
+
+def test_a_model_without_its_head_is_not_saved_but_pickled(tmp_path):
+    """Over its own folder it would take the head away."""
+    model = compressed()
+    linear = model.model.layers[1].self_attn.o_proj
+    dense = torch.nn.Linear(linear.in_features, linear.out_features, bias=False)
+    model.model.layers[1].self_attn.o_proj = dense  # so that attentions are told apart
+    specomp.save(model, tmp_path / "m")
+    inner = AutoModel.from_pretrained(tmp_path / "m").eval()
+    with pytest.raises(UserError, match="SpecompLlamaModel has no head: save the model that Auto"):
+        inner.save_pretrained(tmp_path / "m")
+    specomp.load(tmp_path / "m")
+    for again in (pickle.loads(pickle.dumps(inner)), copy.deepcopy(inner)):
+        with torch.no_grad():
+            assert torch.equal(again(IDS)[0], inner(IDS)[0])
+
+
+def test_what_engines_refuse_they_refuse_when_saved_again(tmp_path):
+    specomp.save(compressed(), tmp_path / "m")
+    identity.hide_from_engines(tmp_path / "m")
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "m")
+    again.save_pretrained(tmp_path / "again")
+    assert "AutoModel" not in json.loads((tmp_path / "again/config.json").read_text())["auto_map"]
+
+
+def test_another_code_of_the_same_class_is_asked_again(tmp_path, monkeypatch, cache):
+    """A module of one's own may change under its name: what is remembered is of its code."""
+    monkeypatch.setenv(door.SWITCH, "1")
+    asked = []
+    answers = {"engine": torch.zeros(1), "hidden": torch.zeros(1)}
+
+    def answered(typed, **options):
+        asked.append(typed)
+        save_file({**answers, "logits": logits_at_the_door}, typed[-1])
+        return subprocess.CompletedProcess(typed, 0, "", "")
+
+    monkeypatch.setattr(door, "subprocess", type("S", (), {"run": staticmethod(answered)}))
+    source = identity.modelling_source
+    for comment, count in (("", 1), ("# changed", 2), ("# changed", 2)):
+        monkeypatch.setattr(identity, "modelling_source", lambda *a, c=comment: source(*a) + c)
+        model = compressed()
+        logits_at_the_door = door.logits(model)
+        save_compressed(model, None, tmp_path / "x", form="factors", info={}, cache=cache)
+        assert len(asked) == count

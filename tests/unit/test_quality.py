@@ -33,7 +33,7 @@ def test_by_hand() -> None:
     assert kept.plain == pytest.approx((0.7 / 0.8 + 0.15 / 0.2) / 2)
     assert kept.above == pytest.approx(((0.7 - 0.5) / (0.8 - 0.5) + 0.15 / 0.2) / 2)
     assert str(kept) == (
-        "accuracy kept: 81.2% of the dense model's (mean of score / dense over 2 benchmarks); 70.8%"
+        "accuracy kept: 81.2% of the dense model's (mean of score / dense over 2 tasks); 70.8%"
         " of what it has above chance (mean of (score - chance) / (dense - chance) over 2)"
     )
 
