@@ -17,7 +17,7 @@ from compare import by_engine, smollm2, text_ids
 import specomp
 from specomp.settings import default_cache
 
-SHAPE = {"length": 640, "prompt": 256, "new": 64}
+SHAPE = {"length": 256, "prompt": 128, "new": 32}
 Seconds = list[tuple[float, float]]  # of prefill and decode, round by round
 
 
