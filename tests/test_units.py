@@ -119,7 +119,7 @@ def test_copies_of_a_dimension_are_cut_for_nothing():
     count = sum(x.params for x in family_of(model.config).linears(model))
     half = sum(x.params for u in family_of(model.config).mlps(model) for x in u.linears) / 2
     made = rows.slot("units", "cut", mlp={"ridge": 1e-7, "prior": 0.0})
-    compressed(model, ratio=half / count - 1e-6, units=made)
+    compressed(model, ratio=half / count - 1e-6, units=made, whitening="kronecker")
     assert inner_sizes(model) == [44] * len(model.model.layers)
     assert torch.allclose(model(TOKENS).logits, logits, atol=1e-3)
 
@@ -327,8 +327,9 @@ def test_a_family_that_does_not_say_what_an_mlp_is_keeps_its_linears():
     specomp.method("svd_llm").units.check_family(family, config)
 
 
-def test_the_old_row_is_one_override_away():
-    both = [rows.method("specomp_low_rank"), rows.method("specomp", units="none")]
+def test_the_old_row_is_two_overrides_away():
+    undamped = rows.method("specomp", units="none", whitening="kronecker")
+    both = [rows.method("specomp_low_rank"), undamped]
     assert describe(both[0]) | {"name": ""} == describe(both[1]) | {"name": ""}
     assert (ROOT / "conf/method/units/cut.yaml").is_file()
 

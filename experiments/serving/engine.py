@@ -11,13 +11,13 @@ import sys
 import time
 from pathlib import Path
 
-from vllm import LLM, SamplingParams
-
 OWN = {"model_impl": "transformers", "trust_remote_code": True}  # of a folder of ours
 
 
 def engine(folder, dtype, length, own, **options):
     """Of a folder; own: by vLLM's transformers backend."""
+    from vllm import LLM
+
     return LLM(
         folder,
         skip_tokenizer_init=True,
@@ -34,6 +34,8 @@ def engine(folder, dtype, length, own, **options):
 
 def generated(model, prompts, count):
     """`count` greedy tokens after each prompt of token ids."""
+    from vllm import SamplingParams
+
     greedy = SamplingParams(temperature=0, max_tokens=count, ignore_eos=True, detokenize=False)
     out = model.generate([{"prompt_token_ids": x} for x in prompts], greedy, use_tqdm=False)
     return [list(x.outputs[0].token_ids) for x in out]
