@@ -95,7 +95,7 @@ class Plan:
         save: bool = True,
     ) -> None:
         """workloads: what benchmarks run the model over, by label; reference: also the dense one;
-        save: a folder is written.
+        compared: those that see the dense model first in any case; save: a folder is written.
         """
         self.run, self.method, self.route = run, run.method, run.route
         self.workloads, self.reference, self.save = dict(workloads or {}), reference, save

@@ -4,6 +4,7 @@ milliseconds.
 
 from typing import Any
 
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from specomp.cache import Cache
@@ -61,3 +62,13 @@ def tiny_model(family_name: str, *, seed: int = 0) -> PreTrainedModel:
 def tiny_tokenizer() -> PreTrainedTokenizerFast:
     """Bytes as tokens, pads on the left."""
     return byte_tokenizer()
+
+
+def bare_tokenizer(**options: Any) -> PreTrainedTokenizerFast:
+    """Token = byte; 0 is the end token, the only special one."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {"<end>": 0} | {symbol: index for index, symbol in enumerate(alphabet, start=1)}
+    backend = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<end>", **options)

@@ -13,7 +13,7 @@ import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import ClassVar, Protocol, runtime_checkable
+from typing import Any, ClassVar, Protocol, runtime_checkable
 
 import torch
 from pydantic import SkipValidation
@@ -27,6 +27,7 @@ from specomp.evaluation.perplexity import CHUNK, Perplexity, evaluating
 from specomp.models.families import family_of
 from specomp.progress import track
 from specomp.settings import configurable
+from specomp.training.teacher import keep_states, part_name, soft_capped
 
 log = logging.getLogger(__name__)
 VERSION = 1  # of what is cached
@@ -74,22 +75,17 @@ class Divergence(Perplexity):
         """See ComparesDense."""
         return self._has(self.windows(tokenizer))
 
-    @torch.no_grad()
     def remember(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
         """See ComparesDense."""
         dense, windows = self._dense(), self.windows(tokenizer)
-        with waiting(dense.cache.lock("dense", self._key(windows)), "runs the dense model"):
+        entry = "dense", self._key(windows)
+        with waiting(dense.cache.lock(*entry), "runs the dense model"):
             if self._has(windows):
                 return
-            decoder, index = family_of(model.config).decoder(model), 0
             batches = windows.split(self.batch_size)  # type: ignore[no-untyped-call]
             with evaluating(model, self.precision):
-                for batch in track(batches, f"dense model: {self.name}", len(batches)):
-                    ids = batch.to(model.device)
-                    for hidden in decoder(input_ids=ids, use_cache=False).last_hidden_state:
-                        kept = {"hidden": hidden.contiguous().cpu()}
-                        dense.cache.save("dense", self._key(windows), _part(index), kept)
-                        index += 1
+                told = track(batches, f"dense model: {self.name}", len(batches))
+                keep_states(dense.cache, entry, model, told)
 
     def __call__(
         self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
@@ -140,25 +136,20 @@ class Divergence(Perplexity):
 
     def _has(self, windows: Tensor) -> bool:
         dense, key = self._dense(), self._key(windows)
-        return all(dense.cache.has("dense", key, _part(i)) for i in range(len(windows)))
+        return all(dense.cache.has("dense", key, part_name(i)) for i in range(len(windows)))
 
     def _states(self, windows: Tensor, index: int) -> Tensor | None:
         """(window, hidden) of the dense model, None where they are not in the cache."""
-        stored = self._dense().cache.load("dense", self._key(windows), _part(index))
+        stored = self._dense().cache.load("dense", self._key(windows), part_name(index))
         return None if stored is None else stored["hidden"]
-
-
-def _part(window: int) -> str:
-    return f"window_{window:05d}"
 
 
 def logits_of(model: PreTrainedModel, hidden: Tensor) -> Tensor:
     """(tokens, vocabulary) in float32 of last hidden states (tokens, hidden), by the model's own
     head, wherever that is; with the soft cap of the families that have one.
     """
-    logits: Tensor = model.get_output_embeddings()(hidden).float()  # type: ignore[operator, no-untyped-call]
-    cap = getattr(model.config, "final_logit_softcapping", None)
-    return logits if cap is None else torch.tanh(logits / cap) * cap
+    head: Any = model.get_output_embeddings()  # type: ignore[no-untyped-call]
+    return soft_capped(model.config, head(hidden).float())
 
 
 def compared(head: Callable[[Tensor], Tensor], dense: Tensor, own: Tensor) -> tuple[float, float]:

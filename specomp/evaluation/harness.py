@@ -46,8 +46,6 @@ TaskConfig = dict[str, Any]
 
 IFEVAL_PACKAGES = ("langdetect", "immutabledict", "nltk")  # its checks of answers import them
 NLTK_DATA = "tokenizers/punkt_tab"  # lm-eval downloads it while it imports them
-
-
 SUFFIXES = (".jsonl", ".jsonl.gz")
 SPLIT_KEYS = ("training_split", "validation_split", "test_split", "fewshot_split")
 FEWSHOT_SEED = 1234  # lm-eval's default
@@ -470,9 +468,7 @@ def _stock_configs(task: str) -> list[TaskConfig]:
     if task == IFEVAL:
         _check_ifeval()
     # the definitions hold !function tags, which only this loader knows
-    from lm_eval.tasks import (
-        _yaml_loader,
-    )
+    from lm_eval.tasks import _yaml_loader
 
     folder = Path(_yaml_loader.__file__).parent
     return [_yaml_loader.load_yaml(x) for x in sorted(folder.glob(KNOWN[task].definition))]

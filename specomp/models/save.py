@@ -198,10 +198,10 @@ class Export:
         packed = form == "factors" and bool(grid_linears(model))
         write_identity(target, model, form, quantization_config(model) if packed else None)
         self.told = {"specomp": __version__, "form": form, **info}
-        write_json(target / INFO_FILE, self.told)
-        self._card(self.told)
         if packed:
             self.withhold(INTEGERS)
+        else:
+            self._tell()
 
     def withhold(self, why: str) -> None:
         """Make serving engines refuse the folder, which they would load wrongly or not at all; its
@@ -210,19 +210,19 @@ class Export:
         log.warning("%s is for transformers only, serving engines refuse it: %s", self.folder, why)
         hide_from_engines(self.target)
         self.told["unserved"] = why
-        write_json(self.target / INFO_FILE, self.told)
-        self._card(self.told)
+        self._tell()
         reseal(self.target, ["config.json", INFO_FILE])
 
-    def _card(self, told: dict[str, Any]) -> None:
-        """The model card: that of the folder so far where somebody else wrote it. It never costs a
-        model.
+    def _tell(self) -> None:
+        """specomp.json, and the model card: that of the folder so far where somebody else wrote it.
+        It never costs a model.
         """
+        write_json(self.target / INFO_FILE, self.told)
         before = self.folder / CARD
         try:
             if before.is_file():
                 shutil.copyfile(before, self.target / CARD)
-            write_card(self.target, told, name=self.folder.name, source=self.beside)
+            write_card(self.target, self.told, name=self.folder.name, source=self.beside)
         except Exception as error:
             log.warning("%s has no model card: %s", self.folder, one_line(error))
 

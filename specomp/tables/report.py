@@ -34,11 +34,16 @@ Table = tuple[list[str], list[list[str]]]
 
 
 def report(
-    sweep: Sweep, folders: Sequence[RecordStore], quality: Mapping[str, str] | None = None
+    sweep: Sweep,
+    folders: Sequence[RecordStore],
+    quality: Mapping[str, str] | None = None,
+    linears: Frames | None = None,
 ) -> str:
-    """The page. quality: `charts.quality` of the sweep, where it is drawn already."""
+    """The page. quality: `charts.quality` of the sweep, where it is drawn already; linears: the
+    files beside its records, where they are read.
+    """
     named = _named(sweep)
-    linears = _beside(named, folders, "linears.csv")
+    linears = _beside(named, folders, "linears.csv") if linears is None else linears
     training: dict[str, str] = {}
     for name, rows in _beside(named, folders, "training.csv").items():
         training |= _training(name, named[name], rows)
@@ -73,10 +78,10 @@ def write(sweep: Sweep, folders: Sequence[RecordStore], folder: Path) -> list[Pa
     """report.html, and each figure of quality, and of MLPs that are cut, as an svg file."""
     folder.mkdir(parents=True, exist_ok=True)
     quality = charts.quality(sweep)
-    files = {"report.html": report(sweep, folders, quality)}
+    linears = _beside(_named(sweep), folders, "linears.csv")
+    files = {"report.html": report(sweep, folders, quality, linears)}
     for caption, drawing in quality.items():
         files[f"{as_file(caption)}.svg"] = f"{drawing}\n"
-    linears = _beside(_named(sweep), folders, "linears.csv")
     if _is_cut(linears):
         files["cut.svg"] = f"{charts.cut_profile(linears)}\n"
     for name, text in files.items():

@@ -7,15 +7,16 @@ and ablation reads the same states.
 """
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from specomp.cache import digest, waiting
+from specomp.cache import Cache, digest, waiting
 from specomp.compression.run import Run
 from specomp.errors import UserError
+from specomp.models.families import family_of
 from specomp.progress import track
 
 log = logging.getLogger(__name__)
@@ -49,22 +50,11 @@ class TeacherStates:
                 assert run.is_dense, "the teacher is the dense model"
                 self._compute(run)
 
-    @torch.no_grad()
     def _compute(self, run: Run) -> None:
-        decoder, index = run.family.decoder(run.model), 0
         loader = run.training_samples.batches()
-        for batch in track(
-            loader, f"teacher: {run.training_samples.num_samples} samples", len(loader)
-        ):
-            with run.forward_precision():
-                hidden = decoder(
-                    input_ids=batch.to(run.model.device), use_cache=False
-                ).last_hidden_state
-            for sample in hidden:
-                self.cache.save(
-                    "teacher", self.key, part_name(index), {"hidden": sample.contiguous().cpu()}
-                )
-                index += 1
+        batches = track(loader, f"teacher: {run.training_samples.num_samples} samples", len(loader))
+        with run.forward_precision():
+            keep_states(self.cache, ("teacher", self.key), run.model, batches)
 
     def __call__(self, indices: Sequence[int]) -> Tensor:
         """(len(indices), length, hidden), on the CPU."""
@@ -76,6 +66,27 @@ class TeacherStates:
                 " again."
             )
         return torch.stack([part["hidden"] for part in parts if part is not None])
+
+
+@torch.no_grad()
+def keep_states(
+    cache: Cache, entry: tuple[str, str], model: Any, batches: Iterable[Tensor]
+) -> None:
+    """Write the last hidden states (length, hidden) of every sample of batches of ids (batch,
+    length) into the cache, under the kind and key of `entry` and `part_name`.
+    """
+    decoder, index = family_of(model.config).decoder(model), 0
+    for batch in batches:
+        ids = batch.to(model.device)
+        for hidden in decoder(input_ids=ids, use_cache=False).last_hidden_state:
+            cache.save(*entry, part_name(index), {"hidden": hidden.contiguous().cpu()})
+            index += 1
+
+
+def soft_capped(config: Any, logits: Tensor) -> Tensor:
+    """As the families that have a soft cap of the last logits make them."""
+    cap = getattr(config, "final_logit_softcapping", None)
+    return logits if cap is None else torch.tanh(logits / cap) * cap
 
 
 def part_name(sample: int) -> str:
@@ -91,7 +102,6 @@ def head_of(model: torch.nn.Module) -> Head:
     product.
     """
     output: Any = model.get_output_embeddings()  # type: ignore[operator]
-    cap = getattr(model.config, "final_logit_softcapping", None)
     kind = output.weight.device.type
     weight = (
         output.weight.to(torch.get_autocast_dtype(kind))
@@ -101,7 +111,7 @@ def head_of(model: torch.nn.Module) -> Head:
 
     def head(hidden: Tensor) -> Tensor:
         logits = torch.nn.functional.linear(hidden.to(weight.dtype), weight, output.bias).float()
-        return logits if cap is None else torch.tanh(logits / cap) * cap
+        return soft_capped(model.config, logits)
 
     return head
 

@@ -14,7 +14,8 @@ from typing import Any
 
 import pytest
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
+from tiny import bare_tokenizer
+from tokenizers import processors
 from transformers import (
     AutoConfig,
     Gemma2ForCausalLM,
@@ -40,12 +41,7 @@ pytestmark = pytest.mark.filterwarnings("ignore")  # lm_eval and datasets bring 
 @pytest.fixture(scope="module")
 def tokenizer() -> PreTrainedTokenizerFast:
     """Token = byte; 0 is the end token."""
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    vocabulary = {"<end>": 0} | {symbol: index for index, symbol in enumerate(alphabet, start=1)}
-    backend = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    backend.decoder = decoders.ByteLevel()
-    return PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<end>")
+    return bare_tokenizer()
 
 
 @pytest.fixture

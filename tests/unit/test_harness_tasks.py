@@ -19,7 +19,7 @@ import pytest
 import torch
 import yaml
 from running import CONF
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from tiny import bare_tokenizer
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from specomp.errors import UserError
@@ -65,14 +65,7 @@ def model() -> LlamaForCausalLM:
 @pytest.fixture(scope="module")
 def tokenizer() -> PreTrainedTokenizerFast:
     """Token = byte; 0 is the end token."""
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    vocabulary = {"<end>": 0} | {symbol: index for index, symbol in enumerate(alphabet, start=1)}
-    backend = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    backend.decoder = decoders.ByteLevel()
-    return PreTrainedTokenizerFast(
-        tokenizer_object=backend, eos_token="<end>", chat_template=TEMPLATE
-    )
+    return bare_tokenizer(chat_template=TEMPLATE)
 
 
 @pytest.fixture
