@@ -24,15 +24,19 @@ if TYPE_CHECKING:
         save,
     )
     from specomp.errors import UserError
+    from specomp.models.convert import convert
     from specomp.pricing import plan
     from specomp.rows import method, method_names
 
 __version__ = "0.1.0"
 __all__ = [
     "Bits", "Calibration", "Method", "Numbers", "Progress", "Report", "UserError",
-    "compress", "load", "method", "method_names", "perplexity", "plan", "save",
+    "compress", "convert", "load", "method", "method_names", "perplexity", "plan", "save",
 ]  # fmt: skip
-ELSEWHERE = {"UserError": "errors", "method": "rows", "method_names": "rows", "plan": "pricing"}
+ELSEWHERE = {
+    "UserError": "errors", "convert": "models.convert",
+    "method": "rows", "method_names": "rows", "plan": "pricing",
+}  # fmt: skip
 
 register_when_needed()
 

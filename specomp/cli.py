@@ -44,6 +44,7 @@ COMMANDS = {
     "report": "a sweep as one HTML page with its figures",
     "dashboard": "the same in W&B",
     "push": "a model folder to the hub",
+    "convert": "a checkpoint of SVD-LLM or ASVD to a model folder",
 }
 # how Hydra tells of a choice that there is not
 UNKNOWN = re.compile(
@@ -271,7 +272,7 @@ def tool(name: str, typed: Sequence[str]) -> int:
     except UserError as error:
         log.error("%s", error)
         return 1
-    place = "models" if name == "push" else "tables"
+    place = "models" if name in ("push", "convert") else "tables"
     command: Callable[[Sequence[str]], int] = import_module(f"specomp.{place}.{name}").main
     return command(typed)
 

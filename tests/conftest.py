@@ -22,6 +22,7 @@ from tiny import FAMILY_NAMES, tiny_model, tiny_tokenizer
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
 from specomp.cache import Cache
+from specomp.settings import BESIDE
 
 torch.set_num_threads(1)
 
@@ -31,6 +32,13 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Mark what only the slow suite runs."""
     for place in left_out([item.nodeid for item in items]):
         items[place].add_marker(pytest.mark.slow)
+
+
+@pytest.fixture(autouse=True)
+def _no_yamls_of_another_test():
+    """--config-dir belongs to a process, and tests share one."""
+    yield
+    BESIDE.clear()
 
 
 @pytest.fixture

@@ -218,7 +218,7 @@ def test_seeds_become_mean_and_deviation(folder):
         metrics={k: {**v, "ppl": v["ppl"] + 1} for k, v in first.metrics.items()},
     )
     both = replace(sweep, points=[replace(sweep.points[0], records=(first, other))])
-    assert "± 0.71" in paper_table(both, "markdown")
+    assert "± 0.71 (2)" in paper_table(both, "markdown")
 
 
 def test_two_records_in_one_cell_are_refused(folder):

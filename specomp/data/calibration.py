@@ -8,6 +8,7 @@ import hashlib
 import logging
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
 from typing import Annotated, Any, Literal, cast
@@ -170,6 +171,12 @@ class CalibrationSpec(Calibration, ABC):
         )
         return calibration
 
+    def moved(self, by: int) -> "CalibrationSpec":
+        """Samples of the same text, drawn with `by` added to the sampler's seed; the same where
+        nothing is drawn.
+        """
+        return self
+
     @abstractmethod
     def draw(
         self, tokenizer: PreTrainedTokenizerBase, vocabulary: int
@@ -203,6 +210,9 @@ class TextCalibration(CalibrationSpec):
     corpus: TextSource
     sampler: Sampler
 
+    def moved(self, by: int) -> "TextCalibration":
+        return replace(self, sampler=self.sampler.moved(by))
+
     def draw(
         self, tokenizer: PreTrainedTokenizerBase, vocabulary: int
     ) -> tuple[LongTensor, dict[str, Any]]:
@@ -230,6 +240,9 @@ class MixedCalibration(CalibrationSpec):
     length: Length
     parts: Annotated[dict[str, Part], Field(min_length=1)]
     sampler: Sampler
+
+    def moved(self, by: int) -> "MixedCalibration":
+        return replace(self, sampler=self.sampler.moved(by))
 
     def draw(
         self, tokenizer: PreTrainedTokenizerBase, vocabulary: int

@@ -3,7 +3,8 @@
 import logging
 import random
 from collections.abc import Callable
-from typing import Any, Protocol, runtime_checkable
+from dataclasses import replace
+from typing import Any, Protocol, Self, runtime_checkable
 
 import torch
 from torch import LongTensor, Tensor
@@ -30,13 +31,27 @@ class Sampler(Protocol):
         """
         ...
 
+    def moved(self, by: int) -> "Sampler":
+        """The same with `by` added to its seed: other samples of the same text."""
+        ...
+
     def describe(self) -> dict[str, Any]:
         """JSON-able: name and seed."""
         ...
 
 
+class Seeded:
+    """What draws at random, from a seed of its own."""
+
+    seed: int
+
+    def moved(self, by: int) -> Self:
+        """See Sampler."""
+        return replace(self, seed=self.seed + by)  # type: ignore[type-var]
+
+
 @configurable
-class SvdLlmSampler:
+class SvdLlmSampler(Seeded):
     """SVD-LLM's calibration reading (`get_calib_train_data`; its seed is 3 whatever the command
     line says).
 
@@ -58,7 +73,7 @@ class SvdLlmSampler:
 
 
 @configurable
-class TokenWindows:
+class TokenWindows(Seeded):
     """Random windows of the tokenized text (GPTQ's and SparseGPT's `get_loaders`): only the text's
     first token can be a BOS.
     """
@@ -86,6 +101,10 @@ class ContiguousWindows:
     ) -> LongTensor:
         log.info("Tokenizing %d characters.", len(text))
         return contiguous_windows(tokenize(text, tokenizer), num_samples, length)
+
+    def moved(self, by: int) -> "ContiguousWindows":
+        """The same samples at every seed."""
+        return self
 
     def describe(self) -> dict[str, Any]:
         return {"name": "contiguous", "seed": None}

@@ -22,7 +22,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from specomp.cache import Cache, checksum, digest, waiting
 from specomp.errors import UserError
-from specomp.evaluation.metric import FRACTION, Metric
+from specomp.evaluation.metric import SHARE, Metric
 from specomp.evaluation.perplexity import CHUNK, Perplexity, evaluating
 from specomp.models.families import family_of
 from specomp.progress import track
@@ -62,7 +62,7 @@ class Divergence(Perplexity):
     metric: ClassVar[str] = "kl"
     metrics: ClassVar[Mapping[str, Metric]] = {
         "kl": Metric("nats", "lower"),
-        "agreement": Metric(FRACTION, "higher"),
+        "agreement": Metric(SHARE, "higher", column=True),
         "nonfinite_windows": Metric("windows", "lower"),
     }
     dense: SkipValidation[DenseModel | None] = None

@@ -2,7 +2,6 @@
 memory, bytes.
 """
 
-import inspect
 import logging
 import resource
 import statistics
@@ -18,6 +17,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from specomp.errors import UserError
+from specomp.evaluation.greedy import greedy
 from specomp.evaluation.metric import Metric
 from specomp.evaluation.perplexity import evaluating
 from specomp.evaluation.workload import Workload
@@ -93,22 +93,13 @@ def _prefill_and_decode(
 ) -> tuple[float, float]:
     """Seconds of the forward over prompt (batch, tokens), and of `new_tokens` greedy steps after
     it.
-
-    A loop of our own and not `generate`: stop tokens must not shorten it.
     """
-    # only the last position's logits are needed, as in generation; models that cannot skip the
-    # others compute them all
-    last_only = (
-        {"logits_to_keep": 1}
-        if "logits_to_keep" in inspect.signature(model.forward).parameters
-        else {}
-    )
+    steps = greedy(model, prompt)
     start = now(prompt.device)
-    output = model(input_ids=prompt, use_cache=True, **last_only)
+    next(steps)
     prefilled = now(prompt.device)
     for _ in range(new_tokens):
-        token = output.logits[:, -1:].argmax(-1)
-        output = model(input_ids=token, past_key_values=output.past_key_values, use_cache=True)
+        next(steps)
     return prefilled - start, now(prompt.device) - prefilled
 
 

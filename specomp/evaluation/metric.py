@@ -3,13 +3,27 @@
 from dataclasses import dataclass
 from typing import Literal
 
-FRACTION = "fraction"  # a unit: of documents, printed in percent
+# Units, both printed in percent: of right answers, which tables have a mean of; and any other.
+FRACTION = "fraction"
+SHARE = "share"
+PERCENT = (FRACTION, SHARE)
 
 
+PROBES = ("repeated_4grams", "refused_harmful", "refused_harmless")
 # What a number was measured on, or the same number said another way; in records, not in summaries.
-DETAILS = {"nll", "ppl_finite", "tokens", "windows", "window", "collapsed", "n", "chance"}
-FINE = {"acc", "exact_match", "agreement", "kl"}  # shares, and what may be a small part of one
-SECOND = {"nonfinite_windows", "acc_norm"}  # beside a first one that tables have a column for
+DETAILS = {"nll", "ppl_finite", "tokens", "windows", "window", "collapsed", "n", "chance", "texts"}
+FINE = {
+    "acc",
+    "exact_match",
+    "agreement",
+    "kl",
+    *PROBES,
+}  # shares, and what may be a small part of one
+SECOND = {
+    "nonfinite_windows",
+    "nonfinite_texts",
+    "acc_norm",
+}  # beside a first one that tables have a column for
 
 
 def is_detail(metric: str) -> bool:
@@ -30,7 +44,10 @@ def digits(metric: str) -> int:
 
 @dataclass(frozen=True)
 class Metric:
-    """What a number is: its unit ("" for none), and whether more of it is better."""
+    """What a number is: its unit ("" for none), and whether more of it is better. column: it has
+    one of its own in tables, beside the metric that they quote.
+    """
 
     unit: str
     better: Literal["higher", "lower"]
+    column: bool = False

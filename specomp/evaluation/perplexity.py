@@ -300,12 +300,16 @@ class Perplexity:
         if short or largest_id(tokenizer) >= rows:
             check_rows(self.windows(tokenizer), rows, tokenizer, self.name)
 
+    def cut(self, ids: Tensor, window: int) -> Tensor:
+        """(windows, window) out of a text's ids (tokens,)."""
+        return cut_windows(ids, window, self.max_windows)
+
     def windows(self, tokenizer: PreTrainedTokenizerBase) -> Tensor:
         """int64 ids (windows, window). Raises UserError when the text is shorter than one."""
         bos = bos_id(tokenizer, "benchmark.bos") if self.bos is True else None
         ids = tokenize(self.corpus.text(), tokenizer, bare=bos is not None)
         taken = 0 if bos is None else 1
-        windows = cut_windows(ids, self.window - taken, self.max_windows)
+        windows = self.cut(ids, self.window - taken)
         if len(windows) == 0:
             longest = ids.numel() + taken
             remedy = f"set benchmark.window to {longest} or less, or " * (longest >= MIN_WINDOW)

@@ -85,6 +85,9 @@ class Suite:
     bos: Bos | None = None
     batch_size: PositiveInt | None = None
     precision: ForwardPrecision | None = None
+    prompts: PositiveInt | None = None
+    prompt_tokens: PositiveInt | None = None
+    new_tokens: PositiveInt | None = None
     limit: PositiveInt | None = None
     num_fewshot: int | None = None
     chat_template: bool | None = None

@@ -106,6 +106,7 @@ def ask(cfg: DictConfig) -> Request:
     }
     del parts["quantizer"]  # made for its messages; what counts is the method's
     parts["method"] = make(cfg, "method", rounding=cfg.quantizer)
+    parts["calibration"] = parts["calibration"].moved(options.seed)
     source, suite = make(cfg, "model"), make(cfg, "benchmark")
     processes = check_machine(source, parts["trainer"])
     route = check_request(

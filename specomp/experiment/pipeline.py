@@ -28,6 +28,7 @@ from specomp.compression.run import Progress, Run
 from specomp.errors import UserError, first_line
 from specomp.evaluation.divergence import ComparesDense
 from specomp.evaluation.metric import is_detail
+from specomp.evaluation.probes import Writes
 from specomp.evaluation.suite import Benchmark
 from specomp.experiment.checks import actionable
 from specomp.experiment.config import Experiment, ask, build
@@ -46,6 +47,7 @@ from specomp.profiling import profiles
 
 log = logging.getLogger(__name__)
 # A path of this machine, where a value or a part of one begins.
+KEPT_TEXTS = 4  # of what a benchmark has a model write, in a record
 A_PATH = re.compile(r"(^|[\s\[{:,'\"])[~/][^\s,\]}'\"]*")
 
 
@@ -201,12 +203,10 @@ def execute(experiment: Experiment, record: Record) -> bool:
         experiment.records.save(record)
     for benchmark in missing:
         with record.stage("evaluate"):
-            evaluate(record.metrics, benchmark, model, tokenizer)
-        record.dense_metrics |= {
-            b: v
-            for b, v in _dense_metrics(experiment).items()
-            if b in record.metrics and b not in record.dense_metrics
-        }
+            evaluate(record, benchmark, model, tokenizer)
+        dense = experiment.records.load(record_key(experiment.identity(dense=True)))
+        if dense is not None:
+            record.take_dense(dense)
         experiment.records.save(record)
     for kind, counted in (("hits", experiment.cache.hits), ("misses", experiment.cache.misses)):
         before = record.cache.get(kind, {})  # of an earlier run that this one went on from
@@ -389,18 +389,22 @@ def reference(experiment: Experiment, loaded: LoadedModel) -> dict[str, dict[str
             if benchmark.id not in record.metrics or benchmark.volatile:
                 if isinstance(benchmark, ComparesDense):
                     benchmark.remember(loaded.model, loaded.tokenizer)
-                evaluate(record.metrics, benchmark, loaded.model, loaded.tokenizer)
+                evaluate(record, benchmark, loaded.model, loaded.tokenizer)
                 experiment.records.save(record)
     wanted = {benchmark.id for benchmark in experiment.suite.benchmarks}
     return {name: values for name, values in record.metrics.items() if name in wanted}
 
 
-def evaluate(
-    metrics: dict[str, dict[str, float]], benchmark: Benchmark, model: Any, tokenizer: Any
-) -> None:
-    """One benchmark, stored under its id."""
-    log.info("Evaluate %s.", benchmark.id)
-    metrics[benchmark.id] = benchmark(model, tokenizer)
+def evaluate(record: Record, benchmark: Benchmark, model: Any, tokenizer: Any) -> None:
+    """One benchmark, stored under its id; some of what it had a model write is kept too."""
+    name = benchmark.id
+    log.info("Evaluate %s.", name)
+    if isinstance(benchmark, Writes):
+        answers = benchmark.write(model, tokenizer)
+        record.texts[name] = benchmark.texts(answers, tokenizer)[:KEPT_TEXTS]
+        record.metrics[name] = benchmark.judge(answers)
+    else:
+        record.metrics[name] = benchmark(model, tokenizer)
 
 
 def _dense_metrics(experiment: Experiment) -> dict[str, dict[str, float]]:

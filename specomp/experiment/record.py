@@ -81,7 +81,9 @@ class Record:
     points: list[str] = field(default_factory=list)
     metrics: dict[str, dict[str, float]] = field(default_factory=dict)
     dense_metrics: dict[str, dict[str, float]] = field(default_factory=dict)
-    texts: dict[str, Any] = field(default_factory=dict)
+    # greedy text of some prompts, by benchmark id: prompt, text and, where it is known, the dense
+    # model's
+    texts: dict[str, list[dict[str, str]]] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
     peak_memory_mib: dict[str, float] = field(default_factory=dict)
     cache: dict[str, dict[str, int]] = field(default_factory=dict)
@@ -118,6 +120,17 @@ class Record:
         finally:
             self.seconds[name] = round(self.seconds.get(name, 0.0) + time.perf_counter() - start, 3)
             self.peak_memory_mib[name] = round(peak_memory() / 2**20, 1)
+
+    def take_dense(self, dense: "Record") -> None:
+        """What the dense model's record has beside this one's metrics and texts."""
+        for name, values in dense.metrics.items():
+            if name in self.metrics:
+                self.dense_metrics.setdefault(name, values)
+        for name, texts in self.texts.items():
+            said = {x["prompt"]: x["text"] for x in dense.texts.get(name, [])}
+            for text in texts:
+                if dense.key != self.key and text["prompt"] in said:
+                    text["dense"] = said[text["prompt"]]
 
     def note(self, text: str) -> None:
         """Something a reader of the numbers should know: in the record and in the log."""
@@ -269,6 +282,7 @@ def stored(folders: Sequence[Path] | None) -> list[Record]:
             first = found.setdefault(record.key, record)
             first.metrics = record.metrics | first.metrics
             first.dense_metrics = record.dense_metrics | first.dense_metrics
+            first.texts = record.texts | first.texts
             first.points = list(dict.fromkeys([*first.points, *record.points]))
     return list(found.values())
 

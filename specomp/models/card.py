@@ -84,11 +84,12 @@ def _data(
         if math.isfinite(x.compressed) and (x.metric == "ppl" or x.metric.startswith("acc"))
     ]
     repo = _base(info).get("repo")
+    unnamed = "converted" if info.get("converted") else "own-method"
     return ModelCardData(
         base_model=repo,
         library_name="transformers",
         pipeline_tag="text-generation",
-        tags=["specomp", "compression", str(info.get("method") or "own-method")],
+        tags=["specomp", "compression", str(info.get("method") or unnamed)],
         metrics=sorted({str(x.metric_type) for x in results}) or None,
         model_name=name if results else None,
         eval_results=results or None,
@@ -128,7 +129,13 @@ def _sections(
     of = base.get("repo") or (info.get("base_model") or {}).get("name")
     row = " ".join([str(info.get("method") or "a method of its own"), *(info.get("changes") or ())])
     text = _text(read)
-    made = [f"Row: {_code(row)}", f"Budget: {_budget(info)}"]
+    other = info.get("converted") or {}  # made by somebody else (models/convert.py)
+    files = [f"{_code(name)} sha256 `{found}`" for name, found in other.get("files", {}).items()]
+    made = (
+        [f"Converted from a checkpoint of {_code(other.get('format'))}: {', '.join(files)}"]
+        if other
+        else [f"Row: {_code(row)}", f"Budget: {_budget(info)}"]
+    )
     if of:
         exact = [f"{key} `{base[key]}`" for key in ("revision", "sha256") if base.get(key)]
         made.insert(0, ", ".join([f"Source model: {_code(of)}", *exact]))
@@ -141,14 +148,24 @@ def _sections(
         made.append(f"Command: {_code(info['command'])}")
     record = info.get("record")
     made.append(f"specomp {__version__}" + (f", record `{str(record)[:12]}`" if record else ""))
+    fitted = (
+        "How it was compressed, and on which text, is not known here. Measure it before you use it."
+        if other
+        else f"It is fitted to its calibration text{f' ({text})' if text else ''}: on other texts"
+        " and languages it loses more. Measure on your own before you use it."
+    )
     limits = [
-        f"It is fitted to its calibration text{f' ({text})' if text else ''}: on other texts and"
-        " languages it loses more. Measure on your own before you use it.",
+        fitted,
         "Safety is not evaluated: refusals, bias and toxicity may differ from the source model's.",
         "The source model's licence and terms hold for it too.",
     ]
     whose = _code(of) if of else "A model"
-    begin = f"{whose} made smaller with specomp: {_code(row)}, {_budget(info)}."
+    begin = (
+        f"{whose} compressed elsewhere: a checkpoint of {_code(other.get('format'))}, converted by"
+        " specomp, which did not compress it."
+        if other
+        else f"{whose} made smaller with specomp: {_code(row)}, {_budget(info)}."
+    )
     return [
         begin,
         "## Loading",

@@ -14,7 +14,7 @@ from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
-from specomp.evaluation.metric import FRACTION
+from specomp.evaluation.metric import PERCENT
 from specomp.experiment.record import Record
 from specomp.tables.render import is_number
 from specomp.tables.sweep import RATIO, Point, Sweep
@@ -49,7 +49,7 @@ def quality(sweep: Sweep) -> dict[str, str]:
     for column in sweep.columns:
         for caption, (label, swept, place) in axes.items():
             found: dict[str, list[tuple[float, float, float]]] = {}  # place, value, error
-            scale, unit = (100, " (%)") if column.unit == FRACTION else (1, "")
+            scale, unit = (100, " (%)") if column.unit in PERCENT else (1, "")
             for point in sweep.points:
                 if (value := point.mean(column)) is not None:
                     spot = place(point), scale * value, scale * (point.error(column) or 0.0)

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from statistics import fmean
 
-from specomp.evaluation.metric import FRACTION
+from specomp.evaluation.metric import FRACTION, PERCENT
 from specomp.experiment.record import Record
 from specomp.tables.render import MISSING, Form, as_markdown, captioned, one_line, render
 from specomp.tables.sweep import LEDGER, RATIO, Column, Point, Sweep
@@ -50,6 +50,8 @@ def facts(sweep: Sweep) -> list[str]:
         lines.append("devices: " + ", ".join(counts))
     described = {c.label: _protocol(c, records) for c in sweep.columns}
     lines += [f"{label}: {what}" for label, what in described.items() if what]
+    if any(point.std(c) is not None for point in sweep.points for c in sweep.columns):
+        lines.append("mean ± standard deviation over seeds, and how many they are")
     return [
         *lines,
         "retention: stored parameters of the compressible linears over theirs in the dense model, "
@@ -136,12 +138,19 @@ def long_grid(sweep: Sweep) -> tuple[list[str], list[list[str]]]:
 
 def _measured(sweep: Sweep, point: Point, column: Column) -> str:
     mean, std = point.mean(column), point.std(column)
-    text = number(column, mean) + (f" ± {std:.2g}" if std is not None else "")
+    text = number(column, mean)
+    if std is not None:
+        text += f" ± {_spread(column, std)} ({len(point.values(column))})"
     if mean is None:
         return MISSING
     if point.collapsed(column):
         return f"{text} *collapsed*"
     return f"**{text}**" if mean == _best(sweep, point, column) else text
+
+
+def _spread(column: Column, std: float) -> str:
+    """In the unit and with the digits of the value that it stands behind."""
+    return number(column, std) if column.unit in PERCENT else f"{std:.2g}"
 
 
 def _best(sweep: Sweep, point: Point, column: Column) -> float | None:
@@ -166,7 +175,7 @@ def number(column: Column, value: float | None) -> str:
     """
     if value is None:
         return MISSING
-    if column.unit == FRACTION:
+    if column.unit in PERCENT:
         return f"{100 * value:.1f}"
     digits = 4 if column.protocol == LEDGER else 2
     return f"{value:.{digits}f}" if abs(value) < 1000 else f"{value:.0f}"

@@ -66,6 +66,7 @@ def report(
             maps=maps,
             spectra=_spectra(sweep, linears),
             training=training,
+            texts=_texts(named),
             times=charts.stage_times(named) if named else "",
             costs=_costs(named),
             provenance=_provenance(sweep.records),
@@ -155,6 +156,24 @@ def _training(name: str, record: Record, rows: pandas.DataFrame) -> dict[str, st
         kept = charts.gate_profiles(profiles, "kept", "share kept")
         drawn[f"What is kept; a step if in singular-value order: {name}"] = kept
     return drawn
+
+
+def _texts(named: Mapping[str, Record]) -> dict[str, Table]:
+    """Greedy text, dense beside compressed, by benchmark: a row a prompt."""
+    found: dict[str, dict[str, dict[str, str]]] = {}
+    for label, record in named.items():
+        for name, texts in record.texts.items():
+            for text in texts:
+                cells = found.setdefault(name, {}).setdefault(text["prompt"], {})
+                if "dense" in text:
+                    cells.setdefault("dense", text["dense"])
+                cells[label] = text["text"]
+    tables = {}
+    for name, prompts in found.items():
+        columns = list(dict.fromkeys(x for cells in prompts.values() for x in cells))
+        body = [[prompt, *(cells.get(x, "") for x in columns)] for prompt, cells in prompts.items()]
+        tables[name] = ["prompt", *columns], body
+    return tables
 
 
 def _costs(named: Mapping[str, Record]) -> Table:

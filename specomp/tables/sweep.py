@@ -347,14 +347,23 @@ def _one(found: Sequence[Record], line: Sequence[str]) -> Record | None:
 
 
 def columns_of(cfg: DictConfig) -> list[Column]:
-    """What the experiment counts on the ledger, then a column per part of the benchmark suite."""
+    """What the experiment counts on the ledger, then columns for each part of the suite."""
     columns = []
     for metric in OmegaConf.select(cfg, "table.ledger") or []:
         columns.append(Column(label=metric.replace("_", " "), protocol=LEDGER, metric=metric))
     for part in make(cfg, "benchmark").parts.values():
-        metric, label = part.metric, f"{part.protocol.partition('@')[0]} {part.metric}"
-        meaning = vars(part.metrics[metric])
-        columns.append(Column(label=label, protocol=part.protocol, metric=metric, **meaning))
+        name = part.protocol.partition("@")[0]
+        quoted = [x for x, what in part.metrics.items() if x == part.metric or what.column]
+        columns += [
+            Column(
+                label=f"{name} {metric}",
+                protocol=part.protocol,
+                metric=metric,
+                better=part.metrics[metric].better,
+                unit=part.metrics[metric].unit,
+            )
+            for metric in quoted
+        ]
     return columns
 
 

@@ -14,6 +14,7 @@ import torch
 from hydra import compose, initialize_config_dir
 from hydra.utils import instantiate
 from pydantic import ValidationError
+from running import compose_config
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import LlamaConfig, PreTrainedTokenizerFast
 
@@ -32,6 +33,7 @@ from specomp.data.samplers import ContiguousWindows, SvdLlmSampler, TokenWindows
 from specomp.data.text import describe_text
 from specomp.data.token_ids import describe_tokenizer, embedding_rows
 from specomp.errors import UserError
+from specomp.experiment.config import build as built
 
 ROOT = Path(__file__).resolve().parents[2]
 CONF = ROOT / "conf"
@@ -212,6 +214,9 @@ def test_fewer_samples_than_asked_for_show_in_the_description(tokenizer: Any) ->
 
         def __call__(self, *arguments: Any) -> Any:
             return SvdLlmSampler(seed=3)(*arguments)[::2]
+
+        def moved(self, by: int) -> "Half":
+            return self
 
         def describe(self) -> dict[str, Any]:
             return {"name": "half", "seed": 3}
@@ -540,3 +545,17 @@ def test_real_texts(tokenizer: Any) -> None:
         "code": 2,
     }
     assert isinstance(mixed.parts["code"].corpus, Corpus)
+
+
+def test_the_seed_of_a_run_moves_the_samplers_own(tmp_path: Path) -> None:
+    """And nothing where it is 0; a file of tokens is what it is."""
+    sampler = "calibration/sampler=token_windows"
+    drawn = [built(compose_config(tmp_path, sampler, f"seed={x}")).samples for x in (0, 1, 1)]
+    own = built(compose_config(tmp_path, sampler, "calibration.sampler.seed=1")).samples
+    assert drawn[0].hash != drawn[1].hash == drawn[2].hash == own.hash
+    assert drawn[1].description["sampler"] == {"name": "token_windows", "seed": 1}
+    fixed = [
+        built(compose_config(tmp_path, "calibration/sampler=contiguous", f"seed={x}")).samples
+        for x in (0, 1)
+    ]
+    assert fixed[0].hash == fixed[1].hash

@@ -148,6 +148,15 @@ def test_no_warning_about_long_text(text: str, monkeypatch: pytest.MonkeyPatch) 
     assert "longer than" in warnings[0]  # what would have been said
 
 
+@pytest.mark.parametrize("make", [SvdLlmSampler, TokenWindows])
+def test_a_moved_sampler_is_one_of_another_seed(make: Any, tokenizer: Any, text: str) -> None:
+    moved = make(seed=3).moved(2)
+    assert moved == make(seed=5)
+    assert torch.equal(moved(text, tokenizer, 8, 12), make(seed=5)(text, tokenizer, 8, 12))
+    assert make(seed=3).moved(0) == make(seed=3)
+    assert ContiguousWindows().moved(2) == ContiguousWindows()
+
+
 def test_descriptions() -> None:
     samplers: list[Sampler] = [SvdLlmSampler(seed=3), TokenWindows(seed=0), ContiguousWindows()]
     assert [sampler.describe() for sampler in samplers] == [

@@ -213,7 +213,7 @@ def test_latex_escapes_and_has_rules(folder, capsys):
         ("a_b 5% & #1 {x} $", r"a\_b 5\% \& \#1 \{x\} \$"),
         ("x^2 ~ y < z > \\ |", r"x\textasciicircum{}2 \textasciitilde{} y \textless{} z"),
         ("**14.76**", r"\textbf{14.76}"),
-        ("**1.5 ± 0.2**", r"\textbf{1.5 $\pm$ 0.2}"),
+        ("**1.5 ± 0.2 (3)**", r"\textbf{1.5 $\pm$ 0.2 (3)}"),
         ("40043808 *collapsed*", r"40043808 \emph{collapsed}"),
     ],
 )
