@@ -14,7 +14,7 @@ import tempfile
 from collections.abc import Mapping
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from pydantic import ValidationError
@@ -33,6 +33,7 @@ from specomp.errors import UserError
 from specomp.evaluation.perplexity import mean_perplexity
 from specomp.forms.prices import Bits, Budget, Numbers
 from specomp.models.families import family_of
+from specomp.models.identity import Form
 from specomp.models.load import LoadedModel
 from specomp.models.modules import Substitute, evaluating
 from specomp.models.registration import adopt
@@ -131,11 +132,11 @@ def save(
     folder: str | Path,
     tokenizer: PreTrainedTokenizerBase | None = None,
     *,
-    form: Literal["factors", "dense"] = "factors",
+    form: Form = "factors",
     report: Report | None = None,
 ) -> Path:
     """Write a folder that `from_pretrained` loads, and `load` below; form "dense" merges factors
-    into plain linears.
+    into plain linears, "gguf" (float16) and "gguf_q8_0" write those as one file for llama.cpp.
 
     Before it gets its name the folder is opened again, and has to compute what the model does; once
     a kind also in a process without specomp (some seconds; SPECOMP_FRESH_CHECK=0 leaves that out).

@@ -149,8 +149,8 @@ class Units(Protocol):
         """
 
     def check_export(self, form: str, training: "Training") -> None:
-        """Whether a model cut so, and trained, can be written as "factors" or "dense". Raises
-        UserError.
+        """Whether a model cut so, and trained, can be written in this form of export
+        (specomp.models.identity.Form). Raises UserError.
         """
 
 

@@ -71,6 +71,7 @@ THIRD_PARTY = {
     "huggingface_hub": {"specomp/models/"},
     "tokenizers": {"specomp/models/"},
     "yaml": {"specomp/models/card.py"},
+    "gguf": {"specomp/models/gguf_export.py"},
     "transformers": {
         "specomp/models/",
         "specomp/data/",

@@ -14,6 +14,7 @@ from specomp.compression.route import Route
 from specomp.errors import UserError, needed, one_line
 from specomp.evaluation.suite import Suite
 from specomp.experiment.options import Options
+from specomp.models.gguf_export import TYPES, check_gguf
 from specomp.models.identity import check_biases
 from specomp.models.load import torch_device
 from specomp.models.sources import Source
@@ -56,6 +57,10 @@ def check_streamed(
         )
     if reason is None and not method.is_dense and not options.save:
         reason = "the compressed model exists on disk only: set save=true"
+    if reason is None and options.save and options.export in TYPES:
+        reason = (
+            f"export={options.export} writes models that are in memory as a whole: use export=dense"
+        )
     timings = [x.id for x in suite.benchmarks if x.volatile]
     if reason is None and timings:
         reason = (
@@ -82,7 +87,9 @@ def check_export(config: Any, method: Method, options: Options) -> None:
     """Whether a plain folder can hold what the method makes, before any work. Raises UserError."""
     if options.save:
         method.units.check_export(options.export, method.training)
-    if options.save and options.export == "dense" and method.training.adds_bias:
+        if options.export in TYPES and not method.is_dense:
+            check_gguf(config)
+    if options.save and options.export != "factors" and method.training.adds_bias:
         check_biases(config)
 
 

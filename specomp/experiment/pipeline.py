@@ -39,9 +39,16 @@ from specomp.experiment.plan import show_plan
 from specomp.experiment.record import Record, point_of, provenance, record_key
 from specomp.experiment.summary import show
 from specomp.models.card import Measured, write_card
-from specomp.models.files import checked_folder
+from specomp.models.gguf_export import TYPES
 from specomp.models.load import LoadedModel, device_name
-from specomp.models.save import INFO_FILE, Export, exporting, refresh, save_compressed
+from specomp.models.save import (
+    INFO_FILE,
+    Export,
+    checked_export,
+    exporting,
+    refresh,
+    save_compressed,
+)
 from specomp.models.save import load as load_folder
 from specomp.profiling import profiles
 
@@ -182,7 +189,10 @@ def execute(experiment: Experiment, record: Record) -> bool:
     model: Any = None
     tokenizer: Any = experiment.tokenizer
     linears: list[LinearReport] = []
-    if record.ledger and folder is not None and kept:
+    rounded = experiment.options.export in TYPES  # further than the model that is measured
+    if record.ledger and folder is not None and kept and rounded:
+        log.info("%s holds rounded weights: compressing again to measure.", folder.name)
+    elif record.ledger and folder is not None and kept:
         unmeasured = experiment.options.reference and any(
             b.id not in _dense_metrics(experiment) for b in missing
         )
@@ -418,7 +428,8 @@ def model_folder(experiment: Experiment, record: Record) -> Path | None:
     """
     if experiment.method.is_dense:
         return None
-    suffix = "-dense" if experiment.options.export == "dense" else ""
+    form = experiment.options.export
+    suffix = "" if form == "factors" else f"-{form}"
     end = f"{record.key[:12]}{suffix}"
     models = experiment.outputs / "models"
     known = [x for x in models.glob(f"*-{end}") if x.is_dir() and not x.name.startswith(".")]
@@ -436,7 +447,7 @@ def _usable(folder: Path) -> bool:
     if not folder.exists():
         return False
     try:
-        checked_folder(str(folder))
+        checked_export(folder)
     except UserError as error:
         log.warning("%s Compressing again.", error)
         return False

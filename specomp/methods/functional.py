@@ -102,17 +102,17 @@ class FunctionalUnits:
 
     def check_export(self, form: str, training: Training) -> None:
         """A plain architecture has one size for all MLPs, and biases everywhere or nowhere."""
-        if form != "dense":
+        if form == "factors":
             return
         if self.mlp is not None and not self.equal:
             raise UserError(
-                "export=dense writes a plain architecture, which has one size for all MLPs: set"
+                f"export={form} writes a plain architecture, which has one size for all MLPs: set"
                 " method.units.equal=true, or use method/units=none or export=factors."
             )
         kinds = {"value_output": self.value_output, "query_key": self.query_key}
         if training.adds_bias and (held := [x for x, form in kinds.items() if form is not None]):
             raise UserError(
-                "export=dense writes a plain architecture, which has output biases everywhere or"
+                f"export={form} writes a plain architecture, which has output biases everywhere or"
                 f" nowhere, and {type(training).__name__} gives attention that is cut none: set"
                 f" {' '.join(f'method.units.{x}=null' for x in held)}, or use export=factors."
             )

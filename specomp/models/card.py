@@ -17,6 +17,7 @@ from huggingface_hub import EvalResult, ModelCardData
 
 from specomp import __version__
 from specomp.disk import atomic_path, remove
+from specomp.models.files import GGUF
 
 CARD = "README.md"
 PLACE = "FOLDER"  # where the model lies, in the snippet that opens it
@@ -234,14 +235,19 @@ def _budget(info: Mapping[str, Any]) -> str:
 
 def _snippet(info: Mapping[str, Any], *, tokenizer: bool) -> str:
     """How it is opened."""
-    own = info.get("form") == "factors"
+    own, gguf = info.get("form") == "factors", "gguf" in info
     lines = ["```python"]
     names = "AutoModelForCausalLM, AutoTokenizer" if tokenizer else "AutoModelForCausalLM"
+    names = f"AutoConfig, {names}" if gguf else names
     lines += [f"from transformers import {names}", ""]
     if own:
         lines.append("# its code is in the folder; after `import specomp` it needs no trust")
     trust = ", trust_remote_code=True" if own else ""
-    lines.append(f'model = AutoModelForCausalLM.from_pretrained("{PLACE}", dtype="auto"{trust})')
+    how = 'dtype="auto"'
+    if gguf:  # what config.json says transformers does not all read from the file
+        lines.append(f'config = AutoConfig.from_pretrained("{PLACE}")')
+        how = f'gguf_file="{GGUF}", config=config'
+    lines.append(f'model = AutoModelForCausalLM.from_pretrained("{PLACE}", {how}{trust})')
     if tokenizer:
         lines.append(f'tokenizer = AutoTokenizer.from_pretrained("{PLACE}")')
     return "\n".join([*lines, "```"])
@@ -253,6 +259,10 @@ def _serving(info: Mapping[str, Any], folder: Path) -> str:
     """
     if why := info.get("unserved"):
         return f"Serving engines refuse it: {why}."
+    if gguf := info.get("gguf"):
+        return (
+            f"Run by llama.cpp ({gguf['type']}): `llama-cli -m {GGUF}`, `llama-server -m {GGUF}`."
+        )
     own = info.get("form") == "factors"
     path = folder / "config.json"
     config = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}

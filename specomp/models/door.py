@@ -124,7 +124,7 @@ def check(
             " specomp/models/families.py."
         )
     if wanted is not None:
-        _compare(wanted, logits(model), allowed, f"{name} is not saved: opened again it")
+        compare(wanted, logits(model), allowed, f"{name} is not saved: opened again it")
         if os.environ.get(SWITCH) != "0":
             return _check_fresh(folder, name, model, family, form, allowed, cache)
     return None
@@ -143,7 +143,7 @@ def check_tokenizer(folder: Path, name: Path, tokenizer: Any) -> None:
             )
 
 
-def _compare(wanted: Tensor, got: Tensor, allowed: float, what: str) -> None:
+def compare(wanted: Tensor, got: Tensor, allowed: float, what: str) -> None:
     if wanted.shape != got.shape or not torch.equal(wanted.isfinite(), got.isfinite()):
         raise UserError(f"{what} gives other logits {tuple(got.shape)}, or such as are no numbers.")
     finite = wanted.isfinite()
@@ -265,11 +265,11 @@ def _check_fresh(
             )
         got = load_file(out)
     what = f"{name} is not saved: opened where specomp is not installed it"
-    _compare(wanted, got["logits"], allowed, what)
+    compare(wanted, got["logits"], allowed, what)
     said = [x.removeprefix(ENGINE) for x in done.stdout.splitlines() if x.startswith(ENGINE)]
     if "engine" in got:
         try:
-            _compare(got["hidden"], got["engine"], allowed, "without its head it")
+            compare(got["hidden"], got["engine"], allowed, "without its head it")
         except UserError as error:
             said = [str(error)]
     unserved = said[0] if said else None

@@ -21,6 +21,7 @@ TOKEN_FILES = (
     "special_tokens_map.json",
     "added_tokens.json",
 )
+GGUF = "model.gguf"  # the weights of a folder for llama.cpp
 FLOATS = ("F64", "F32", "F16", "BF16")  # what a weight that acts as it is stored can be
 NAMES_IN_MESSAGE = 3  # files or weights listed in an error before "and k more"
 

@@ -31,7 +31,7 @@ from specomp.models.remote import (
     tell_apart,
 )
 
-Form = Literal["factors", "dense"]
+Form = Literal["factors", "dense", "gguf", "gguf_q8_0"]
 
 # of the machine the model was loaded on, no property of the model
 MACHINE = (
@@ -250,7 +250,7 @@ Specomp{model}, Specomp{inner} = (
 def _identity(base: str, entries: dict[str, list[Any]], form: str) -> dict[str, Any]:
     """The fields of config.json that say which classes open the folder."""
     config, model, inner = _class_names(base)
-    if form == "dense":
+    if form != "factors":
         return {"model_type": base, "architectures": [model]}
     classes = {
         "AutoConfig": f"{_file_stem(base)}.Specomp{config}",

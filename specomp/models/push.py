@@ -17,8 +17,8 @@ from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 from specomp.checksums import check
 from specomp.errors import UserError, first_line
 from specomp.models.card import CARD, OURS, PLACE, write_card
-from specomp.models.files import checked_folder, model_folder
-from specomp.models.save import INFO_FILE
+from specomp.models.files import model_folder
+from specomp.models.save import INFO_FILE, checked_export
 
 
 def push(
@@ -45,7 +45,7 @@ def push(
             raise UserError(f"{repo!r} is no name of a repository: write ORG/NAME.")
     except HFValidationError as error:
         raise UserError(f"{repo!r} is no name of a repository: {first_line(error)}") from error
-    checked_folder(str(path))
+    checked_export(path)
     check(path)
     token = (token or "").strip() or None
     hub = (endpoint or os.environ.get("HF_ENDPOINT") or "").rstrip("/") or None

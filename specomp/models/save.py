@@ -9,6 +9,8 @@ says what stands in the place
                 packed (packed.py), and need compressed-tensors to be read.
 form="dense"    Multiplied out to plain linears under the original model_type: loads everywhere,
 saves no memory.
+form="gguf"     The same weights in one file for llama.cpp, model.gguf, in float16 (gguf_export.py);
+form="gguf_q8_0" in 8 bits.
 """
 
 import contextlib
@@ -36,7 +38,21 @@ from specomp.models.card import CARD, write_card
 from specomp.models.door import Walk, check_tokenizer, logits
 from specomp.models.door import check as check_door
 from specomp.models.families import family_of
-from specomp.models.files import TOKEN_FILES, checked_folder, model_folder, safetensors_header
+from specomp.models.files import (
+    GGUF,
+    TOKEN_FILES,
+    checked_folder,
+    model_folder,
+    safetensors_header,
+)
+from specomp.models.gguf_export import (
+    TYPES,
+    check_gguf,
+    check_written,
+    open_gguf,
+    prepared,
+    write_gguf,
+)
 from specomp.models.identity import (
     Form,
     check_form,
@@ -44,7 +60,7 @@ from specomp.models.identity import (
     write_identity,
     write_json,
 )
-from specomp.models.load import LoadedModel, open_model, quiet, torch_device
+from specomp.models.load import LoadedModel, open_model, quiet, read_config, torch_device
 from specomp.models.modules import Substitute
 from specomp.models.packed import (
     grid_linears,
@@ -67,7 +83,7 @@ INTEGERS = (
     " quantizer=none, is served"
 )
 # what decides its numbers; the rest of a folder may be edited
-SEALED = ("*.safetensors", "*.index.json", "config.json", INFO_FILE, "*.py", *TOKEN_FILES)
+SEALED = ("*.safetensors", GGUF, "*.index.json", "config.json", INFO_FILE, "*.py", *TOKEN_FILES)
 
 
 def save_compressed(
@@ -119,17 +135,17 @@ def exporting(
         export = Export(target, folder, form, model, beside)
         yield export
         seal(target, SEALED)
-        half = any(x.dtype in HALVES for x in model.parameters())
-        unserved = check_door(
+        if form in TYPES:
+            export.check_gguf()
+        elif unserved := check_door(
             target,
             folder,
             export.logits,
             form=form,
-            half=half,
+            half=any(x.dtype in HALVES for x in model.parameters()),
             device=str(model.device),
             cache=cache or Cache(default_cache()),
-        )
-        if unserved:
+        ):
             export.withhold(unserved)
         if tokenizer := export.tokenizer:
             check_tokenizer(target, folder, tokenizer)
@@ -142,6 +158,8 @@ class Export:
         self, target: Path, folder: Path, form: Form, model: PreTrainedModel, beside: Path | None
     ) -> None:
         """target: where it is written until it is whole, and becomes `folder`."""
+        if form in TYPES:
+            check_gguf(model.config)
         self.target, self.folder, self.form = target, folder, form
         self.model, self.family, self.beside = model, family_of(model.config), beside
         self.files: list[dict[str, int]] = []  # bytes of every tensor, file by file
@@ -151,7 +169,9 @@ class Export:
         self.told: dict[str, Any] = {}  # specomp.json
 
     def add(self, index: int) -> None:
-        """Write one decoder layer of the model to a file of its own."""
+        """Write one decoder layer of the model to a file of its own; a GGUF raises UserError."""
+        if self.form in TYPES:
+            raise UserError(f"export={self.form} writes models that are in memory as a whole.")
         if self.walk is None:
             self.walk = Walk(self.model)
         self.walk.step(index)
@@ -198,10 +218,26 @@ class Export:
         packed = form == "factors" and bool(grid_linears(model))
         write_identity(target, model, form, quantization_config(model) if packed else None)
         self.told = {"specomp": __version__, "form": form, **info}
+        if form in TYPES:
+            config, state = prepared(target, folder.name), merged_state(model)
+            self.told["gguf"] = write_gguf(target, folder.name, config, state, tokenizer, form)
         if packed:
             self.withhold(INTEGERS)
         else:
             self._tell()
+
+    def check_gguf(self) -> None:
+        """Raises UserError where the file does not give back the model."""
+        check_written(
+            self.target,
+            self.folder,
+            read_config(self.target),
+            merged_state(self.model),
+            self.logits,
+            self.tokenizer,
+            self.form,
+            self.told["gguf"].get("pre"),
+        )
 
     def withhold(self, why: str) -> None:
         """Make serving engines refuse the folder, which they would load wrongly or not at all; its
@@ -230,6 +266,12 @@ class Export:
         """config.json, generation settings and what was not added; beside files that were, an index
         of all.
         """
+        if self.form in TYPES:
+            model.config.dtype = model.dtype
+            model.config.save_pretrained(self.target)
+            if model.can_generate():
+                model.generation_config.save_pretrained(self.target)  # type: ignore[union-attr]
+            return
         if not self.files:
             with quiet():
                 PreTrainedModel.save_pretrained(
@@ -279,12 +321,21 @@ def refresh(
     folder: Path, tokenizer: PreTrainedTokenizerBase | None, beside: Path | None
 ) -> list[str]:
     """Bring what goes with a saved model up to what its source has now: chat template, generation
-    settings, licence. The names of the files that changed.
+    settings, licence. The names of the files that changed. Raises UserError where a GGUF holds
+    what it was.
     """
     with disk_errors(folder):
         changed = write_beside(folder, tokenizer, beside)
         reseal(folder, changed)
+    if (folder / GGUF).is_file() and any(x.startswith(("tokenizer", "chat_")) for x in changed):
+        raise UserError(f"{folder / GGUF} has another tokenizer or chat template.")
     return changed
+
+
+def checked_export(folder: Path) -> None:
+    """Whether a folder has its weights, whole as far as headers tell. Raises UserError."""
+    if not (model_folder(str(folder)) / GGUF).is_file():
+        checked_folder(str(folder))
 
 
 def _part_name(index: int, count: int | None = None) -> str:
@@ -298,7 +349,7 @@ def _part_name(index: int, count: int | None = None) -> str:
 
 def stored_state(module: nn.Module, form: Form) -> dict[str, Tensor]:
     """What a folder of this form stores of a model, or of a part of it."""
-    if form == "dense":
+    if form != "factors":
         return merged_state(module)
     return packed_state(module) if grid_linears(module) else dict(module.state_dict())
 
@@ -311,7 +362,7 @@ def load(
     device: str = "cpu",
     stream: bool = False,
 ) -> LoadedModel:
-    """The model in a folder that `save_compressed` wrote (either form), in eval mode on the CPU
+    """The model in a folder that `save_compressed` wrote (any form), in eval mode on the CPU
     unless device or device_map say otherwise.
 
     dtype: "float32", "bfloat16", "float16", or None for the one it was saved in. stream: its
@@ -321,7 +372,7 @@ def load(
     path = model_folder(str(folder))
     config = folder_config(path, trust_remote_code=False)
     family = family_of(config)
-    checked_folder(str(path))
+    checked_export(path)
     packed = getattr(config, "quantization_config", None) is not None
     with checking(path):
         tokenizer = (
@@ -329,16 +380,22 @@ def load(
             if any(path.glob("tokenizer*"))
             else None
         )
-        if stream:
+        if (path / GGUF).is_file():
+            if stream:
+                raise UserError(f"{path / GGUF} cannot be streamed: open it without stream=True.")
+            kind: Any = config.dtype if dtype is None else getattr(torch, dtype)
+            model = open_gguf(path, config, kind or torch.float32, device_map)
+        elif stream:
             return streamed(path, config, tokenizer, dtype=dtype or "auto", device=device)
-        with unpacking() if packed else contextlib.nullcontext():
-            model = open_model(
-                path,
-                config,
-                dtype=dtype or "auto",
-                device="cpu" if device_map is None else "auto",
-                device_map=device_map,
-            )
+        else:
+            with unpacking() if packed else contextlib.nullcontext():
+                model = open_model(
+                    path,
+                    config,
+                    dtype=dtype or "auto",
+                    device="cpu" if device_map is None else "auto",
+                    device_map=device_map,
+                )
     if packed:
         unpack_model(model)
     if device_map is None:

@@ -302,7 +302,7 @@ def test_what_decides_no_number_may_be_edited(tmp_path):
 
 def test_logits_of_another_shape_are_one_line():
     with pytest.raises(UserError, match=r"it gives other logits \(16, 7\)"):
-        door._compare(torch.ones(16, 9), torch.ones(16, 7), 0.1, "it")
+        door.compare(torch.ones(16, 9), torch.ones(16, 7), 0.1, "it")
 
 
 def test_engines_get_the_model_without_its_head(tiny_any, tmp_path):
