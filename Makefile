@@ -5,7 +5,7 @@ STAMP := .venv/.installed
 FOUR := .venv/transformers4
 VLLM := .serving
 
-.PHONY: demo test test-all serving lint install clean
+.PHONY: demo test test-all test-gpu serving lint install clean
 
 demo: $(STAMP)
 	$(BIN)/python run.py
@@ -15,6 +15,9 @@ test: $(STAMP)
 
 test-all: $(STAMP) $(FOUR)
 	SPECOMP_TRANSFORMERS4=$(FOUR) $(BIN)/python -m pytest -m "slow or not slow"
+
+test-gpu: $(STAMP)
+	$(BIN)/python -m pytest -n 1 -m gpu
 
 # What is served: greedy tokens of compressed folders in vLLM (for CPUs), beside those of transformers.
 serving: $(STAMP) $(VLLM)/.installed
