@@ -307,6 +307,12 @@ class Plan:
         """The teacher's states."""
         return self.taught * self.hidden * self.run.model.dtype.itemsize
 
+    @property
+    def compared_cached(self) -> int:
+        """The dense model's states that benchmarks compare with."""
+        tokens = sum(x.tokens or 0 for part in self.compared.values() for x in part)
+        return tokens * self.hidden * self.run.model.dtype.itemsize
+
     # --- work
 
     def observed(

@@ -207,6 +207,7 @@ def size_rows(found: Plan) -> Iterator[list[str]]:
         "hidden states carried from decoder layer to decoder layer": found.hidden_carried,
         "refined decoder layers in the cache": found.refined_cached,
         "the teacher's states in the cache": found.teacher_cached,
+        "the dense model's states in the cache, to compare with": found.compared_cached,
     }
     return ([name, f"{amount:,}"] for name, amount in rows.items() if amount)
 

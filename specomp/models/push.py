@@ -54,6 +54,8 @@ def push(
     card = _card(path, repo)
     added.append(CommitOperationAdd(CARD, card.encode()))
     try:
+        # as create_commit does, but before there is a repository
+        api._validate_yaml(card, repo_type="model", token=token)
         made = api.create_repo(repo, private=private, exist_ok=True)
         done = api.create_commit(made.repo_id, added, commit_message=f"specomp: {path.name}")
     except OfflineModeIsEnabled as error:

@@ -124,6 +124,7 @@ def test_a_card_that_the_hub_cannot_read_stops_before_anything_is_sent(hub, fold
     with pytest.raises(UserError, match='README.md.*"license" must be one of'):
         push(folder, "org/mine")
     assert not hub.folder.exists()
+    assert [path for path, _ in hub.asked] == ["/api/validate-yaml"]  # no empty repository is left
 
 
 def test_a_hub_that_is_not_there(folder, monkeypatch):
