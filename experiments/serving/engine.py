@@ -14,14 +14,14 @@ from pathlib import Path
 OWN = {"model_impl": "transformers", "trust_remote_code": True}  # of a folder of ours
 
 
-def engine(folder, dtype, length, own, **options):
-    """Of a folder; own: by vLLM's transformers backend."""
+def engine(folder, dtype, length, own, eager=True, **options):
+    """Of a folder; own: by vLLM's transformers backend; eager: without torch.compile."""
     from vllm import LLM
 
     return LLM(
         folder,
         skip_tokenizer_init=True,
-        enforce_eager=True,
+        enforce_eager=eager,
         enable_prefix_caching=False,
         max_model_len=length,
         dtype=dtype,
@@ -53,7 +53,10 @@ def speed(job):
     all engines are up, and take turns.
     """
     models = {
-        name: engine(folder, job["dtype"], job["length"], own, max_num_seqs=max(job["batches"]))
+        name: engine(
+            *(folder, job["dtype"], job["length"], own, job["eager"]),
+            max_num_seqs=max(job["batches"]),
+        )
         for name, (folder, own) in job["folders"].items()
     }
     found = []
