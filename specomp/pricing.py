@@ -247,19 +247,9 @@ class Plan:
 
     @property
     def units_cached(self) -> int:
-        """An order, what every size of it loses, and noise or bases."""
-        total = 0
-        for unit in self.ordered:
-            if unit.kind == "mlp":
-                total += 8 * (3 * unit.linears[-1].n + 1)
-            elif unit.kind == "query_key":
-                keys = unit.linears[1].m
-                pairs = keys // 2 if unit.rotary else keys
-                total += 8 * (2 * pairs + 1 + keys * keys // unit.heads[1])
-            else:
-                values = unit.linears[0].m
-                total += 8 * (2 * values + 1 + values * values // unit.heads[1])
-        return total
+        """What forms of functional units remember."""
+        wide = self.run.wide_units
+        return sum(form.kept(unit) for unit, forms in wide.items() for form in forms)
 
     def statistics_of(self, statistics: Iterable[Statistic]) -> int:
         """What one decoder layer accumulates."""

@@ -122,6 +122,9 @@ class Form(Protocol):
     def fit(self, unit: Unit, size: int, evidence: Evidence) -> Mapping[str, nn.Module]:
         """What takes the place of the unit's linears, by their full names."""
 
+    def kept(self, unit: Unit) -> int:
+        """Bytes of what it has `remembered` of the unit; 0 where it asks for nothing."""
+
     def facts(self, module: nn.Module) -> Mapping[str, float]:
         """What a report says of one of its modules, by name."""
 

@@ -73,6 +73,9 @@ class HalvesForm:
                 made.bias.copy_(bias)
         return {linear.name: made}
 
+    def kept(self, unit):
+        return 0
+
     def facts(self, module):
         return {"largest": float(module.right.abs().max())}
 

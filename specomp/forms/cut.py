@@ -70,6 +70,10 @@ class Cut:
         """
         return self.loss_scale * self._order(unit, evidence)["losses"][sizes]
 
+    def kept(self, unit: Unit) -> int:
+        """The order, losses of every size, and noise, all in 8 bytes."""
+        return 8 * (3 * unit.linears[-1].n + 1)
+
     def _order(self, unit: Unit, evidence: Evidence) -> Mapping[str, Tensor]:
         """Of its inner dimensions, and what every number of them loses."""
         down = unit.linears[-1]

@@ -33,6 +33,10 @@ class Dense:
         """The linears themselves, where nothing has changed them."""
         return {x.name: evidence.dense(x) for x in unit.linears}
 
+    def kept(self, unit: Unit) -> int:
+        """Nothing but spectra."""
+        return 0
+
     def facts(self, module: nn.Module) -> dict[str, float]:
         """Nothing."""
         return {}

@@ -61,6 +61,11 @@ class ValueOutput:
         """
         return self._order(unit, evidence)["losses"][sizes]
 
+    def kept(self, unit: Unit) -> int:
+        """Bases, the groups in order, and losses of every size, all in 8 bytes."""
+        values, groups = unit.linears[0].m, unit.heads[1]
+        return 8 * (2 * values + 1 + values * values // groups)
+
     def _order(self, unit: Unit, evidence: Evidence) -> Mapping[str, Tensor]:
         """Bases of the groups, which group gives the next direction, and what every number of them
         loses.

@@ -156,6 +156,10 @@ class Joint(ABC):
             for name, module in choice.form.fit(x, choice.size, evidence).items()
         }
 
+    def kept(self, unit: Unit) -> int:
+        """That of the forms of each."""
+        return 0
+
     def facts(self, module: nn.Module) -> dict[str, float]:
         """Said by the forms of each."""
         return {}
@@ -175,6 +179,10 @@ class Alike(Joint):
     def split(self, unit: Unit, size: int) -> dict[Unit, Choice]:
         """All at this size."""
         return {x: Choice(self.form, size) for x in self.units}
+
+    def kept(self, unit: Unit) -> int:
+        """Of all of them."""
+        return sum(map(self.form.kept, self.units))
 
     def sizes(self, unit: Unit) -> Sequence[int]:
         """Those of the first: they are alike."""

@@ -49,6 +49,10 @@ class RankForm(ABC):
         (linear,) = unit.linears
         return {linear.name: self.module(linear, size, evidence)}
 
+    def kept(self, unit: Unit) -> int:
+        """Nothing but spectra."""
+        return 0
+
     def facts(self, module: nn.Module) -> dict[str, float]:
         """Nothing."""
         return {}

@@ -56,6 +56,11 @@ class QueryKey:
         """Of the pairs that are dropped, each as if it alone were, (sizes) in float64."""
         return self._order(unit, evidence)["losses"][sizes]
 
+    def kept(self, unit: Unit) -> int:
+        """The order, losses of every size, and bases, all in 8 bytes."""
+        keys, groups = unit.linears[1].m, unit.heads[1]
+        return 8 * (2 * (keys // _pair(unit)) + 1 + keys * keys // groups)
+
     def _order(self, unit: Unit, evidence: Evidence) -> Mapping[str, Tensor]:
         """Pairs, the most needed first, what every number of them loses, and the groups' bases."""
         queries, keys = unit.linears
