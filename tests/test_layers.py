@@ -64,7 +64,11 @@ THIRD_PARTY = {
         "specomp/tables/sweep.py",
     },
     "jinja2": {"specomp/tables/report.py"},
-    "lm_eval": {"specomp/evaluation/harness.py"},
+    "lm_eval": {
+        "specomp/evaluation/harness.py",
+        "specomp/evaluation/definitions.py",
+        "specomp/evaluation/language_model.py",
+    },
     "peft": {"specomp/training/adapters.py"},
     "compressed_tensors": {"specomp/models/packed.py"},
     "loguru": {"specomp/models/packed.py"},
@@ -80,7 +84,7 @@ THIRD_PARTY = {
         "specomp/pricing.py",
         "specomp/api.py",
     },
-    "datasets": {"specomp/data/", "specomp/evaluation/harness.py"},
+    "datasets": {"specomp/data/", "specomp/evaluation/definitions.py"},
     "lightning": {
         "specomp/compression/module.py",
         "specomp/training/",
@@ -279,9 +283,8 @@ def test_mathematics_knows_torch_alone(path):
     assert packages(path) <= MATHEMATICS
 
 
-def test_services_and_the_harness_are_known_to_one_file_each():
-    for package in ("wandb", "lm_eval"):
-        assert sum(package in packages(path) for path in FILES) == 1
+def test_a_service_is_known_to_one_file():
+    assert sum("wandb" in packages(path) for path in FILES) == 1
 
 
 def test_wandb_and_lm_eval_are_imported_when_used():

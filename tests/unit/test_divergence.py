@@ -116,7 +116,7 @@ def test_a_plan_counts_the_dense_pass(tmp_path):
     (stage,) = [x for x in plan_of(request).stages if x.name == "evaluate dense"]
     assert stage.detail == "144 tokens"
     compose_run(tmp_path, *SVD, *TEXT)
-    kept = [x for x in (tmp_path / "cache" / "dense").rglob("*.safetensors")]
+    kept = list((tmp_path / "cache" / "dense").rglob("*.safetensors"))
     header = 512  # of a file, about
     planned = plan_of(request).compared_cached
     assert planned <= sum(x.stat().st_size for x in kept) <= planned + header * len(kept)

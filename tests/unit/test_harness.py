@@ -25,8 +25,9 @@ from transformers import (
 )
 
 from specomp.errors import UserError
-from specomp.evaluation import harness
-from specomp.evaluation.harness import HarnessTask, localize
+from specomp.evaluation import definitions, harness, language_model, task_data
+from specomp.evaluation.harness import HarnessTask
+from specomp.evaluation.task_data import localize
 
 DATA = Path(os.environ.get("SPECOMP_DATA") or Path(__file__).parents[3] / "shared" / "data")
 needs_data = pytest.mark.skipif(
@@ -223,7 +224,7 @@ def test_missing_files_and_unknown_tasks(tmp_path: Path, monkeypatch: pytest.Mon
     make("piqa", data_root=None).validate(2048)  # known without the index
 
     manager = type("Manager", (), {"all_tasks": ["squadv2", "drop"]})()
-    monkeypatch.setattr(harness, "_full_manager", lambda: manager)
+    monkeypatch.setattr(definitions, "full_manager", lambda: manager)
     make("squadv2", data_root=None).validate(2048)
     with pytest.raises(UserError, match=r"knows no task squadv3 \(close names: squadv2\)"):
         make("squadv3", data_root=None).validate(2048)
@@ -398,7 +399,7 @@ def test_cut_copies_of_the_published_data_are_fit(
 ) -> None:
     """Their first rows under another id, with all that is checked of local data."""
     known = harness.KNOWN[task]
-    for path in harness.split_files(DATA, task, known.evaluated):
+    for path in task_data.split_files(DATA, task, known.evaluated):
         copy = tmp_path / path.relative_to(DATA)
         copy.parent.mkdir(parents=True, exist_ok=True)
         opened = gzip.open if path.suffix == ".gz" else open
@@ -439,7 +440,7 @@ def test_a_padding_token_without_a_row_is_not_used(
     other = PreTrainedTokenizerFast(tokenizer_object=tokenizer.backend_tokenizer, bos_token="<end>")
     if padding:
         other.add_special_tokens({"pad_token": padding})
-    lm = harness._language_model(model, other, 2, "here")
+    lm = language_model.language_model(model, other, 2, "here")
     assert lm.tokenizer.pad_token_id < 257
     assert own(tmp_path, PIQA)(model, other)["n"] == 4
 
@@ -459,7 +460,7 @@ def test_another_set_on_the_hub_is_said(
     make("piqa", data_root=None)(model, tokenizer)
     assert "piqa: the validation split on the hub is not the one that piqa@1" in caplog.text
     caplog.clear()
-    content = harness._sha256([harness._sha256_of_rows(PIQA, harness.KNOWN["piqa"].fields)])
+    content = task_data.sha256_of([task_data.sha256_of_rows(PIQA, harness.KNOWN["piqa"].fields)])
     monkeypatch.setitem(harness.KNOWN["piqa"].published, "validation", content)
     make("piqa", data_root=None)(model, tokenizer)
     assert "on the hub is not" not in caplog.text
@@ -498,6 +499,6 @@ def test_every_request_of_gemma_begins_with_bos(
 
 def test_requests_of_one_context_stay_together() -> None:
     requests = [SimpleNamespace(args=(context, option)) for context in "abcde" for option in "xyz"]
-    chunks = harness._chunks(requests, 4)
+    chunks = language_model.chunked(requests, 4)
     assert [len(chunk) for chunk in chunks] == [6, 6, 3]
     assert [request for chunk in chunks for request in chunk] == requests

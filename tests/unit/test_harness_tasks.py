@@ -23,7 +23,7 @@ from tiny import bare_tokenizer
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from specomp.errors import UserError
-from specomp.evaluation import harness
+from specomp.evaluation import definitions, harness, language_model
 from specomp.evaluation.harness import KNOWN, HarnessTask
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # lm_eval and datasets bring their own
@@ -80,9 +80,9 @@ def ifeval(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         module.LangDetectException = ValueError
         monkeypatch.setitem(sys.modules, name, module)
     monkeypatch.setattr(nltk.data, "find", lambda name: name)
-    harness._stock_configs.cache_clear()
+    definitions.stock_configs.cache_clear()
     yield
-    harness._stock_configs.cache_clear()
+    definitions.stock_configs.cache_clear()
     for name in [x for x in sys.modules if x.startswith("lm_eval.tasks.ifeval")]:
         del sys.modules[name]
 
@@ -258,7 +258,7 @@ def compare(
     assert len(numbers) >= 2
     for key, value in numbers.items():
         name, _, chosen = key.partition(",")
-        assert scores[harness._metric_name(name, chosen)] == value, key
+        assert scores[harness.metric_name(name, chosen)] == value, key
     assert scores["n"] == ROWS
     assert (scores["nonfinite_requests"], scores["truncated_requests"]) == (0, 0)
     return scores
@@ -352,7 +352,7 @@ def test_suites_name_the_versions_of_the_definitions() -> None:
                 first = min(folder.glob(KNOWN[part["task"]].definition))
                 config = _yaml_loader.load_yaml(first, resolve_func=False)
                 assert part.get("version", 1) == config["metadata"]["version"], part
-                assert part.get("metric", "acc") in harness._metric_names(config), part
+                assert part.get("metric", "acc") in harness.metric_names(config), part
                 seen.add(part["task"])
     assert seen == set(KNOWN)
 
@@ -439,7 +439,7 @@ def test_whole_texts_are_the_windows_of_lm_eval(
     draw = random.Random(0)  # lm-eval answers equal windows once, which batches decide about
     lengths = (30, 630, 100, 1000, 129)
     texts = [types.SimpleNamespace(args=("".join(draw.choices("abcd ", k=n)),)) for n in lengths]
-    lm = harness._language_model(model, tokenizer, 2, "here")
+    lm = language_model.language_model(model, tokenizer, 2, "here")
     lm._max_length = 128
     plain = HFLM(pretrained=model, tokenizer=lm.tokenizer, batch_size=2, max_length=128)
     expected = plain.loglikelihood_rolling(texts, disable_tqdm=True)
@@ -465,7 +465,7 @@ def test_what_ifeval_needs_is_said(
         make("ifeval", tmp_path).validate(2048)
     monkeypatch.setitem(sys.modules, "langdetect", None)
     monkeypatch.setattr(
-        harness.importlib.util, "find_spec", lambda name: None if name == "langdetect" else 1
+        definitions.importlib.util, "find_spec", lambda name: None if name == "langdetect" else 1
     )
     with pytest.raises(UserError, match=r"with langdetect, not .* 'lm_eval\[ifeval\]'") as caught:
         make("ifeval", tmp_path).validate(2048)
