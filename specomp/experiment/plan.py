@@ -30,6 +30,8 @@ OVERHEAD = 1.0e8
 LEAST_SECONDS = (
     0.1  # below it a time says nothing: a stage that only looked into a record or the cache
 )
+# Sizes that a GPU's 16-bit products want a multiple of; on a CPU any will do.
+TENSOR_CORE = 8
 # Times as slow as float32, from which a dtype is not for this device.
 SLOW = 3
 UNITS = {"memory": "GB/s", "product": "GFLOP/s", "factorization": "GFLOP/s"}
@@ -136,7 +138,7 @@ def show_plan(request: Request, *, console: Console | None = None) -> None:
     )
     told = "stated by its maker" if isinstance(elsewhere, str) else "measured now"
     console.print(f"speed {told}: {', '.join(speeds)}", markup=False)
-    for note in notes(found, request, rates):
+    for note in notes(found, request, rates, device):
         console.print(f"note: {note}", markup=False)
     if record is not None:
         made = record.provenance
@@ -227,8 +229,17 @@ def stage_rows(found: Plan, rates: Any, held: float) -> Iterator[list[str]]:
         ]
 
 
-def notes(found: Plan, request: Request, rates: Mapping[Any, float]) -> Iterator[str]:
+def notes(
+    found: Plan, request: Request, rates: Mapping[Any, float], device: torch.device
+) -> Iterator[str]:
     """What a reader of the numbers should know."""
+    low = [choice.size for choice in found.low.values()]
+    uneven = sum(x % TENSOR_CORE > 0 for x in low)
+    if device.type == "cuda" and found.dtype != torch.float32 and uneven and not found.asked:
+        yield (
+            f"{uneven} of {len(low)} ranks are no multiples of {TENSOR_CORE}, which tensor cores"
+            " are slow with: method.allocation.round_to (of allocations that choose by loss)"
+        )
     dtype = str(found.dtype).removeprefix("torch.")
     own, other = rates.get(("product", dtype)), rates.get(("product", "float32"))
     if own is not None and other is not None and other > SLOW * own:
