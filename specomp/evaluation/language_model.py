@@ -3,7 +3,8 @@
 import copy
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
+from itertools import groupby
+from typing import Any, cast
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -11,11 +12,14 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from specomp.data.token_ids import check_rows
 from specomp.errors import UserError
 from specomp.evaluation.definitions import quiet
+from specomp.models.families import family_of
 from specomp.progress import track
 
 # requests are sorted by length within a chunk; progress is reported between chunks
 BATCHES_PER_CHUNK = 32
 WRITTEN_PER_CHUNK = 4  # the same of requests whose answers are written, which take longer
+# Of requests that begin alike: characters by which they are told, tokens that are worth it.
+SHARED_CHARACTERS, SHARED_TOKENS = 1000, 64
 ANSWER_TOKENS = 256  # lm-eval's number where a definition names none
 
 
@@ -25,8 +29,25 @@ def language_model(
     """HFLM around the model, with progress, and counts of what lm-eval would pass over."""
     from lm_eval.models.huggingface import HFLM
 
+    decoder = family_of(model.config).decoder(model)
+    streamed = any(x.is_meta for x in model.parameters())  # a second run would load it again
+
     class CountingLM(HFLM):  # type: ignore[misc]
         nonfinite = truncated = total = 0
+        unread = 0  # tokens at the beginning of every request after which no answer is read
+
+        def _model_call(self, inps: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
+            # Logits of what follows the beginning that all rows share, which is run once: HFLM
+            # counts positions from the end, since a model may have fewer.
+            same = (inps == inps[:1]).all(0).long().cumprod(0).sum()
+            shared = min(int(same), self.unread)
+            if len(inps) == 1 or shared < SHARED_TOKENS or streamed:
+                logits: torch.Tensor = super()._model_call(inps)
+                return logits
+            cache = decoder(input_ids=inps[:1, :shared], use_cache=True).past_key_values
+            cache.batch_repeat_interleave(len(inps))
+            found = self.model(inps[:, shared:], past_key_values=cache, use_cache=True).logits
+            return cast(torch.Tensor, found)
 
         def loglikelihood(
             self, requests: list[Any], disable_tqdm: bool = True
@@ -80,6 +101,9 @@ def language_model(
                     f"{description}: an answer of {longest} tokens does not fit the model's context"
                     f" of {self.max_length}: take this task out of the benchmark."
                 )
+            # of what is left of a context in the model's own; its last token gives the first answer
+            room = self.max_length + 1
+            self.unread = min((min(len(x), room - len(y)) for _, x, y in requests), default=1) - 1
             answers: list[tuple[float, bool]] = super()._loglikelihood_tokens(
                 requests, **options | {"disable_tqdm": True}
             )
@@ -144,13 +168,23 @@ def rehearsal(tokenizer: PreTrainedTokenizerBase, rows: int, description: str) -
 
 def chunked(requests: Sequence[Any], size: int) -> list[list[Any]]:
     """At least `size` requests each; those with one context stay together, since lm-eval answers
-    them with one forward.
+    them with one forward, and those of several that begin alike (with the same examples) apart from
+    others, since that is run once.
     """
     chunks: list[list[Any]] = []
-    for request in requests:
-        if not chunks or (len(chunks[-1]) >= size and chunks[-1][-1].args[0] != request.args[0]):
+    alike = False
+    for _, run in groupby(requests, lambda x: x.args[0][:SHARED_CHARACTERS]):
+        members, before = list(run), alike
+        alike = (
+            len({x.args[0] for x in members}) > 1 and len(members[0].args[0]) > SHARED_CHARACTERS
+        )
+        if not chunks or alike or before:
             chunks.append([])
-        chunks[-1].append(request)
+        for request in members:
+            last = chunks[-1]
+            if len(last) >= size and last[-1].args[0] != request.args[0]:
+                chunks.append([])
+            chunks[-1].append(request)
     return chunks
 
 

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 import torch
-from tiny import bare_tokenizer
+from tiny import FAMILY_NAMES, bare_tokenizer, tiny_model
 from tokenizers import processors
 from transformers import (
     AutoConfig,
@@ -502,3 +502,52 @@ def test_requests_of_one_context_stay_together() -> None:
     chunks = language_model.chunked(requests, 4)
     assert [len(chunk) for chunk in chunks] == [6, 6, 3]
     assert [request for chunk in chunks for request in chunk] == requests
+
+
+def test_requests_that_begin_alike_stay_together() -> None:
+    """And apart from others; what is short, or alone with its beginning, is no reason."""
+    first, second = "a" * 1200, "b" * 1200
+    contexts = ["x", "y", *(first + x for x in "12345"), *(second + x for x in "12"), "z" * 1300]
+    requests = [SimpleNamespace(args=(context, option)) for context in contexts for option in "pq"]
+    chunks = language_model.chunked(requests, 8)
+    assert [len(chunk) for chunk in chunks] == [4, 8, 2, 4, 2]
+    assert [request for chunk in chunks for request in chunk] == requests
+    apart = [SimpleNamespace(args=(x * 1200, "p")) for x in "abcdef"]
+    assert [len(x) for x in language_model.chunked(apart, 4)] == [4, 2]
+
+
+@pytest.mark.parametrize("family", FAMILY_NAMES)
+def test_a_shared_beginning_is_run_once_and_changes_nothing(
+    family: str, tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Contexts of several lengths, one of which is the beginning of another, answers of several
+    tokens, and a context that is cut.
+    """
+    model = tiny_model(family).eval()
+    lm = language_model.language_model(model, tokenizer, 3, "here")
+    draw = torch.Generator().manual_seed(0)
+
+    def ids(count: int) -> list[int]:
+        return torch.randint(3, 250, (count,), generator=draw).tolist()
+
+    begin = ids(80)
+    contexts = [begin, *(begin + ids(x) for x in (1, 4, 9, 9, 20)), ids(5) + begin]
+    requests = [(("", ""), x, ids(y)) for x in contexts for y in (1, 1, 3)]
+    with torch.no_grad():
+        counts: list[int] = []
+        model.register_forward_hook(lambda *x: counts.append(x[2].logits.shape[1]))
+        found = lm._loglikelihood_tokens(requests)
+        few = sum(counts)
+        counts.clear()
+        monkeypatch.setattr(language_model, "SHARED_TOKENS", 10**9)
+        wanted = lm._loglikelihood_tokens(requests)
+    assert few < 0.7 * sum(counts)
+    assert [x[1] for x in found] == [x[1] for x in wanted]
+    assert [x[0] for x in found] == pytest.approx([x[0] for x in wanted], rel=1e-4)
+    lm._max_length = 60  # contexts are cut from the left, each somewhere else
+    monkeypatch.setattr(language_model, "SHARED_TOKENS", 4)
+    with torch.no_grad():
+        cut = lm._loglikelihood_tokens(requests)
+        monkeypatch.setattr(language_model, "SHARED_TOKENS", 10**9)
+        wanted = lm._loglikelihood_tokens(requests)
+    assert [x[0] for x in cut] == pytest.approx([x[0] for x in wanted], rel=1e-4)
