@@ -137,6 +137,7 @@ class HarnessTask:
             self.limit_each,
             MMLU_SUBJECTS if self.task == MMLU else 1,
             self.shots or 0,
+            self.batch_size,
         )
         half, known = self.precision == "bfloat16", tokens is not None
         sure: Sure = "estimate" if known else "unknown"

@@ -70,13 +70,18 @@ def text_tokens(
 
 
 def task_tokens(
-    task: str, limit_each: int | None, subjects: int, shots: int
+    task: str, limit_each: int | None, subjects: int, shots: int, batch: int
 ) -> tuple[int | None, int]:
-    """Of an lm-eval task, and of one request."""
+    """Of an lm-eval task, and of one request. Of several subjects the examples are the same within
+    each, and run once a batch of requests.
+    """
     if task not in TASKS:
         return None, 1
     documents, requests, length = TASKS[task]
     if limit_each is not None:
         documents = min(documents, limit_each * subjects)
-    length *= 1 + shots
-    return int(documents * requests * length * PADDED), length
+    if subjects == 1:
+        return int(documents * requests * length * (1 + shots) * PADDED), length * (1 + shots)
+    batches = subjects * -(-documents // (subjects * batch))
+    asked = documents * requests * length * PADDED
+    return int(asked + batches * shots * length), length * (1 + shots)

@@ -370,10 +370,23 @@ def test_a_plan_is_in_no_record(tmp_path):
 def test_a_dtype_that_this_device_is_slow_in_is_said(tmp_path):
     request = asked(tmp_path, "plan=true", "method=svd", "model.dtype=float16")
     rates = {("product", "float16"): 1e9, ("product", "float32"): 28e9}
-    told = [x for x in notes(plan_of(request), request, rates) if "28 times as long" in x]
+    found, cpu = plan_of(request), torch.device("cpu")
+    told = [x for x in notes(found, request, rates, cpu) if "28 times as long" in x]
     assert len(told) == 1 and "model.dtype=float32" in told[0]
     rates["product", "float16"] = 20e9
-    assert not [x for x in notes(plan_of(request), request, rates) if "as long" in x]
+    assert not [x for x in notes(found, request, rates, cpu) if "as long" in x]
+
+
+@pytest.mark.parametrize(("device", "dtype"), [("h100", "float16"), ("a100", "float32")])
+def test_a_device_that_is_not_here(tmp_path, device, dtype):
+    """By what its maker states; ranks that its tensor cores are slow with are said."""
+    choices = f"plan={device}", "method=svd", "ratio=cr40", f"model.dtype={dtype}"
+    request = asked(tmp_path, *choices)
+    shown = text(request)
+    assert f"on one {device.upper()}" in shown and "speed stated by its maker" in shown
+    assert "nothing was measured there" in shown
+    assert ("no multiples of 8" in shown) == (dtype == "float16")
+    assert point_of(request.config) == point_of(asked(tmp_path, "plan=false", *choices[1:]).config)
 
 
 @pytest.mark.parametrize("word", ["--help", "-h"])
