@@ -281,7 +281,7 @@ def show_sweep() -> None:
     """The table of the sweep that has just ended, whether or not every job of it did."""
     logs = sys.modules.get("specomp.experiment.logs")  # Hydra imports it when it starts a run
     for cfg in logs.sweeps if logs else []:
-        if not cfg.plan:
+        if not cfg.plan and not any(x.startswith("plan=") for x in cfg.hydra.overrides.task):
             from specomp.tables.table import after
 
             try:

@@ -219,6 +219,8 @@ def test_seeds_become_mean_and_deviation(folder):
     )
     both = replace(sweep, points=[replace(sweep.points[0], records=(first, other))])
     assert "± 0.71 (2)" in paper_table(both, "markdown")
+    one = replace(sweep, points=[replace(sweep.points[0], records=(first, None))])
+    assert "(1 of 2)" in paper_table(one, "markdown")
 
 
 def test_two_records_in_one_cell_are_refused(folder):

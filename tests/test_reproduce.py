@@ -33,7 +33,7 @@ def test_a_plan_counts_shared_work_once(kit, tmp_path, monkeypatch):
     monkeypatch.setenv("SPECOMP_DATA", str(tmp_path))
     small = ["model=tiny_llama", "calibration=tiny", "benchmark=none", "ratio=cr40"]
     done = kit.Done()
-    costs = [kit.cost_of(kit.requests("adasvd_table3a", small), "a100", done) for _ in "ab"]
+    costs = [kit.cost_of(kit.requests("adasvd_table3a", small, "a100"), "a100", done) for _ in "ab"]
     assert [x.jobs for x in costs] == [2, 2]
     assert costs[0].seconds > 0 and costs[1].seconds == 0
     assert costs[0].cached > 0 and costs[1].cached == 0
@@ -54,6 +54,10 @@ def test_what_does_not_exist_is_refused(kit, capsys):
     with pytest.raises(SystemExit):
         kit.main(["adasvd", "--tables", "adasvd_table9"])
     assert "adasvd_table9: there are adasvd_table1" in capsys.readouterr().err
+    for wrong in ("nonsense=1", "method=foo"):
+        assert kit.main(["adasvd", "--tables", "adasvd_table3a", "--plan", "h100", wrong]) == 1
+        (line,) = capsys.readouterr().err.splitlines()
+        assert line.startswith("reproduce.py: ") and wrong.split("=")[0] in line
 
 
 def rehearsed(tmp_path, *arguments):

@@ -12,18 +12,20 @@ the same command tries them again.
 
 import argparse
 import os
+import shlex
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from specomp.cache import digest
+from specomp.errors import UserError
 from specomp.experiment.config import Request, ask, composed
-from specomp.experiment.names import method_identity
 from specomp.experiment.plan import duration, plan_of, size
+from specomp.experiment.record import point_of
 from specomp.numerics.work import STATED, seconds, stated_rates
 from specomp.settings import PROGRAM
-from specomp.slots import describe
 from specomp.tables.sweep import load_sweep
 
 SPECOMP = [sys.executable, "-m", "specomp"]
@@ -75,8 +77,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=shape)
     parser.add_argument("paper", choices=PAPERS)
     parser.add_argument("overrides", nargs="*", help="for every command")
-    parser.add_argument("--plan", choices=STATED, metavar="DEVICE", help=", ".join(STATED))
-    parser.add_argument("--rehearse", action="store_true", help="every job on a tiny model")
+    instead = parser.add_mutually_exclusive_group()
+    instead.add_argument("--plan", choices=STATED, metavar="DEVICE", help=", ".join(STATED))
+    instead.add_argument("--rehearse", action="store_true", help="every job on a tiny model")
     parser.add_argument("--tables", help="only these experiments, with commas between")
     parser.add_argument("--write", type=Path, help="folder for tables and reports")
     typed = parser.parse_intermixed_args(arguments)
@@ -87,7 +90,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.error(f"--tables {wrong[0]}: there are {', '.join(known)}")
     tables = [x for x in tables if x[0] in asked]
     if typed.plan:
-        print(planned(tables, typed.plan))
+        try:
+            print(planned(tables, typed.plan))
+        except UserError as error:
+            print(f"reproduce.py: {error}", file=sys.stderr)
+            return 1
         return 0
     if typed.rehearse:
         tables = [[*x, *TINY] for x in tables]
@@ -114,7 +121,7 @@ def planned(tables: Sequence[Sequence[str]], device: str) -> str:
     """What each table takes on one such device, as markdown."""
     done, costs = Done(), {}
     for name, *more in tables:
-        costs[name] = cost_of(requests(name, more), device, done)
+        costs[name] = cost_of(requests(name, more, device), device, done)
     header = (
         "| table | jobs | ~hours | ~peak memory | folders | cache |\n|---|---|---|---|---|---|\n"
     )
@@ -133,13 +140,11 @@ def planned(tables: Sequence[Sequence[str]], device: str) -> str:
     return f"{header}{chr(10).join(lines)}\n\n{told}"
 
 
-def requests(name: str, overrides: Sequence[str]) -> Iterator[Request]:
+def requests(name: str, overrides: Sequence[str], device: str) -> Iterator[Request]:
     """Every job of a sweep, checked."""
-    sweep = load_sweep([name, *overrides], [])
-    fixed = [x for x in overrides if x.partition("=")[0] not in sweep.keys]
-    for point in sweep.points:
-        keys = (f"{key}={value}" for key, value in point.keys.items())
-        yield ask(composed(f"experiment={name}", "hydra.mode=RUN", *fixed, *keys))
+    for point in load_sweep([name, *overrides], []).points:
+        for command in point.commands:
+            yield ask(composed(*shlex.split(command)[len(PROGRAM.split()) :], f"plan={device}"))
 
 
 def cost_of(jobs: Iterator[Request], device: str, done: Done) -> Cost:
@@ -148,14 +153,14 @@ def cost_of(jobs: Iterator[Request], device: str, done: Done) -> Cost:
     for request in jobs:
         found = plan_of(request)
         rates = stated_rates([x.work for x in found.stages], device)
-        method = method_identity(request.method), describe(request.method.rounding)
-        weights = str((request.source.name, method, request.ratio))
+        weights = point_of(request.config)
         wanted = {x.protocol for x in request.suite.benchmarks}
         first, known = weights not in done.measured, done.measured.setdefault(weights, set())
         new = wanted - known
         cost.jobs += 1
         for stage in found.stages:
-            shared = f"{request.source.name} {stage.name} {stage.detail}"
+            read = {x: request.config[x] for x in ("model", "calibration", "seed")}
+            shared = f"{digest(read)} {stage.name} {stage.detail}"
             again = shared in done.work if stage.name in SHARED else not first
             if stage.name == "evaluate" and not first:
                 again = not new
@@ -169,7 +174,7 @@ def cost_of(jobs: Iterator[Request], device: str, done: Done) -> Cost:
             (f"statistics {found.route.dense}", found.statistics_cached),
             (f"spectra {request.method.whitening} {request.method.target}", found.spectra_cached),
         ):
-            mark = f"{request.source.name} {what}"
+            mark = f"{digest(read)} {what}"
             if mark not in done.work:
                 cost.cached += amount
                 done.work.add(mark)
@@ -178,4 +183,7 @@ def cost_of(jobs: Iterator[Request], device: str, done: Done) -> Cost:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    try:
+        sys.exit(main())
+    except KeyboardInterrupt:
+        sys.exit(130)

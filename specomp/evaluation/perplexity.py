@@ -230,6 +230,7 @@ class Perplexity:
     metric: ClassVar[str] = "ppl"
     metrics: ClassVar[Mapping[str, Metric]] = METRICS
     volatile: ClassVar[bool] = False
+    setting: ClassVar[str] = "benchmark.window"  # that says how long a window is
     name: str
     version: PositiveInt
     corpus: TextSource
@@ -312,7 +313,7 @@ class Perplexity:
         windows = self.cut(ids, self.window - taken)
         if len(windows) == 0:
             longest = ids.numel() + taken
-            remedy = f"set benchmark.window to {longest} or less, or " * (longest >= MIN_WINDOW)
+            remedy = f"set {self.setting} to {longest} or less, or " * (longest >= MIN_WINDOW)
             raise UserError(
                 f"{self.name}: the text has {ids.numel()} tokens, less than one window of"
                 f" {self.window}: {remedy}use a longer text."

@@ -16,12 +16,12 @@ from hashlib import sha256
 from typing import Annotated, Any, ClassVar, Protocol, runtime_checkable
 
 import torch
-from pydantic import Field, PositiveInt
+from pydantic import Field, PositiveInt, StringConstraints
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from specomp.data.token_ids import check_rows
-from specomp.errors import UserError
+from specomp.errors import UserError, one_line
 from specomp.evaluation.greedy import Written, written
 from specomp.evaluation.metric import SHARE, Metric
 from specomp.evaluation.perplexity import (
@@ -36,6 +36,7 @@ from specomp.settings import configurable
 
 log = logging.getLogger(__name__)
 GRAM = 4
+Word = Annotated[str, StringConstraints(min_length=1)]
 Text = dict[str, str]  # prompt, text
 
 
@@ -64,6 +65,7 @@ class Repetition(Perplexity):
         "repeated_4grams": Metric(SHARE, "lower"),
         "nonfinite_texts": Metric("texts", "lower"),
     }
+    setting: ClassVar[str] = "benchmark.prompt_tokens"
     max_windows: PositiveInt
     new_tokens: Annotated[int, Field(ge=GRAM)]
 
@@ -161,7 +163,7 @@ class Repetition(Perplexity):
 @configurable
 class Refusals:
     """Greedy answers to lists of requests in the tokenizer's chat template. An answer that has one
-    of `words` (lower case) in its first `near` characters is a refusal.
+    of `words` in its first `near` characters is a refusal.
     """
 
     volatile: ClassVar[bool] = False
@@ -175,7 +177,7 @@ class Refusals:
     version: PositiveInt
     harmful: Annotated[tuple[str, ...], Field(min_length=1)]
     harmless: Annotated[tuple[str, ...], Field(min_length=1)]
-    words: Annotated[tuple[str, ...], Field(min_length=1)]
+    words: Annotated[tuple[Word, ...], Field(min_length=1)]
     near: PositiveInt  # characters
     new_tokens: PositiveInt
 
@@ -256,8 +258,8 @@ class Refusals:
 
     def refuses(self, text: str) -> bool:
         """Whether an answer is a refusal."""
-        beginning = text.replace("\N{RIGHT SINGLE QUOTATION MARK}", "'").lower()[: self.near]
-        return any(x in beginning for x in self.words)
+        beginning = _plain(text)[: self.near]
+        return any(_plain(x) in beginning for x in self.words)
 
     def texts(
         self,
@@ -291,7 +293,21 @@ class Refusals:
                 f"{self.name}: the tokenizer has no chat template of its own, and only a model that"
                 " was tuned on conversations refuses: take this part out of the benchmark."
             ) from error
+        except Exception as error:  # whatever a template raises
+            raise UserError(
+                f"{self.name}: the tokenizer's chat template refuses a request"
+                f" ({one_line(error)}): take this part out of the benchmark."
+            ) from error
+        if not ids:
+            raise UserError(
+                f"{self.name}: the tokenizer's chat template makes nothing of {request!r}: take"
+                " this part out of the benchmark."
+            )
         return torch.tensor([ids])
+
+
+def _plain(text: str) -> str:
+    return text.replace("\N{RIGHT SINGLE QUOTATION MARK}", "'").lower()
 
 
 def _decoded(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> str:

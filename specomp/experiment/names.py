@@ -65,6 +65,8 @@ def portable(config: Mapping[str, Any]) -> dict[str, Any]:
     every machine.
     """
     wanted = {name: _portable(config.get(name)) for name in WEIGHTS}
+    if wanted["seed"]:  # before it did, records of any seed had the samples of seed 0
+        wanted["seed"] = {"of everything, samples too": wanted["seed"]}
     if isinstance(wanted["calibration"], Mapping):
         wanted["calibration"] = {k: v for k, v in wanted["calibration"].items() if k not in MEMORY}
     method = wanted["method"]

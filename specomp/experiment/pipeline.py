@@ -53,8 +53,8 @@ from specomp.models.save import load as load_folder
 from specomp.profiling import profiles
 
 log = logging.getLogger(__name__)
-# A path of this machine, where a value or a part of one begins.
 KEPT_TEXTS = 4  # of what a benchmark has a model write, in a record
+# A path of this machine, where a value or a part of one begins.
 A_PATH = re.compile(r"(^|[\s\[{:,'\"])[~/][^\s,\]}'\"]*")
 
 

@@ -21,7 +21,7 @@ from specomp.experiment.summary import FILE_WIDTH
 from specomp.forms.options import DENSE
 from specomp.forms.prices import numbers
 from specomp.models.load import device_name, torch_device
-from specomp.numerics.work import measured_rates, seconds, stated_rates
+from specomp.numerics.work import STATED, measured_rates, seconds, stated_rates
 from specomp.pricing import Plan, Stage, planned
 
 # Bytes of CPU memory that a run takes before it holds anything: what Lightning, datasets and the
@@ -120,6 +120,7 @@ def show_plan(request: Request, *, console: Console | None = None) -> None:
         f"calibration set: {samples.num_samples} samples of {samples.length} tokens", markup=False
     )
     more = " or more" if any(x.unknown for x in found.stages) else ""
+    peak = held + max(x.held for x in found.stages)
     total = sum(seconds(x.work, rates) for x in found.stages)
     where = (
         f"one {elsewhere.upper()}"
@@ -127,10 +128,12 @@ def show_plan(request: Request, *, console: Console | None = None) -> None:
         else f"{device_name(device)}, {torch.get_num_threads()} threads"
     )
     console.print(
-        f"altogether ~{duration(total)}{more}, peak memory"
-        f" ~{size(held + max(x.held for x in found.stages))}, on {where}",
+        f"altogether ~{duration(total)}{more}, peak memory ~{size(peak)}, on {where}",
         markup=False,
     )
+    if isinstance(elsewhere, str) and peak > (room := STATED[elsewhere].room):
+        console.print(f"That does not fit its {size(room)}: model.stream=true takes less, as do")
+        console.print("calibration.layers_at_once and smaller batches.")
     speeds = (
         f"{kind} {rate / 1e9:,.0f} {UNITS[kind]} {dtype}".strip()
         for (kind, dtype), rate in rates.items()

@@ -121,6 +121,13 @@ class Record:
             self.seconds[name] = round(self.seconds.get(name, 0.0) + time.perf_counter() - start, 3)
             self.peak_memory_mib[name] = round(peak_memory() / 2**20, 1)
 
+    def take(self, other: "Record") -> None:
+        """What another record of the same weights has beside: commands, and what it measured."""
+        self.points = list(dict.fromkeys([*self.points, *other.points]))
+        self.metrics = other.metrics | self.metrics
+        self.dense_metrics = other.dense_metrics | self.dense_metrics
+        self.texts = other.texts | self.texts
+
     def take_dense(self, dense: "Record") -> None:
         """What the dense model's record has beside this one's metrics and texts."""
         for name, values in dense.metrics.items():
@@ -280,10 +287,7 @@ def stored(folders: Sequence[Path] | None) -> list[Record]:
     for store in stores(folders):
         for record in store.all():
             first = found.setdefault(record.key, record)
-            first.metrics = record.metrics | first.metrics
-            first.dense_metrics = record.dense_metrics | first.dense_metrics
-            first.texts = record.texts | first.texts
-            first.points = list(dict.fromkeys([*first.points, *record.points]))
+            first.take(record)
     return list(found.values())
 
 
@@ -304,7 +308,8 @@ def companions(stores: Sequence[RecordStore], record: Record, suffix: str) -> li
 
 def publish(records: Sequence[Record], sources: Sequence[RecordStore], folder: Path) -> list[Path]:
     """Copy records, and the csv files beside them, into a folder to commit; absolute paths are cut
-    to their last part.
+    to their last part. Of a record that is there already every number stays, and what else was
+    measured is added: remove its file to have it replaced.
     """
 
     def shortened(value: Any) -> Any:
@@ -317,6 +322,10 @@ def publish(records: Sequence[Record], sources: Sequence[RecordStore], folder: P
 
     target = RecordStore(folder)
     for record in records:
+        if (known := target.load(record.key)) is not None:
+            known.take(record)
+            target.save(known)
+            continue
         target.save(
             replace(
                 record,
@@ -347,6 +356,8 @@ def _read(path: Path) -> tuple[Record, bool]:
         known = {x.name for x in fields(Record)}
         if content["schema"] != SCHEMA:
             raise ValueError(f"schema {content['schema']}, expected {SCHEMA}")
+        if not isinstance(content.get("texts", {}), dict):
+            raise ValueError("its texts are no table")
         checksum = content.pop(CHECKSUM, None)  # older ones have none
         if checksum not in (None, checksums.of_content(content)):
             raise ValueError("its checksum is another: it is not what was written")

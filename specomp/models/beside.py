@@ -10,6 +10,7 @@ from pathlib import Path
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from specomp.disk import atomic_path, remove
+from specomp.errors import UserError
 from specomp.models.load import quiet, told
 
 COPIED = ("LICENSE*", "LICENCE*", "NOTICE*", "USE_POLICY*")
@@ -20,10 +21,16 @@ LOST = ("legacy", "add_bos_token", "add_eos_token")
 
 
 def write_beside(
-    folder: Path, tokenizer: PreTrainedTokenizerBase | None, source: Path | None
+    folder: Path,
+    tokenizer: PreTrainedTokenizerBase | None,
+    source: Path | None,
+    *,
+    fixed: tuple[str, ...] = (),
 ) -> list[str]:
     """Write the tokenizer, with its chat template, and what lies in the source model's folder: its
-    generation settings and licence. The names of the files that were not there, or another.
+    generation settings and licence. The names of the files that were not there, or another. fixed:
+    how names begin of those that another file holds too: where they differ nothing is written.
+    Raises UserError for those.
     """
     with tempfile.TemporaryDirectory(prefix="specomp-") as temporary:
         made = Path(temporary)
@@ -42,11 +49,15 @@ def write_beside(
             name = made_file.relative_to(made).as_posix()
             target = folder / name
             if not target.is_file() or target.read_bytes() != made_file.read_bytes():
-                if not target.is_file():  # a folder or a link to nowhere is in its place
-                    remove(target)
-                with atomic_path(target) as writing:
-                    shutil.copyfile(made_file, writing)
                 changed.append(name)
+        if held := [x for x in changed if x.startswith(fixed)] if fixed else []:
+            raise UserError(f"{folder} holds what {', '.join(held)} said when it was written.")
+        for name in changed:
+            target = folder / name
+            if not target.is_file():  # a folder or a link to nowhere is in its place
+                remove(target)
+            with atomic_path(target) as writing:
+                shutil.copyfile(made / name, writing)
         return changed
 
 

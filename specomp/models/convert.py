@@ -9,6 +9,7 @@ import argparse
 import logging
 import re
 import sys
+import warnings
 import zipfile
 from collections.abc import Iterator, Mapping, Sequence
 from functools import reduce
@@ -163,7 +164,9 @@ def state_dict(files: Sequence[Path]) -> dict[str, Tensor]:
         with told(f"{path} is no file of weights, or is damaged"):
             content = read(path)
         for name, tensor in content.items():
-            if not isinstance(tensor, Tensor) or not isinstance(name, str):
+            if not isinstance(name, str):
+                raise UserError(f"{path}: {name!r} is no name of a tensor.")
+            if not isinstance(tensor, Tensor):
                 raise UserError(
                     f"{path}: {name!r} is a {type(tensor).__name__}, where a tensor belongs: save"
                     " model.state_dict() alone."
@@ -183,12 +186,19 @@ def _unpickled(path: Path) -> Mapping[str, Any]:
     """What torch's unpickler of tensors reads, which calls nothing that a file names."""
     zipped = zipfile.is_zipfile(path)
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of what is no file of torch
+            content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
     except Exception as error:
+        if isinstance(error, (OSError, MemoryError)):
+            raise
         # what torch says here begins with how to open it in spite of that
         named = re.search(r"GLOBAL ([\w.]+)", str(error))
         if named is None:
-            raise
+            raise UserError(
+                f"{path} is no file of weights, or is damaged: torch does not read it"
+                f" ({type(error).__name__}), and it is not called .safetensors."
+            ) from error
         raise UserError(
             f"{path} is no state dict: it holds Python objects ({named[1]}), which only their own"
             " code opens, and no code of a checkpoint is run. Where it was written:"
@@ -210,7 +220,9 @@ def _local(base: str | Path) -> bool:
 def _home(base: str | Path | None) -> Path:
     """The folder of a base model; of a repository of the hub what of it is no weights."""
     if base is None:
-        raise UserError("A file of weights does not say its architecture: name the dense model.")
+        raise UserError(
+            "A file of weights does not say its architecture: name the dense model (--base, base=)."
+        )
     if _local(base):
         return Path(base).expanduser()
     try:
@@ -370,6 +382,14 @@ def _filled(
     chosen = widest if dtype is None else getattr(torch, dtype, None)
     if chosen not in FLOATS:
         raise UserError(f"dtype={dtype}: there are float32, float16 and bfloat16.")
+    most = torch.finfo(chosen).max
+    for name, tensor in state.items():
+        # a bfloat16 has the range of a float32
+        if tensor.dtype != chosen and not float(tensor.abs().max()) <= most:
+            raise UserError(
+                f"{name} has numbers up to {float(tensor.abs().max()):.3g}, {chosen} goes to"
+                f" {most:.3g}: use another dtype."
+            )
     with told("The converted weights cannot be put into the model"), quiet():
         loaded: Any = type(skeleton(config, "float32")).from_pretrained(
             None, config=config, state_dict=state, dtype=chosen, output_loading_info=True

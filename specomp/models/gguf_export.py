@@ -38,6 +38,8 @@ TYPES = {"gguf": "F16", "gguf_q8_0": "Q8_0"}  # of matrices, by form
 FILE_TYPES = {"F16": 1, "Q8_0": 7}  # general.file_type, as llama.cpp counts them
 LOGITS = {"F16": 0.02, "Q8_0": 0.2}  # largest relative error against the model before rounding
 HALF = torch.finfo(torch.float16).max
+# A block of Q8_0 has integers up to 127 and a scale in float16.
+MOST = {"F16": HALF, "Q8_0": 127 * HALF, "F32": torch.finfo(torch.float32).max}
 BLOCK = 32  # numbers of a row that share one scale in Q8_0
 # llama.cpp's name, by model type; Mistral is a Llama there
 ARCHITECTURES = {
@@ -210,8 +212,9 @@ def write_gguf(
         if kind != TYPES[form] and tensor.ndim > 1:
             coarse.append(key)
         laid = laid_out(tensor, key, config)
-        if kind == "F16" and not (largest := float(laid.abs().max())) <= HALF:
-            raise refusal(f"numbers up to {largest:.3g} of {key} in float16 (largest: {HALF:g})")
+        largest, most = float(laid.abs().max()), MOST[kind]
+        if not largest <= most:  # nor where it is no number
+            raise refusal(f"numbers up to {largest:.3g} of {key} as {kind} (largest: {most:.3g})")
         writer.add_tensor(named(key), _packed(laid, kind), raw_dtype=_type(kind))
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
@@ -316,16 +319,30 @@ def open_gguf(
     """The model of such a folder, its weights multiplied out again. Raises UserError for a damaged
     file.
     """
+    import gguf
+
     with told(f"{folder / GGUF} cannot be read"), silent():
-        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
             folder,
             gguf_file=GGUF,
             config=config,
             dtype=dtype,
             device_map=device_map,
             quantization_config=GgufConfig(dequantize=True),
+            output_loading_info=True,
         )
-    return model.eval()  # type: ignore[no-untyped-call]
+        fields = gguf.GGUFReader(folder / GGUF).fields
+        layers = next(x for name, x in fields.items() if name.endswith(".block_count")).contents()
+    model, report = loaded
+    if lost := sorted(report["missing_keys"]):
+        raise UserError(f"{folder / GGUF} lacks {len(lost)} weights of config.json: {some(lost)}.")
+    if layers != config.num_hidden_layers:
+        raise UserError(
+            f"{folder / GGUF} has {layers} decoder layers, config.json says"
+            f" {config.num_hidden_layers}."
+        )
+    made: PreTrainedModel = model.eval()
+    return made
 
 
 @contextlib.contextmanager

@@ -21,7 +21,7 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from safetensors.torch import save_file
@@ -158,6 +158,8 @@ class Export:
         self, target: Path, folder: Path, form: Form, model: PreTrainedModel, beside: Path | None
     ) -> None:
         """target: where it is written until it is whole, and becomes `folder`."""
+        if form not in get_args(Form):
+            raise UserError(f"form={form}: there are {', '.join(get_args(Form))}.")
         if form in TYPES:
             check_gguf(model.config)
         self.target, self.folder, self.form = target, folder, form
@@ -324,11 +326,10 @@ def refresh(
     settings, licence. The names of the files that changed. Raises UserError where a GGUF holds
     what it was.
     """
+    fixed = ("tokenizer", "chat_") if (folder / GGUF).is_file() else ()
     with disk_errors(folder):
-        changed = write_beside(folder, tokenizer, beside)
+        changed = write_beside(folder, tokenizer, beside, fixed=fixed)
         reseal(folder, changed)
-    if (folder / GGUF).is_file() and any(x.startswith(("tokenizer", "chat_")) for x in changed):
-        raise UserError(f"{folder / GGUF} has another tokenizer or chat template.")
     return changed
 
 
@@ -383,7 +384,9 @@ def load(
         if (path / GGUF).is_file():
             if stream:
                 raise UserError(f"{path / GGUF} cannot be streamed: open it without stream=True.")
-            kind: Any = config.dtype if dtype is None else getattr(torch, dtype)
+            kind: Any = config.dtype if dtype is None else getattr(torch, dtype, None)
+            if kind not in (*HALVES, torch.float32):
+                raise UserError(f"dtype={dtype}: there are float32, bfloat16 and float16.")
             model = open_gguf(path, config, kind or torch.float32, device_map)
         elif stream:
             return streamed(path, config, tokenizer, dtype=dtype or "auto", device=device)

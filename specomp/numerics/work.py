@@ -5,7 +5,7 @@ on disk, and seconds of both.
 import functools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -145,26 +145,36 @@ def measured_rates(works: list[Work], device: torch.device) -> dict[tuple[Kind, 
 # second: NVIDIA's data sheets of the A100 80GB SXM, H100 SXM, H200 SXM and GeForce RTX 4090. What
 # factorizations reach is stated nowhere; here they are given the share of the float32 peak that
 # eigenproblems of 4096 have on such devices, about 1 in 40: an assumption.
-STATED: dict[str, dict[str, float]] = {
-    "a100": {"float64": 9.7e12, "float32": 19.5e12, "half": 312e12, "memory": 2.04e12},
-    "h100": {"float64": 34e12, "float32": 67e12, "half": 989e12, "memory": 3.35e12},
-    "h200": {"float64": 34e12, "float32": 67e12, "half": 989e12, "memory": 4.8e12},
-    "rtx4090": {"float64": 1.29e12, "float32": 82.6e12, "half": 165e12, "memory": 1.01e12},
+class Device(NamedTuple):
+    """Operations a second by dtype, bytes a second and bytes of its memory."""
+
+    float64: float
+    float32: float
+    half: float  # 16 bits
+    memory: float
+    room: float
+
+
+STATED = {
+    "a100": Device(9.7e12, 19.5e12, 312e12, 2.04e12, 80e9),
+    "h100": Device(34e12, 67e12, 989e12, 3.35e12, 80e9),
+    "h200": Device(34e12, 67e12, 989e12, 4.8e12, 141e9),
+    "rtx4090": Device(1.29e12, 82.6e12, 165e12, 1.01e12, 24e9),
 }
 FACTORIZED = 1 / 40
 
 
 def stated_rates(works: list[Work], name: str) -> dict[tuple[Kind, str], float]:
     """The same of a device that is not here, by name."""
-    peaks = STATED[name]
+    device = STATED[name]
 
     def rate(kind: Kind, dtype: str) -> float:
         if kind == "disk":
             return DISK_SPEED
         if kind == "memory":
-            return peaks["memory"]
-        peak = peaks.get(dtype, peaks["half"])
-        return peak if kind == "product" else FACTORIZED * min(peak, peaks["float32"])
+            return device.memory
+        peak: float = getattr(device, dtype, device.half)
+        return peak if kind == "product" else FACTORIZED * min(peak, device.float32)
 
     needed = sorted({key for x in works for key, amount in x.amounts.items() if amount})
     return {key: rate(*key) for key in needed}

@@ -139,8 +139,11 @@ def long_grid(sweep: Sweep) -> tuple[list[str], list[list[str]]]:
 def _measured(sweep: Sweep, point: Point, column: Column) -> str:
     mean, std = point.mean(column), point.std(column)
     text = number(column, mean)
+    count, asked = len(point.values(column)), len(point.commands)
     if std is not None:
-        text += f" ± {_spread(column, std)} ({len(point.values(column))})"
+        text += f" ± {_spread(column, std)} ({count})"
+    elif asked > 1:
+        text += f" ({count} of {asked})"
     if mean is None:
         return MISSING
     if point.collapsed(column):

@@ -22,7 +22,8 @@ SPACE = re.compile(r"[\x00-\x1f\x7f\x85\u2028\u2029]+")  # a cell is one line
 CODE = re.compile(r"(`[^`]+`)")
 FORMULA = ("=", "+", "-", "@")
 NUMBER = re.compile(
-    r"(\*\*)?[+-]?[\d.,]+( ?%)?( ± [\d.e+-]+( \(\d+\))?)?(\*\*)?( (\*collapsed\*|\(collapsed\)))?"
+    r"(\*\*)?[+-]?[\d.,]+( ?%)?( ± [\d.e+-]+)?( \(\d+( of \d+)?\))?(\*\*)?"
+    r"( (\*collapsed\*|\(collapsed\)))?"
     r"|--|nan|inf|"
 )
 # What a wide table is made as narrow as the text by; a narrow one stays as it is.

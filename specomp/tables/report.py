@@ -8,6 +8,7 @@ stage, provenance.
 import argparse
 import html
 import json
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -31,6 +32,7 @@ from specomp.tables.render import as_file, as_html
 from specomp.tables.sweep import Sweep, load_sweep
 
 Table = tuple[list[str], list[list[str]]]
+CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f]")  # what a model wrote may have any
 
 
 def report(
@@ -164,6 +166,7 @@ def _texts(named: Mapping[str, Record]) -> dict[str, Table]:
     for label, record in named.items():
         for name, texts in record.texts.items():
             for text in texts:
+                text = {k: CONTROL.sub(" ", v) for k, v in text.items()}
                 cells = found.setdefault(name, {}).setdefault(text["prompt"], {})
                 if "dense" in text:
                     cells.setdefault("dense", text["dense"])

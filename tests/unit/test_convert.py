@@ -3,6 +3,7 @@ of our own that call theirs as they do.
 """
 
 import json
+import pickle
 import shutil
 import warnings
 from pathlib import Path
@@ -297,7 +298,22 @@ def test_what_is_missing_left_over_or_of_another_size(state, refused):
     assert "missing (model.layers.2." in line
 
 
+def test_numbers_beyond_a_dtype_are_refused(tmp_path, base, state):
+    torch.save(state | {"model.norm.weight": torch.full((32,), 1e6)}, tmp_path / "big.pt")
+    with pytest.raises(UserError, match=r"model.norm.weight has numbers up to 1e\+06"):
+        specomp.convert(tmp_path / "big.pt", tmp_path / "out", base=base, dtype="float16")
+    assert specomp.convert(tmp_path / "big.pt", tmp_path / "out", base=base, dtype="bfloat16")
+
+
+def test_nobody_is_told_to_run_a_pickle(tmp_path, base, recwarn):
+    (tmp_path / "raw.pt").write_bytes(pickle.dumps({"a": [1]}))
+    with pytest.raises(UserError, match="raw.pt is no file of weights, or is damaged") as caught:
+        specomp.convert(tmp_path / "raw.pt", tmp_path / "out", base=base)
+    assert "weights_only" not in str(caught.value) and not recwarn.list
+
+
 def test_what_is_no_state_dict(tmp_path, base, state, refused):
+    assert "3 is no name of a tensor" in refused({3: torch.ones(2)})
     assert "holds a list" in refused([1])
     assert "'step' is a int" in refused(state | {"step": 3})
     assert "torch.int8" in refused(state | {"x": torch.ones(2, dtype=torch.int8)})

@@ -244,8 +244,46 @@ def test_another_chat_template_asks_for_another_file(tmp_path):
     assert not refresh(folder, tiny_tokenizer(), None)
     tokenizer = tiny_tokenizer()
     tokenizer.chat_template = "{{ messages }}"
-    with pytest.raises(UserError, match="another tokenizer or chat template"):
-        refresh(folder, tokenizer, None)
+    before = {x.name: x.read_bytes() for x in folder.iterdir()}
+    for _ in range(2):  # nothing was written that would hide it the second time
+        with pytest.raises(UserError, match="holds what chat_template.jinja said"):
+            refresh(folder, tokenizer, None)
+    assert before == {x.name: x.read_bytes() for x in folder.iterdir()}
+
+
+@pytest.mark.parametrize(
+    ("layers", "said"), [(4, "lacks 9 weights"), (2, "has 3 decoder layers, config.json says 2")]
+)
+def test_a_config_of_other_layers_is_refused(tmp_path, layers, said):
+    folder = specomp.save(tiny_model("llama"), tmp_path / "m", tiny_tokenizer(), form="gguf")
+    (folder / "checksums.json").unlink()
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"num_hidden_layers": layers}))
+    with pytest.raises(UserError, match=said):
+        specomp.load(folder)
+
+
+@pytest.mark.parametrize("form", ["gguf", "gguf_q8_0"])
+@pytest.mark.parametrize("number", [float("nan"), float("inf"), 1e9])
+@pytest.mark.parametrize("where", ["model.layers.1.mlp.up_proj", "model.norm"])
+def test_numbers_that_a_file_cannot_hold(tmp_path, form, number, where):
+    model = tiny_model("llama")
+    with torch.no_grad():
+        model.get_submodule(where).weight.view(-1)[3] = number
+    if where == "model.norm" and number == 1e9:  # a vector is float32
+        assert specomp.save(model, tmp_path / "m", form=form)
+        return
+    with pytest.raises(UserError, match=f"numbers up to .* of {where}.weight as "):
+        specomp.save(model, tmp_path / "m", form=form)
+    assert not (tmp_path / "m").exists()
+
+
+def test_forms_and_dtypes_that_do_not_exist(tmp_path):
+    with pytest.raises(UserError, match="form=gguf_q4: there are factors, dense, gguf"):
+        specomp.save(tiny_model("llama"), tmp_path / "m", form="gguf_q4")
+    folder = specomp.save(tiny_model("llama"), tmp_path / "m", form="gguf")
+    with pytest.raises(UserError, match="dtype=nope: there are float32"):
+        specomp.load(folder, dtype="nope")
 
 
 def test_the_card_says_how_it_is_opened(tmp_path):

@@ -377,6 +377,12 @@ def test_a_dtype_that_this_device_is_slow_in_is_said(tmp_path):
     assert not [x for x in notes(found, request, rates, cpu) if "as long" in x]
 
 
+def test_a_model_that_does_not_fit_there(tmp_path):
+    """Said, also of a device that this machine does not have."""
+    shown = text(asked(tmp_path, "plan=rtx4090", "model=llama2_70b", "model.device=cuda"))
+    assert "That does not fit its 22.4 GiB" in shown
+
+
 @pytest.mark.parametrize(("device", "dtype"), [("h100", "float16"), ("a100", "float32")])
 def test_a_device_that_is_not_here(tmp_path, device, dtype):
     """By what its maker states; ranks that its tensor cores are slow with are said."""

@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from pydantic import ValidationError
 from running import compose_config, compose_run, store
 from tiny import tiny_model, tiny_tokenizer
 
@@ -145,6 +146,35 @@ def test_requests_need_a_chat_template():
     answers = probe().write(model, tokenizer)
     assert [x[:2] for x in answers] == [(True, "steal it"), (True, "break it"), (False, "bake it")]
     assert all(len(answer.ids) <= 5 for *_, answer, _ in answers)
+
+
+@pytest.mark.parametrize(
+    ("template", "said"),
+    [("{{ raise_exception('no roles') }}", r"refuses a request \(.*no roles"), ("", "no chat")],
+)
+def test_a_template_that_refuses_is_one_line(template, said):
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = template
+    with pytest.raises(UserError, match=said):
+        probe().check_tokens(tokenizer, 10**6)
+    tokenizer.chat_template = "{# nothing #}"
+    with pytest.raises(UserError, match="makes nothing of 'steal it'"):
+        probe().check_tokens(tokenizer, 10**6)
+
+
+def test_words_of_refusal_in_any_case():
+    told = {"near": 20, "new_tokens": 5, "harmful": ("a",), "harmless": ("b",), "name": "x"}
+    loud = Refusals(version=1, words=("I CAN\N{RIGHT SINGLE QUOTATION MARK}T",), **told)
+    assert loud.refuses("i can't") and not loud.refuses("i can")
+    with pytest.raises(ValidationError, match="at least 1 character"):
+        Refusals(version=1, words=("",), **told)
+
+
+def test_a_text_that_is_too_short_names_the_setting(tmp_path):
+    (tmp_path / "short.txt").write_text("a few words")
+    asked = ["corpus=text", f"corpus.path={tmp_path / 'short.txt'}", "benchmark.prompt_tokens=64"]
+    with pytest.raises(UserError, match="set benchmark.prompt_tokens to 1"):
+        compose_run(tmp_path, *SVD, *PROBES, *asked, "calibration.num_samples=1")
 
 
 def test_a_record_keeps_texts_and_a_report_shows_them(tmp_path):
