@@ -1,6 +1,7 @@
 """What a model writes: what repeats in it, what is refused, and what a record keeps of it."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -148,14 +149,10 @@ def test_requests_need_a_chat_template():
     assert all(len(answer.ids) <= 5 for *_, answer, _ in answers)
 
 
-@pytest.mark.parametrize(
-    ("template", "said"),
-    [("{{ raise_exception('no roles') }}", r"refuses a request \(.*no roles"), ("", "no chat")],
-)
-def test_a_template_that_refuses_is_one_line(template, said):
+def test_a_template_that_refuses_is_one_line():
     tokenizer = tiny_tokenizer()
-    tokenizer.chat_template = template
-    with pytest.raises(UserError, match=said):
+    tokenizer.chat_template = "{{ raise_exception('no roles') }}"
+    with pytest.raises(UserError, match=r"refuses a request \(.*no roles"):
         probe().check_tokens(tokenizer, 10**6)
     tokenizer.chat_template = "{# nothing #}"
     with pytest.raises(UserError, match="makes nothing of 'steal it'"):
@@ -170,11 +167,10 @@ def test_words_of_refusal_in_any_case():
         Refusals(version=1, words=("",), **told)
 
 
-def test_a_text_that_is_too_short_names_the_setting(tmp_path):
-    (tmp_path / "short.txt").write_text("a few words")
-    asked = ["corpus=text", f"corpus.path={tmp_path / 'short.txt'}", "benchmark.prompt_tokens=64"]
-    with pytest.raises(UserError, match="set benchmark.prompt_tokens to 1"):
-        compose_run(tmp_path, *SVD, *PROBES, *asked, "calibration.num_samples=1")
+def test_a_text_that_is_too_short_names_the_setting():
+    short = replace(repetition(), window=10**6)
+    with pytest.raises(UserError, match=r"set benchmark.prompt_tokens to \d+ or less"):
+        short.windows(tiny_tokenizer())
 
 
 def test_a_record_keeps_texts_and_a_report_shows_them(tmp_path):
