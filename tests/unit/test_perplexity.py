@@ -397,7 +397,10 @@ def test_every_suite_composes(name: str, tmp_path: Path) -> None:
     overrides = [f"+benchmark={name}", f"+paths.data={tmp_path}"]
     overrides += ["benchmark.path=ids.bin"] if name == "token_ids" else []
     if wanted:
-        overrides += ["benchmark.window=16", "benchmark.max_windows=3"]
+        size, count = (
+            ("window", "max_windows") if "window:" in text else ("prompt_tokens", "prompts")
+        )
+        overrides += [f"benchmark.{size}=16", f"benchmark.{count}=3"]
     with initialize_config_dir(str(CONF), version_base="1.3"):
         cfg = compose(overrides=overrides)
     assert not OmegaConf.missing_keys(cfg)
