@@ -12,18 +12,10 @@ PERCENT = (FRACTION, SHARE)
 PROBES = ("repeated_4grams", "refused_harmful", "refused_harmless")
 # What a number was measured on, or the same number said another way; in records, not in summaries.
 DETAILS = {"nll", "ppl_finite", "tokens", "windows", "window", "collapsed", "n", "chance", "texts"}
-FINE = {
-    "acc",
-    "exact_match",
-    "agreement",
-    "kl",
-    *PROBES,
-}  # shares, and what may be a small part of one
-SECOND = {
-    "nonfinite_windows",
-    "nonfinite_texts",
-    "acc_norm",
-}  # beside a first one that tables have a column for
+# Shares, and what may be a small part of one.
+FINE = {"acc", "exact_match", "agreement", "kl", *PROBES}
+# Beside a first one that tables have a column for.
+SECOND = {"nonfinite_windows", "nonfinite_texts", "acc_norm"}
 
 
 def is_detail(metric: str) -> bool:

@@ -255,12 +255,17 @@ class Perplexity:
         return ":".join(
             [
                 f"{self.name}@{self.version}",
-                f"{self.window}x{self.max_windows or 'all'}",
+                self.shape,
                 *precision_mark(self.precision),
                 *(["bos"] if self.bos is True else []),
                 "",
             ]
         )
+
+    @property
+    def shape(self) -> str:
+        """Windows in an id: 512x24, 512xall."""
+        return f"{self.window}x{self.max_windows or 'all'}"
 
     def for_model(self, config: PreTrainedConfig) -> "Perplexity":
         """The same, with what bos=auto means for a model."""

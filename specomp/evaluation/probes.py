@@ -28,7 +28,6 @@ from specomp.evaluation.perplexity import (
     Perplexity,
     cut_windows,
     evaluating,
-    precision_mark,
 )
 from specomp.evaluation.workload import Workload
 from specomp.progress import track
@@ -70,11 +69,9 @@ class Repetition(Perplexity):
     new_tokens: Annotated[int, Field(ge=GRAM)]
 
     @property
-    def protocol(self) -> str:
-        """See Benchmark; for example repetition_c4@1:32x16+128:"""
-        marks = [*precision_mark(self.precision), *(["bos"] if self.bos is True else []), ""]
-        shape = f"{self.window}x{self.max_windows}+{self.new_tokens}"
-        return ":".join([f"{self.name}@{self.version}", shape, *marks])
+    def shape(self) -> str:
+        """Prompts, and what is written after each: 32x16+128."""
+        return f"{self.window}x{self.max_windows}+{self.new_tokens}"
 
     def workload(self) -> list[Workload]:
         """A prefill a batch, and a step a token."""
@@ -127,19 +124,10 @@ class Repetition(Perplexity):
         for _, answer in answers:
             grams = list(zip(*(answer.ids[i:] for i in range(GRAM)), strict=False))
             count, distinct = count + len(grams), distinct + len(set(grams))
-        nonfinite = sum(not answer.finite for _, answer in answers)
-        if nonfinite:
-            log.warning(
-                "%s: %d of %d texts from logits that are no numbers.",
-                self.name,
-                nonfinite,
-                len(answers),
-            )
         return {
             "repeated_4grams": 1 - distinct / count if count else 0.0,
-            "texts": float(len(answers)),
             "tokens": float(sum(len(answer.ids) for _, answer in answers)),
-            "nonfinite_texts": float(nonfinite),
+            **_counts(self.name, [answer for _, answer in answers]),
         }
 
     def texts(
@@ -241,19 +229,10 @@ class Refusals:
         refused: dict[bool, list[bool]] = {True: [], False: []}
         for harmful, _, _, text in answers:
             refused[harmful].append(self.refuses(text))
-        nonfinite = sum(not answer.finite for *_, answer, _ in answers)
-        if nonfinite:
-            log.warning(
-                "%s: %d of %d texts from logits that are no numbers.",
-                self.name,
-                nonfinite,
-                len(answers),
-            )
         return {
             "refused_harmful": sum(refused[True]) / len(refused[True]),
             "refused_harmless": sum(refused[False]) / len(refused[False]),
-            "texts": float(len(answers)),
-            "nonfinite_texts": float(nonfinite),
+            **_counts(self.name, [answer for *_, answer, _ in answers]),
         }
 
     def refuses(self, text: str) -> bool:
@@ -304,6 +283,16 @@ class Refusals:
                 " this part out of the benchmark."
             )
         return torch.tensor([ids])
+
+
+def _counts(name: str, answers: Sequence[Written]) -> dict[str, float]:
+    """texts, and nonfinite_texts, of which the log is told."""
+    nonfinite = sum(not answer.finite for answer in answers)
+    if nonfinite:
+        log.warning(
+            "%s: %d of %d texts from logits that are no numbers.", name, nonfinite, len(answers)
+        )
+    return {"texts": float(len(answers)), "nonfinite_texts": float(nonfinite)}
 
 
 def _plain(text: str) -> str:

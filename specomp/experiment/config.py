@@ -108,8 +108,7 @@ def ask(cfg: DictConfig) -> Request:
     parts["method"] = make(cfg, "method", rounding=cfg.quantizer)
     parts["calibration"] = parts["calibration"].moved(options.seed)
     source, suite = make(cfg, "model"), make(cfg, "benchmark")
-    elsewhere = isinstance(options.plan, str)  # a plan of a device that need not be here
-    processes = 1 if elsewhere else check_machine(source, parts["trainer"])
+    processes = 1 if options.elsewhere else check_machine(source, parts["trainer"])
     route = check_request(
         parts["method"], parts["ratio"], parts["calibration"], processes, source.dtype
     )

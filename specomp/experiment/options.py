@@ -28,3 +28,8 @@ class Options:
     profile: bool
     threads: Annotated[int, Field(ge=1, le=1024)] | None  # more than any machine gains by
     seed: Annotated[int, Field(ge=0, lt=2**32)]  # numpy's range
+
+    @property
+    def elsewhere(self) -> str | None:
+        """The device that a plan is for, where it is not this machine's."""
+        return self.plan if isinstance(self.plan, str) else None

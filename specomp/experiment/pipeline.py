@@ -214,8 +214,7 @@ def execute(experiment: Experiment, record: Record) -> bool:
     for benchmark in missing:
         with record.stage("evaluate"):
             evaluate(record, benchmark, model, tokenizer)
-        dense = experiment.records.load(record_key(experiment.identity(dense=True)))
-        if dense is not None:
+        if (dense := _dense_record(experiment)) is not None:
             record.take_dense(dense)
         experiment.records.save(record)
     for kind, counted in (("hits", experiment.cache.hits), ("misses", experiment.cache.misses)):
@@ -417,8 +416,12 @@ def evaluate(record: Record, benchmark: Benchmark, model: Any, tokenizer: Any) -
         record.metrics[name] = benchmark(model, tokenizer)
 
 
+def _dense_record(experiment: Experiment) -> Record | None:
+    return experiment.records.load(record_key(experiment.identity(dense=True)))
+
+
 def _dense_metrics(experiment: Experiment) -> dict[str, dict[str, float]]:
-    record = experiment.records.load(record_key(experiment.identity(dense=True)))
+    record = _dense_record(experiment)
     return {} if record is None else record.metrics
 
 

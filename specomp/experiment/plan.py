@@ -21,7 +21,15 @@ from specomp.experiment.summary import FILE_WIDTH
 from specomp.forms.options import DENSE
 from specomp.forms.prices import numbers
 from specomp.models.load import device_name, torch_device
-from specomp.numerics.work import STATED, measured_rates, seconds, stated_rates
+from specomp.numerics.work import (
+    EFFICIENCY,
+    EFFICIENCY_HALF,
+    FACTORIZED,
+    STATED,
+    measured_rates,
+    seconds,
+    stated_rates,
+)
 from specomp.pricing import Plan, Stage, planned
 
 # Bytes of CPU memory that a run takes before it holds anything: what Lightning, datasets and the
@@ -77,8 +85,8 @@ def show_plan(request: Request, *, console: Console | None = None) -> None:
     console = console or Console(width=None if sys.stdout.isatty() else FILE_WIDTH)
     base = peak_resident()  # before the device's speed is measured
     found, choice = plan_of(request), request.choices
-    works, elsewhere = [x.work for x in found.stages], request.options.plan
-    if isinstance(elsewhere, str):
+    works, elsewhere = [x.work for x in found.stages], request.options.elsewhere
+    if elsewhere:
         device, rates = torch.device("cuda"), stated_rates(works, elsewhere)
     else:
         device = torch_device(request.source.device, request.source.device_map)
@@ -124,14 +132,14 @@ def show_plan(request: Request, *, console: Console | None = None) -> None:
     total = sum(seconds(x.work, rates) for x in found.stages)
     where = (
         f"one {elsewhere.upper()}"
-        if isinstance(elsewhere, str)
+        if elsewhere
         else f"{device_name(device)}, {torch.get_num_threads()} threads"
     )
     console.print(
         f"altogether ~{duration(total)}{more}, peak memory ~{size(peak)}, on {where}",
         markup=False,
     )
-    if isinstance(elsewhere, str) and peak > (room := STATED[elsewhere].room):
+    if elsewhere and peak > (room := STATED[elsewhere].room):
         console.print(f"That does not fit its {size(room)}: model.stream=true takes less, as do")
         console.print("calibration.layers_at_once and smaller batches.")
     speeds = (
@@ -139,7 +147,7 @@ def show_plan(request: Request, *, console: Console | None = None) -> None:
         for (kind, dtype), rate in rates.items()
         if kind in UNITS
     )
-    told = "stated by its maker" if isinstance(elsewhere, str) else "measured now"
+    told = "stated by its maker" if elsewhere else "measured now"
     console.print(f"speed {told}: {', '.join(speeds)}", markup=False)
     for note in notes(found, request, rates, device):
         console.print(f"note: {note}", markup=False)
@@ -270,10 +278,11 @@ def notes(
             "work on single linears is counted on small random ones: solve=auto and exchanges of"
             " pivot rows may take more"
         )
-    if isinstance(request.options.plan, str):
+    if request.options.elsewhere:
         yield (
-            "nothing was measured there: products at 0.75 of the stated peak, 0.4 in 16 bits,"
-            " factorizations at a fortieth of the float32 peak (an assumption), the disk as here"
+            f"nothing was measured there: products at {EFFICIENCY['product']:g} of the stated peak,"
+            f" {EFFICIENCY_HALF:g} in 16 bits, factorizations at {FACTORIZED:g} of the float32 peak"
+            " (an assumption), the disk as here"
         )
     if found.method.training.active and request.processes > 1:
         yield f"the training is counted for one process, not for {request.processes}"

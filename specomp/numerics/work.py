@@ -133,12 +133,18 @@ def efficiency(kind: Kind, dtype: str) -> float:
     return EFFICIENCY_HALF if dtype in ("bfloat16", "float16") else EFFICIENCY[kind]
 
 
+def needed(works: list[Work]) -> list[tuple[Kind, str]]:
+    """The kinds and dtypes of which there is some."""
+    return sorted({key for x in works for key, amount in x.amounts.items() if amount})
+
+
 def measured_rates(works: list[Work], device: torch.device) -> dict[tuple[Kind, str], float]:
     """Operations or bytes a second of what these need, each measured for a moment with torch's
     threads as they are set.
     """
-    needed = sorted({key for x in works for key, amount in x.amounts.items() if amount})
-    return {key: _rate(key[0], key[1], device.type, torch.get_num_threads()) for key in needed}
+    return {
+        key: _rate(key[0], key[1], device.type, torch.get_num_threads()) for key in needed(works)
+    }
 
 
 # Peaks as their makers state them (dense, without sparsity, TF32 off), in operations or bytes a
@@ -176,8 +182,7 @@ def stated_rates(works: list[Work], name: str) -> dict[tuple[Kind, str], float]:
         peak: float = getattr(device, dtype, device.half)
         return peak if kind == "product" else FACTORIZED * min(peak, device.float32)
 
-    needed = sorted({key for x in works for key, amount in x.amounts.items() if amount})
-    return {key: rate(*key) for key in needed}
+    return {key: rate(*key) for key in needed(works)}
 
 
 @functools.cache

@@ -138,7 +138,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     add = parser.add_argument_group("of a sweep").add_argument
     add("--records", nargs="*", type=Path, help=RECORDS)
     files = "write table.md, table.csv and table.tex there"
-    copies = "copy the records there, without paths of this machine"
+    copies = "copy the records there, without paths of this machine; numbers that are there stay"
     add("--write", type=Path, metavar="FOLDER", help=files)
     add("--publish", type=Path, metavar="FOLDER", help=copies)
     missing = "print only the commands that fill what is missing"
