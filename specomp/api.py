@@ -66,7 +66,8 @@ def compress(
     `Numbers(compression=...)`, or `Bits(bits=...)`: stored bits a weight. calibration: settings
     other than those of conf/calibration/_base.yaml (batch_size, upstream, layers_at_once,
     accumulate, precision). training_tokens: what a row that trains reads, where that is not
-    `tokens`. quantizer: a choice of conf/quantizer. cache: a folder in which statistics and spectra
+    `tokens`. quantizer: a choice of conf/quantizer; None: the method's own, and under a budget of
+    bits "grids" where that is none. cache: a folder in which statistics and spectra
     are kept for other methods and ratios; None: a temporary one. Raises UserError, in general
     before anything is changed.
     """
@@ -84,11 +85,11 @@ def compress(
             f"{away} is not in memory: load the model without stream=True or offloading."
             " Larger than memory it is compressed by `specomp model.stream=true`."
         )
-    chosen = method_of(method, quantizer)
+    budget = budget_of(ratio)
+    chosen = method_of(method, quantizer, budget)
     settings = calibration_of(calibration)
     samples = _samples(model, tokens, settings)
     more = samples if training_tokens is None else _samples(model, training_tokens, settings)
-    budget = budget_of(ratio)
     dtype = str(model.dtype).removeprefix("torch.")
     check_method(chosen, budget, settings.upstream, samples.num_samples, 1, dtype)
     check_budget(model, family, chosen, budget)
@@ -179,19 +180,21 @@ def model_key(model: PreTrainedModel) -> str:
     return digest({"weights": checksum(state), "config": model.config.to_dict()})
 
 
-def method_of(method: str | Method, quantizer: str | Rounding | None) -> Method:
-    """A row by its name, with a quantizer."""
-    changes = {} if quantizer is None else {"quantizer": quantizer}
-    if isinstance(method, str):
-        return rows.method(method, **changes)
+def method_of(method: str | Method, quantizer: str | Rounding | None, budget: Budget) -> Method:
+    """A row by its name, or a method, with a quantizer. None: the method's own; where that rounds
+    nothing, what the budget is spent with.
+    """
+    row = rows.method(method) if isinstance(method, str) else method
     if quantizer is None:
-        return method
+        if row.rounding.grids or not row.spends:
+            return row
+        quantizer = budget.quantizer
     rounding = (
         rows.built(rows.load("quantizer", quantizer), "quantizer")
         if isinstance(quantizer, str)
         else quantizer
     )
-    return Method(**{**vars(method), "rounding": rounding})
+    return Method(**{**vars(row), "rounding": rounding})
 
 
 def calibration_of(calibration: Mapping[str, Any] | Calibration | None) -> Calibration:

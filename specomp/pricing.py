@@ -64,6 +64,9 @@ class NoData:
     def remembered(self, unit: Unit, made_by: Any, make: Any) -> Any:
         raise NeedsData("spectra")
 
+    def norm(self, linear: LinearSpec) -> Any:
+        raise NeedsData("statistics")
+
     def probe(self, unit: Any, choice: Any) -> float:
         raise NeedsData("trials")
 
@@ -127,20 +130,24 @@ class Plan:
         run, data, wanted = self.run, NoData(), "a training"
         share = run.budget.share(run.model.dtype)
 
-        def made(wide: Mapping[Unit, Sequence[Form]] | None = None) -> dict[Unit, Options]:
+        def made(
+            wide: Mapping[Unit, Sequence[Form]] | None = None, *, predicted: bool = False
+        ) -> dict[Unit, Options]:
             return options(
                 run.units,
-                [self.method.packing],
+                run.forms,
                 run.budget,
                 run.model.dtype,
                 data,  # type: ignore[arg-type]
                 self.method.rounding.grid,
                 wide,
+                predicted=predicted,
             )
 
         if not self.method.training.chooses:
             try:
-                return self.method.allocation(made(run.wide_units), share, data), None
+                menu = made(run.wide_units, predicted=True)
+                return self.method.allocation(menu, share, data), None
             except NeedsData as error:
                 wanted = str(error)
         menu = made()
@@ -219,7 +226,8 @@ class Plan:
             whole = self.route.caches_spectra or self.method.allocation.needs_spectra
             mlps = {x.name for unit in self.run.wide_units for x in unit.linears}
             return [x for x in self.run.linears if whole or x.name in mlps]
-        return [x for unit in self.low for x in unit.linears] if self.route.caches_spectra else []
+        low = (unit for unit, choice in self.low.items() if choice.form.size_of != "whole")
+        return [x for unit in low for x in unit.linears] if self.route.caches_spectra else []
 
     @cached_property
     def complete(self) -> bool:
@@ -365,7 +373,9 @@ class Plan:
         kinds = Tally((x.m, x.n, choice) for unit, choice in self.low.items() for x in unit.linears)
         for (m, n, choice), count in kinds.items():
             one, other = self.trial(m, n, choice)
-            decomposing, storing = decomposing + one * count, storing + other * count
+            if choice.form.size_of != "whole":
+                decomposing += one * count
+            storing += other * count
         return decomposing, storing
 
     def trial(self, m: int, n: int, choice: Choice) -> tuple[Work, Work]:
@@ -748,11 +758,12 @@ def plan(
     from specomp import api
 
     config = model.config if isinstance(model, PreTrainedModel) else model
-    chosen, settings = api.method_of(method, quantizer), api.calibration_of(calibration)
+    budget, settings = api.budget_of(ratio), api.calibration_of(calibration)
+    chosen = api.method_of(method, quantizer, budget)
     kind = dtype or str(
         model.dtype if isinstance(model, PreTrainedModel) else config.dtype or torch.float32
     ).removeprefix("torch.")
-    return planned(config, kind, chosen, api.budget_of(ratio), settings, num_samples, length)
+    return planned(config, kind, chosen, budget, settings, num_samples, length)
 
 
 def planned(

@@ -80,12 +80,14 @@ def load(group: str, choice: str) -> DictConfig:
     merged: Any = OmegaConf.create({})
     defaults = own.pop("defaults", [])
     for entry in [*defaults, *([] if "_self_" in defaults else ["_self_"])]:
-        if entry == "_self_":
-            merged = OmegaConf.merge(merged, own)
+        if entry == "_self_":  # a file of the whole config has its own part under its group
+            merged = OmegaConf.merge(merged, own.get(group, own))
         elif isinstance(entry, str):
             merged = OmegaConf.merge(merged, load(group, entry))
         else:
             ((slot, value),) = entry.items()
+            if slot.startswith("override ") and group in own:
+                continue  # what a command line without that slot gets; here the budget says it
             if slot.startswith("override "):
                 raise UserError(
                     f"{group}={choice} is an old name of"

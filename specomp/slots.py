@@ -23,6 +23,11 @@ from specomp.numerics.grid import Grid, GridSpec
 from specomp.numerics.statistics import Statistic, Stats
 from specomp.settings import configurable
 
+SizeOf = Literal["rank", "dimensions", "whole"]
+"""What the sizes of a form count: components of a linear's spectrum; dimensions of a unit; or
+nothing, as every linear is stored in full.
+"""
+
 Upstream = Literal["dense", "compressed"]
 """What inputs passed through before they were looked at: dense or compressed decoder layers."""
 
@@ -90,6 +95,9 @@ class Evidence(Protocol):
         or into it; made_by: the slot or form that asks, whose settings it depends on.
         """
 
+    def on(self, rounding: "Rounding") -> "Evidence":
+        """The same, of a unit that this rounds, whatever the method does."""
+
     def lost(self, linear: LinearSpec, share: float) -> None:
         """For the report: the share of a linear's norm that is lost where its shape changes."""
 
@@ -107,6 +115,8 @@ class Form(Protocol):
     """How a unit is stored, at every size it comes in; its modules are nn.Linear or
     specomp.models.modules.Substitute.
     """
+
+    size_of: SizeOf
 
     def sizes(self, unit: Unit) -> Sequence[int]:
         """Those it comes in, for ranks 1, 2, ..."""
@@ -347,11 +357,21 @@ class Training(Protocol):
 
 
 class Rounding(Protocol):
-    """Puts stored numbers on a grid (None: leaves them in the model's dtype)."""
+    """Puts stored numbers on a grid, or on one of several that an allocation chooses."""
 
     @property
     def grid(self) -> GridSpec | None:
-        """What it rounds to."""
+        """What it rounds to where a form says nothing else; None: the model's dtype."""
+
+    @property
+    def grids(self) -> Sequence[GridSpec]:
+        """All that stored numbers may lie on; none where it leaves them in the model's dtype."""
+
+    def single(self, packing: "Form") -> Sequence["Form"]:
+        """What a linear may be stored in where a method stores it in `packing`."""
+
+    def wide(self, forms: Sequence["Form"]) -> Sequence["Form"]:
+        """What a unit of several linears may be stored in where a method gives it these."""
 
     @property
     def needs(self) -> frozenset[Statistic]:
@@ -387,9 +407,17 @@ class Method:
     units: SkipValidation[Units] = NoUnits()  # type: ignore[assignment]
 
     @property
+    def spends(self) -> bool:
+        """Whether a budget changes anything."""
+        return self.allocation.compresses or self.training.active
+
+    @property
     def is_dense(self) -> bool:
-        """Whether nothing is compressed: the reference row."""
-        return not (self.allocation.compresses or self.training.active)
+        """Whether nothing is compressed: the reference row. A row that keeps every linear in full
+        compresses where it puts them on a grid.
+        """
+        rounded = self.packing.size_of == "whole" and bool(self.rounding.grids)
+        return not (self.spends or rounded)
 
     @property
     def repairs(self) -> bool:
@@ -447,8 +475,8 @@ OURS = {
         "adasvd anchored asvd block_refine functional fwsvd global_loss kronecker lora soco"
         " spectrum svd svd_llm"
     ),
-    "forms": "cut dense factors heads pivoted ranked",
-    "quantization": "factors gptq none rtn",
+    "forms": "cut dense factors gridded heads pivoted ranked scores whole",
+    "quantization": "factors gptq grids none rtn",
 }
 
 

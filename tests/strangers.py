@@ -73,6 +73,8 @@ class HalvesForm:
                 made.bias.copy_(bias)
         return {linear.name: made}
 
+    size_of = "rank"
+
     def kept(self, unit):
         return 0
 

@@ -28,10 +28,16 @@ def check_method(
         if refinement.moves_stored and not training.chooses
         else None
     )
-    if method.rounding.grid is not None and moves is not None:
+    if method.rounding.grids and moves is not None:
         raise UserError(
             f"{type(getattr(method, moves)).__name__} moves numbers off the grid they were rounded"
             f" to: use another method/{moves}, or quantizer=none."
+        )
+    if not method.allocation.compresses and len(method.rounding.grids) > 1:
+        raise UserError(
+            "Which linear gets which of several grids is for an allocation to choose, and"
+            f" {type(method.allocation).__name__} chooses nothing: use"
+            " method/allocation=global_loss, or a quantizer of one grid, such as gptq_int4."
         )
     method.units.check(method)
     if training.active:
@@ -44,16 +50,23 @@ def check_budget(model: Any, family: ModelFamily, method: Method, budget: Budget
     else no allocation helps. model: of transformers, without numbers too. Raises UserError.
     """
     units, dtype = family.units(model), model.dtype
+    if not method.spends:
+        return
     method.units.check_family(family, model.config)
     method.units.forms(family.functional_units(model))  # which may refuse them
-    form, grid, least, whole = method.packing, method.rounding.grid, 0, 0
+    forms, grid, least, whole = method.rounding.single(method.packing), method.rounding.grid, 0, 0
     for unit in units:
-        sizes, dense = form.sizes(unit), budget.price(DENSE.parts(unit, 0), dtype)
-        smallest = budget.price(form.parts(unit, sizes[0], grid), dtype) if len(sizes) else dense
-        least, whole = least + min(smallest, dense), whole + dense
+        dense = budget.price(DENSE.parts(unit, 0), dtype)
+        smallest = [
+            budget.price(form.parts(unit, sizes[0], grid), dtype)
+            for form in forms
+            if len(sizes := form.sizes(unit))
+        ]
+        least, whole = least + min(smallest + [dense]), whole + dense
     allowed = budget.share(dtype) * whole
     if allowed < least:
+        small = "rank 1" if any(x.size_of == "rank" for x in forms) else "the smallest form"
         raise UserError(
             f"{budget.setting} keeps {allowed:.0f} {budget.currency} of the {len(units)} linears,"
-            f" rank 1 in each takes {least}: {budget.remedy}."
+            f" {small} in each takes {least}: {budget.remedy}."
         )

@@ -2,9 +2,10 @@
 route of the method says.
 """
 
+import copy
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Self
 
 from torch import Tensor, nn
 
@@ -19,7 +20,7 @@ from specomp.numerics.elimination import VERSION
 from specomp.numerics.factors import LowRankFactors, Norm, Spectrum, truncate
 from specomp.numerics.linalg import relative
 from specomp.numerics.statistics import Stats
-from specomp.slots import Rounded, Trained, describe
+from specomp.slots import Rounded, Rounding, Trained, describe
 
 Values = Mapping[str, Tensor]
 """What a decoder layer accumulated, by place and statistic."""
@@ -27,6 +28,8 @@ Values = Mapping[str, Tensor]
 
 class DenseEvidence:
     """Of the dense model, before anything is compressed: what predicts losses."""
+
+    rounding: Rounding | None = None
 
     def __init__(self, run: Run, spectra: Spectra) -> None:
         self.run, self.spectra = run, spectra
@@ -64,6 +67,12 @@ class DenseEvidence:
                 run.cache.save("units", key, unit.name, found)
         return found
 
+    def on(self, rounding: Rounding) -> Self:
+        """The same, which rounds so."""
+        found = copy.copy(self)
+        found.rounding = rounding
+        return found
+
     def lost(self, linear: LinearSpec, share: float) -> None:
         """Of a trial: not reported."""
 
@@ -80,8 +89,13 @@ class DenseEvidence:
         free_basis: bool,
         inputs: Tensor | None = None,
     ) -> tuple[Rounded, ...]:
-        """As they are."""
-        return tuple(map(Rounded, matrices))
+        """As they are, but for trials of a grid."""
+        if self.rounding is None:
+            return tuple(map(Rounded, matrices))
+        stats = self.stats(linear)
+        return rounded_by(
+            self.rounding, linear, matrices, stats, self.place(linear), inputs, free_basis
+        )
 
     def bias(self, linear: LinearSpec) -> Tensor | None:
         """Of the linear."""
@@ -219,21 +233,15 @@ class LayerEvidence(DenseEvidence):
         """On the inputs that the route says. Raises UserError where that is numerically
         impossible.
         """
-        rounding = self.run.method.rounding
+        rounding = self.rounding or self.run.method.rounding
         stats = (
             self._repair_stats(linear)
             if self.run.route.rounds == "compensation"
             else self.stats(linear)
         )
-        if inputs is not None:
-            stats = stats.part(None, inputs) if inputs.ndim == 1 else stats.through(inputs)
-        try:
-            found = rounding(matrices, stats, self.place(linear)["dtype"], free_basis=free_basis)
-        except ValueError as error:
-            raise UserError(
-                f"{linear.name}, quantizing its factors: {error}: calibrate on more tokens, or"
-                " raise quantizer.damping."
-            ) from error
+        found = rounded_by(
+            rounding, linear, matrices, stats, self.place(linear), inputs, free_basis
+        )
         if all(x.grid is None for x in found):
             return found
         account, norm = self.account(linear), self.norm(linear)
@@ -279,6 +287,27 @@ class LayerEvidence(DenseEvidence):
         """Free what was made of one linear."""
         self._norms.pop(linear.name, None)
         self._spectra.pop(linear.name, None)
+
+
+def rounded_by(
+    rounding: Rounding,
+    linear: LinearSpec,
+    matrices: Sequence[Tensor],
+    stats: Stats,
+    place: Mapping[str, Any],
+    inputs: Tensor | None,
+    free_basis: bool,
+) -> tuple[Rounded, ...]:
+    """See Evidence.rounded. Raises UserError where that is numerically impossible."""
+    if inputs is not None:
+        stats = stats.part(None, inputs) if inputs.ndim == 1 else stats.through(inputs)
+    try:
+        return rounding(matrices, stats, place["dtype"], free_basis=free_basis)
+    except ValueError as error:
+        raise UserError(
+            f"{linear.name}, quantizing it: {error}: calibrate on more tokens, or raise"
+            " quantizer.damping."
+        ) from error
 
 
 def linear_module(model: nn.Module, linear: LinearSpec) -> nn.Linear:

@@ -47,7 +47,7 @@ def compress(run: Run, statistics: Statistics) -> Report:
         evidence = DenseEvidence(run, spectra)
         menu = options(
             run.units,
-            [method.packing],
+            run.forms,
             run.budget,
             run.model.dtype,
             evidence,
@@ -67,7 +67,8 @@ def compress(run: Run, statistics: Statistics) -> Report:
     with progress.stage("compress"):
         reports = compress_layers(run, chosen, statistics, spectra, trained)
     account = trained.account if trained is not None else method.training.after(run, prepared)
-    balance = ledger(run.budget, before, measure(run.model, run.linears))
+    budget = run.budget if method.spends else None
+    balance = ledger(budget, before, measure(run.model, run.linears))
     found = Report(
         linears=reports,
         ledger=balance,
@@ -76,7 +77,7 @@ def compress(run: Run, statistics: Statistics) -> Report:
         notes=progress.notes,
         made={
             "method": method.name,
-            **run.budget.identity(),
+            **({} if budget is None else budget.identity()),
             "calibration": run.samples.description | {"hash": run.samples.hash},
         },
     )
@@ -224,10 +225,10 @@ def store_unit(run: Run, unit: Unit, choice: Choice, evidence: LayerEvidence) ->
             found = dict(vars(evidence.account(linear)))
             found["weight_error"] = None
             if whole and len(unit.linears) == 1:
-                spectrum, target = evidence.spectrum(linear), evidence.weight(linear).float()
-                norm = evidence.norm(linear)
+                ranked = choice.form.size_of == "rank" or evidence.trained is not None
+                spectrum = evidence.spectrum(linear) if ranked else None
+                target, norm = evidence.weight(linear).float(), evidence.norm(linear)
                 found |= errors_of(weight_of(module), target, norm, spectrum, choice.size)
-                found |= {"damping": spectrum.damping}
             replace_linear(run.model, linear.name, module.requires_grad_(False))
             report = replace(
                 report,

@@ -3,6 +3,7 @@ what a reader should know.
 """
 
 import io
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from statistics import fmean
@@ -235,7 +236,7 @@ def linear_notes(
         }
         notes += form.notes({x.name: x.facts for x in linears if x.name in own}, len(linears))
     worst = max(linears, key=lambda x: x.loss_over_bound)
-    exact = trained is None and not method.compensation.needs and method.rounding.grid is None
+    exact = trained is None and not method.compensation.needs and not method.rounding.grids
     if exact and run.model.dtype == torch.float32 and worst.loss_over_bound > 1.01:
         notes.append(
             f"{worst.name} loses {worst.loss_over_bound:.3f} times its Eckart-Young bound: try"
@@ -249,26 +250,39 @@ def rounding_notes(run: Run, low: Sequence[LinearReport], count: int) -> list[st
     rounded = [x for x in low if x.quantization_error is not None]
     rounding = run.method.rounding
     held_in = str(run.model.dtype)
-    if not rounded or rounding.grid is None:
+    if not rounded:
         return []
+    what = "the weights" if run.method.packing.size_of == "whole" else "the factors"
+    if rounding.grid is None:
+        shares = Counter(int(x.facts["bits"]) for x in rounded)
+        said = ", ".join(f"{count} of {bits}" for bits, count in sorted(shares.items()))
+        what = f"{len(rounded)} linears are on grids ({said} bits)"
+    else:
+        what += f" of {len(rounded)} linears have {rounding.grid.bits} bits"
     notes = [
-        f"the factors of {len(rounded)} linears have {rounding.grid.bits} bits: metrics are of the"
-        f" rounded numbers held in {held_in.removeprefix('torch.')} (simulated), model_bytes is"
-        " what a folder of factors stores"
+        f"{what}: metrics are of the rounded numbers held in"
+        f" {held_in.removeprefix('torch.')} (simulated), model_bytes is what a folder of factors"
+        " stores"
     ]
     if len(rounded) < count:
-        notes.append(f"{count - len(rounded)} linears stay dense and are not quantized")
+        kept = "are not rounded" if rounding.grid is None else "stay dense and are not quantized"
+        notes.append(f"{count - len(rounded)} linears {kept}")
     return notes + list(rounding.notes([x.quantization_damping for x in rounded]))
 
 
 def errors_of(
-    packed: Tensor, target: Tensor, norm: Norm, spectrum: Spectrum, rank: int
+    packed: Tensor, target: Tensor, norm: Norm, spectrum: Spectrum | None, rank: int
 ) -> dict[str, Any]:
-    """Relative errors of what is actually stored, in its dtype, the certificate against the
-    Eckart-Young bound, and its spectrum.
+    """Relative errors of what is actually stored, in its dtype; of what is made of components also
+    the certificate against the Eckart-Young bound, and their spectrum and its damping.
     """
     error = packed - target
     loss = norm.loss(error)
+    if spectrum is None:
+        return {
+            "weight_error": relative(float(error.norm()), float(target.norm())),
+            "norm_error": relative(loss, norm.loss(target)),
+        }
     whole = float(spectrum.s.double().square().sum().sqrt())
     bound = spectrum.tail(rank)
     return {
@@ -277,6 +291,7 @@ def errors_of(
         # A bound that is rounding noise itself certifies nothing.
         "loss_over_bound": loss / bound if bound > 1e-6 * whole else 1.0,
         "spectrum": sampled(spectrum.s),
+        "damping": spectrum.damping,
     }
 
 

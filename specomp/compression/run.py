@@ -106,9 +106,15 @@ class Run:
     @cached_property
     def wide_units(self) -> dict[Unit, Sequence[Form]]:
         """Units of several linears that the method may store as one, and how."""
-        if self.method.is_dense:
+        if not self.method.spends:
             return {}
-        return dict(self.method.units.forms(self.family.functional_units(self.model)))
+        found = self.method.units.forms(self.family.functional_units(self.model))
+        return {unit: self.method.rounding.wide(forms) for unit, forms in found.items()}
+
+    @cached_property
+    def forms(self) -> Sequence[Form]:
+        """What a linear may be stored in by itself."""
+        return self.method.rounding.single(self.method.packing)
 
     @cached_property
     def route(self) -> Route:

@@ -73,14 +73,15 @@ def check_streamed(
 
 def check_packed(method: Method, options: Options) -> None:
     """Whether rounded numbers can be stored, before any work. Raises UserError."""
-    grid = method.rounding.grid
-    if grid is None:
+    grids = method.rounding.grids
+    if not grids:
         return
     if method.is_dense:
         log.warning("Nothing is compressed: quantizer is not used.")
     elif options.save and options.export == "factors":
+        said = " or ".join(map(str, sorted({x.bits for x in grids})))
         otherwise = ", or set save=false, which evaluates all the same"
-        needed("compressed_tensors", "int4", f"Saving factors of {grid.bits} bits", otherwise)
+        needed("compressed_tensors", "int4", f"Saving numbers of {said} bits", otherwise)
 
 
 def check_export(config: Any, method: Method, options: Options) -> None:

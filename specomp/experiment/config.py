@@ -82,7 +82,7 @@ class Experiment(Request):
         return more | {
             "model": model,
             "method": method_identity(self.method),
-            **self.ratio.identity(),
+            **(self.ratio.identity() if self.method.spends else {}),
             "calibration": self.samples.hash,
             "upstream": self.calibration.upstream,
             "precision": [self.calibration.precision, self.calibration.accumulate],

@@ -7,6 +7,7 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
+from specomp import rows
 from specomp.settings import CONF
 
 SETTINGS = ("method.", "calibration.", "quantizer.", "seed=")
@@ -20,15 +21,20 @@ def first_line(hydra: Any, cfg: Any) -> str:
     ratio = ratio_name(choices["ratio"], cfg.ratio)
     amount = f"ratio={ratio}" if ratio == choices["ratio"] else ratio
     method = " ".join([cfg.method.name, *changes(choices, typed)])
-    return f"{cfg.model.name}, {method}, {amount}, calibrated on {text_name(choices, cfg)}"
+    words = [cfg.model.name, method, *([amount] if spends(choices) else [])]
+    return ", ".join([*words, f"calibrated on {text_name(choices, cfg)}"])
 
 
 def method_name(choices: Mapping[str, str], config: Mapping[str, Any]) -> str:
     """What a record's method is called. A dense reference has the config of the run that measured
     it.
     """
-    dense = choices.get("method") == "dense"
-    return "dense" if dense else _name(choices, config, "method")
+    return "dense" if is_reference(choices) else _name(choices, config, "method")
+
+
+def is_reference(choices: Mapping[str, str]) -> bool:
+    """Whether nothing is compressed; with a quantizer the dense row is."""
+    return choices.get("method") == "dense" and choices.get("quantizer", "none") == "none"
 
 
 def model_name(choices: Mapping[str, str], config: Mapping[str, Any]) -> str:
@@ -59,21 +65,25 @@ def ratio_name(choice: str | None, ratio: Mapping[str, Any] | None) -> str:
 
 @cache
 def _ratio_of(choice: str) -> dict[str, Any] | None:
-    path = CONF / "ratio" / f"{choice}.yaml"
-    if not path.is_file():
+    if not (CONF / "ratio" / f"{choice}.yaml").is_file():
         return None
-    return {str(k): v for k, v in OmegaConf.load(path).items() if not str(k).startswith("_")}
+    return {str(k): v for k, v in rows.load("ratio", choice).items() if not str(k).startswith("_")}
+
+
+def spends(choices: Mapping[str, str]) -> bool:
+    """Whether a ratio changes anything: not of the dense row, which a quantizer compresses."""
+    return choices.get("method") != "dense"
 
 
 def run_name(choices: Mapping[str, str], config: Mapping[str, Any]) -> str:
     """All that tells a record from another, in one line: model, method with what differs from its
     row, ratio, text.
     """
-    method = method_name(choices, config)
-    words = [model_name(choices, config), method]
-    if method != "dense":
+    words = [model_name(choices, config), method_name(choices, config)]
+    if not is_reference(choices):
         words += changes(choices, config.get("overrides") or [])
-        words.append(ratio_name(choices.get("ratio"), config.get("ratio")))
+        if spends(choices):
+            words.append(ratio_name(choices.get("ratio"), config.get("ratio")))
         words.append(text_name(choices, config))
     return " ".join(filter(None, words))
 
@@ -82,8 +92,12 @@ def folder_name(choices: Mapping[str, str], config: Mapping[str, Any]) -> str:
     """Model, method and ratio for the name of a folder: letters, digits and .+=- only, at most 100
     characters. A key has to follow: what differs beyond these three is not in it.
     """
-    ratio = ratio_name(choices.get("ratio"), config.get("ratio"))
-    words = [model_name(choices, config), method_name(choices, config), ratio]
+    amount = (
+        ratio_name(choices.get("ratio"), config.get("ratio"))
+        if spends(choices)
+        else str(choices.get("quantizer"))
+    )
+    words = [model_name(choices, config), method_name(choices, config), amount]
     return "-".join(UNSAFE.sub("_", x).lstrip(".-")[:40] for x in words)[:100]
 
 
@@ -91,10 +105,9 @@ def changes(choices: Mapping[str, str], overrides: Sequence[str]) -> list[str]:
     """What differs from the method's row as it stands in conf/: slots that were chosen otherwise,
     on the command line or by an experiment, and settings that were typed; the quantizer too.
     """
-    method = str(choices.get("method"))
-    if method == "dense":
+    if is_reference(choices):
         return []  # nothing is compressed, by whatever settings
-    row = slots_of(method)
+    row = slots_of(str(choices.get("method")))
     found = []
     if choices.get("quantizer", "none") != "none":
         found.append(f"quantizer={choices['quantizer']}")

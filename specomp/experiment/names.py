@@ -72,6 +72,10 @@ def portable(config: Mapping[str, Any]) -> dict[str, Any]:
     method = wanted["method"]
     if isinstance(method, Mapping):
         method["name"] = OLD_ROWS.get(method.get("name", ""), method.get("name"))  # type: ignore[index]
+        if str((method.get("packing") or {}).get("_target_")).endswith(".Whole") and str(
+            (wanted["quantizer"] or {}).get("_target_")
+        ).endswith(".NoQuantizer"):  # the dense row had another packing, which nothing looked at
+            method["packing"] = {"_target_": "specomp.forms.factors.Factors"}  # type: ignore[index]
         units = method.get("units") or {}
         if str(units.get("_target_")).endswith(".NoUnits"):  # a slot that came later
             method.pop("units")  # type: ignore[attr-defined]

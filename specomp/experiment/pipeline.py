@@ -387,7 +387,8 @@ def reference(experiment: Experiment, loaded: LoadedModel) -> dict[str, dict[str
                 key=key,
                 status="ok",
                 identity=experiment.identity(dense=True),
-                choices=experiment.choices | {"method": "dense", "ratio": "dense"},
+                choices=experiment.choices
+                | {"method": "dense", "ratio": "dense", "quantizer": "none"},
                 config=experiment.config,
                 ledger=dense_ledger(
                     measure(loaded.model, loaded.family.linears(loaded.model)), loaded

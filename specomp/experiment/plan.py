@@ -95,7 +95,7 @@ def show_plan(request: Request, *, console: Console | None = None) -> None:
         f"plan: {choice['model']}, {choice['method']},"
         f" {'nothing is compressed' if found.method.is_dense else request.ratio}"
     )
-    if found.method.rounding.grid is not None:
+    if found.method.rounding.grids:
         title += f", {choice.get('quantizer')}"
     console.print(
         table(

@@ -9,7 +9,7 @@ rank; nothing is left out of C, however large a massive activation is (CHOICE).
 """
 
 from collections.abc import Callable, Mapping
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 import torch
 from pydantic import Field
@@ -31,13 +31,14 @@ from specomp.numerics.factors import Norm
 from specomp.numerics.grid import GridSpec
 from specomp.numerics.linalg import relative
 from specomp.settings import configurable
-from specomp.slots import Evidence, check_protocol
+from specomp.slots import Evidence, SizeOf, check_protocol
 
 
 @configurable
 class Cut:
     """An MLP at every number of inner dimensions."""
 
+    size_of: ClassVar[SizeOf] = "dimensions"
     # Added to the diagonal of z's Gram at unit energy: how far a nearly dependent dimension is
     # trusted (methods.md 11: 1e-4).
     ridge: Annotated[float, Field(gt=0, lt=1)]

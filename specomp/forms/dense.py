@@ -1,6 +1,7 @@
 """Not compressed: the weights as they are, or as a training left them."""
 
 from collections.abc import Mapping
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -9,12 +10,14 @@ from specomp.forms.prices import Part
 from specomp.models.family import Unit
 from specomp.numerics.grid import GridSpec
 from specomp.settings import configurable
-from specomp.slots import Evidence
+from specomp.slots import Evidence, SizeOf
 
 
 @configurable
 class Dense:
     """Every linear of a unit in full: one size, no loss."""
+
+    size_of: ClassVar[SizeOf] = "whole"
 
     def sizes(self, unit: Unit) -> range:
         """One, called by the rank of a full matrix."""

@@ -13,7 +13,7 @@ zeros behind, and o reads what is there. So the attention itself is left as it i
 """
 
 from collections.abc import Mapping
-from typing import Annotated
+from typing import Annotated, ClassVar
 
 import torch
 from pydantic import Field
@@ -27,7 +27,7 @@ from specomp.numerics.elimination import losses_in_order, positive_root, stand_i
 from specomp.numerics.grid import GridSpec
 from specomp.numerics.linalg import SOLVE_DTYPE, relative
 from specomp.settings import configurable
-from specomp.slots import Evidence
+from specomp.slots import Evidence, SizeOf
 
 FLOOR = 1e-9
 
@@ -38,6 +38,7 @@ class ValueOutput:
     groups of heads keep together.
     """
 
+    size_of: ClassVar[SizeOf] = "dimensions"
     # Added to the diagonal of the Gram of the heads' outputs, relative to it (see Cut).
     ridge: Annotated[float, Field(gt=0, lt=1)]
 

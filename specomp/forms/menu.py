@@ -5,10 +5,12 @@ themselves; both ways are options of one unit, so an allocation chooses among th
 predicted loss alone. What stands for several units at once is split up when the choice is made.
 """
 
+import copy
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +20,7 @@ from specomp.forms.prices import Budget, Parts
 from specomp.models.family import Unit
 from specomp.numerics.grid import GridSpec
 from specomp.progress import track
-from specomp.slots import Choice, Evidence, Form
+from specomp.slots import Choice, Evidence, Form, SizeOf
 
 
 def options(
@@ -31,11 +33,17 @@ def options(
     wide: Mapping[Unit, Sequence[Form]] | None = None,
     *,
     comparable: bool = False,
+    predicted: bool = True,
 ) -> dict[Unit, Options]:
     """The options of every unit of a model of this dtype. units: of one linear each; wide: the
     forms of those of several, which take the place of their linears; comparable: see Wide.
+    predicted: whether losses may be asked for, which decide among several forms of a linear.
     """
-    single = {unit: Options(unit, forms, budget, dtype, evidence, grid) for unit in units}
+    kind = Best if len(forms) > 1 and predicted else Options
+    single = {
+        unit: kind(unit, forms, budget, dtype, evidence, grid)
+        for unit in track_single(units, predicted=kind is Best)
+    }
     by_linear = {unit.linears[0].name: found for unit, found in single.items()}
     made: dict[Unit, Options] = {}
     for unit, own in track_wide(wide or {}):
@@ -44,6 +52,11 @@ def options(
     made |= {x.unit: x for x in by_linear.values()}
     place = {unit.linears[0].name: i for i, unit in enumerate(units)}
     return dict(sorted(made.items(), key=lambda item: place[item[0].linears[0].name]))
+
+
+def track_single(units: Sequence[Unit], *, predicted: bool) -> Iterable[Unit]:
+    """With a bar where the first time each takes trials of every grid."""
+    return track(units, "try grids", len(units)) if predicted else units
 
 
 def track_wide(
@@ -66,6 +79,59 @@ def settled(choices: Mapping[Unit, Choice]) -> dict[Unit, Choice]:
         else:
             found[unit] = choice
     return found
+
+
+class Best(Options):
+    """Of a linear that may be stored in several forms, the options that lose less than every
+    cheaper one: then the dearest that is affordable is the best.
+    """
+
+    def __init__(
+        self,
+        unit: Unit,
+        forms: Sequence[Form],
+        budget: Budget,
+        dtype: torch.dtype,
+        evidence: Evidence,
+        grid: GridSpec | None,
+    ) -> None:
+        super().__init__(unit, forms, budget, dtype, evidence, grid)
+        self._keep(super().losses)
+
+    def _keep(self, losses: Tensor) -> None:
+        kept = frontier(self.prices, losses)
+        self._owner, self.sizes = self._owner[kept], self.sizes[kept]
+        self.prices, self._found = self.prices[kept], losses[kept]
+
+    @property
+    def losses(self) -> Tensor:  # type: ignore[override]
+        """Predicted losses (options) in float64."""
+        return self._found
+
+    @property
+    def whole(self) -> float:  # type: ignore[override]
+        """What storing nothing would lose: size 0 of a form of components, where there is one."""
+        ranked = [x for x in self.forms if x.size_of == "rank"]
+        if not ranked:
+            return (
+                self.evidence.norm(self.unit.linears[0]).loss(
+                    self.evidence.weight(self.unit.linears[0]).float()
+                )
+                ** 2
+            )
+        nothing = torch.zeros(1, dtype=torch.int64)
+        return float(ranked[-1].losses(self.unit, nothing, self.evidence))
+
+    def multiples(self, of: int) -> Options:
+        """The same of sizes that are multiples of this, and all in full."""
+        if of == 1:
+            return self
+        full = torch.tensor([x.size_of == "whole" for x in self.forms])[self._owner]
+        kept = (full | (self.sizes % of == 0)).nonzero().flatten()
+        made = copy.copy(self)
+        made._owner, made.sizes = self._owner[kept], self.sizes[kept]
+        made.prices, made._found = self.prices[kept], self._found[kept]
+        return made
 
 
 class Wide(Options):
@@ -135,6 +201,8 @@ class Wide(Options):
 
 class Joint(ABC):
     """A form of several units, each of which is stored in a form of its own."""
+
+    size_of: ClassVar[SizeOf] = "dimensions"
 
     @abstractmethod
     def split(self, unit: Unit, size: int) -> dict[Unit, Choice]:

@@ -79,6 +79,10 @@ class Budget(Protocol):
         """What is counted."""
 
     @property
+    def quantizer(self) -> str:
+        """The choice of conf/quantizer that it is spent with where none is named."""
+
+    @property
     def remedy(self) -> str:
         """What to change where it does not suffice."""
 
@@ -109,6 +113,7 @@ class Numbers:
 
     compression: Annotated[float, Field(ge=0, lt=1)]
     currency: ClassVar[str] = "parameters"
+    quantizer: ClassVar[str] = "none"
     remedy: ClassVar[str] = "lower ratio.compression"
 
     @property
@@ -147,7 +152,8 @@ class Bits:
 
     bits: Annotated[float, Field(gt=0)]
     currency: ClassVar[str] = "bits"
-    remedy: ClassVar[str] = "raise ratio.bits, or use a quantizer"
+    quantizer: ClassVar[str] = "grids"
+    remedy: ClassVar[str] = "raise ratio.bits, or use a quantizer of fewer bits"
 
     @property
     def setting(self) -> str:

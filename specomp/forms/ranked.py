@@ -4,6 +4,7 @@ below full.
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -11,11 +12,13 @@ from torch import Tensor, nn
 from specomp.forms.prices import Part
 from specomp.models.family import LinearSpec, Unit
 from specomp.numerics.grid import GridSpec
-from specomp.slots import Evidence
+from specomp.slots import Evidence, SizeOf
 
 
 class RankForm(ABC):
     """A form whose sizes are ranks, made of the best factors of that rank."""
+
+    size_of: ClassVar[SizeOf] = "rank"
 
     @abstractmethod
     def shapes(self, m: int, n: int, rank: int, grid: GridSpec | None) -> Mapping[str, Part]:

@@ -15,6 +15,7 @@ stood, or at its place in the new basis, the bias or zero where there is none.
 """
 
 from collections.abc import Mapping
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -29,7 +30,7 @@ from specomp.numerics.elimination import tails
 from specomp.numerics.grid import GridSpec
 from specomp.numerics.linalg import SOLVE_DTYPE, relative
 from specomp.settings import configurable
-from specomp.slots import Evidence
+from specomp.slots import Evidence, SizeOf
 
 
 @configurable
@@ -37,6 +38,8 @@ class QueryKey:
     """Queries and keys of a decoder layer's attention, at every number of rotary pairs (without
     them: of directions) that all groups of heads keep together.
     """
+
+    size_of: ClassVar[SizeOf] = "dimensions"
 
     def sizes(self, unit: Unit) -> range:
         """Pairs kept, one of every group at least."""

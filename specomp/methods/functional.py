@@ -61,7 +61,7 @@ class FunctionalUnits:
     def check(self, method: Method) -> None:
         """The norm needs a Gram matrix, and a training has to start from what is cut."""
         kinds = self.mlp, self.value_output, self.query_key
-        if method.is_dense or kinds == (None, None, None):
+        if not method.spends or kinds == (None, None, None):
             return
         if method.training.chooses and not method.allocation.compresses:
             raise UserError(
@@ -69,7 +69,7 @@ class FunctionalUnits:
                 " no MLP would be cut: use method/units=none, or an allocation that truncates, such"
                 " as method/allocation=global_loss."
             )
-        if method.training.chooses and method.rounding.grid is not None:
+        if method.training.chooses and method.rounding.grids:
             raise UserError(
                 f"{type(method.training).__name__} leaves the linears of a cut MLP in full"
                 " precision: use method/units=none, or quantizer=none."

@@ -50,7 +50,7 @@ class UniformAllocation:
 
 @configurable
 class FullRank:
-    """Every unit stays dense."""
+    """Every unit in full: in the packing where that is a form in full, else dense."""
 
     needs: ClassVar[frozenset[Statistic]] = frozenset()
     compresses: ClassVar[bool] = False
@@ -58,7 +58,11 @@ class FullRank:
 
     def __call__(self, menu: Menu, share: float, reads: Reads) -> dict[Unit, Choice]:
         """Choices."""
-        return {unit: options.choice(options.last) for unit, options in menu.items()}
+        found = {}
+        for unit, options in menu.items():
+            form = next(x for x in options.forms if x.size_of == "whole")
+            found[unit] = Choice(form, form.sizes(unit)[0])
+        return found
 
 
 @configurable

@@ -22,10 +22,10 @@ from specomp.numerics.factors import LowRankFactors
 from specomp.numerics.grid import GridSpec
 from specomp.numerics.linalg import SOLVE_DTYPE, congruence
 from specomp.numerics.statistics import Gram, Statistic, Stats
-from specomp.quantization.gptq import gptq
-from specomp.quantization.rtn import Spacing, round_to_nearest
+from specomp.quantization.gptq import gptq_each
+from specomp.quantization.rtn import OnGrid, Spacing, round_to_nearest
 from specomp.settings import configurable
-from specomp.slots import Rounded
+from specomp.slots import Form, Rounded
 
 
 @configurable
@@ -49,6 +49,19 @@ class FactorQuantizer:
         return GridSpec(bits=self.bits, group_size=self.group_size, symmetric=self.symmetric)
 
     @property
+    def grids(self) -> tuple[GridSpec, ...]:
+        """The one."""
+        return (self.grid,)
+
+    def single(self, packing: Form) -> list[Form]:
+        """The packing alone."""
+        return [packing]
+
+    def wide(self, forms: Sequence[Form]) -> Sequence[Form]:
+        """The forms as they are."""
+        return forms
+
+    @property
     def needs(self) -> frozenset[Statistic]:
         """Rounding to nearest looks at no inputs."""
         return frozenset({Gram()}) if self.algorithm == "gptq" else frozenset()
@@ -62,29 +75,53 @@ class FactorQuantizer:
         matrices: the first sees the linear's inputs, each other one the outputs of the one before;
         with a free_basis they are Vt and U. Raises ValueError when the Gram is not finite.
         """
+        return self.each([self], matrices, stats, dtype, free_basis=free_basis)[0]
+
+    def each(
+        self,
+        rules: Sequence["FactorQuantizer"],
+        matrices: Sequence[Tensor],
+        stats: Stats,
+        dtype: torch.dtype,
+        *,
+        free_basis: bool,
+    ) -> list[tuple[Rounded, ...]]:
+        """The same by each of several rules that differ from this one in their grid alone."""
         if self.rebalance and free_basis:
             Vt, U = matrices
             factors = rebalanced(LowRankFactors(U, Vt))
             matrices = (factors.Vt, factors.U)
         scale_dtype = dtype if dtype in (torch.float16, torch.bfloat16) else torch.float16
-        spacing = Spacing(
-            bits=self.bits,
-            group_size=self.group_size,
-            symmetric=self.symmetric,
-            scale_dtype=scale_dtype,
-        )
+        spacings = [
+            Spacing(
+                bits=x.bits,
+                group_size=x.group_size,
+                symmetric=x.symmetric,
+                scale_dtype=scale_dtype,
+            )
+            for x in rules
+        ]
+        found: list[list[OnGrid]]
         if self.algorithm == "rtn":
-            found = [round_to_nearest(matrix, spacing) for matrix in matrices]
-        else:
-            G, found = stats[Gram()], []
+            found = [[round_to_nearest(x, s) for x in matrices] for s in spacings]
+        elif self.order == "faithful" or len(matrices) == 1:
+            by_matrix, G = [], stats[Gram()]
             for index, matrix in enumerate(matrices):
-                found.append(
-                    gptq(matrix, G, spacing, act_order=self.act_order, damping=self.damping)
-                )
+                by_matrix.append(self._gptq(matrix, G, spacings))
                 if index + 1 < len(matrices):
-                    seen = matrix if self.order == "faithful" else found[-1].values()
-                    G = congruence(seen.to(SOLVE_DTYPE), G)
-        return tuple(Rounded(x.values(), x.grid, x.damping) for x in found)
+                    G = congruence(matrix.to(SOLVE_DTYPE), G)
+            found = [list(x) for x in zip(*by_matrix, strict=True)]
+        else:
+            found = [[] for _ in spacings]
+            for mine, spacing in zip(found, spacings, strict=True):
+                G = stats[Gram()]
+                for matrix in matrices:
+                    mine += self._gptq(matrix, G, [spacing])
+                    G = congruence(mine[-1].values().to(SOLVE_DTYPE), G)
+        return [tuple(Rounded(x.values(), x.grid, x.damping) for x in mine) for mine in found]
+
+    def _gptq(self, matrix: Tensor, G: Tensor, spacings: Sequence[Spacing]) -> list[OnGrid]:
+        return gptq_each(matrix, G, spacings, act_order=self.act_order, damping=self.damping)
 
     def notes(self, damping: Sequence[float]) -> list[str]:
         """Where more damping was needed than was asked for."""

@@ -8,10 +8,11 @@ keep the grid of the weights as they were (their columns are not consecutive in 
 rounding; compressed-tensors calls it static); scales are rounded to the 16 bits they are stored in.
 """
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int8
 from torch import Tensor
 
 from specomp.numerics.grid import Grid, limits
@@ -38,6 +39,20 @@ def gptq(
     act_order: the columns of the largest inputs first. damping: of the mean diagonal. Raises
     ValueError when the Gram is not finite.
     """
+    return gptq_each(weight, gram, [spacing], act_order=act_order, damping=damping)[0]
+
+
+def gptq_each(
+    weight: Float[Tensor, "m n"],
+    gram: Float[Tensor, "n n"],
+    spacings: Sequence[Spacing],
+    *,
+    act_order: bool,
+    damping: float,
+) -> list[OnGrid]:
+    """The same on each of several grids, in one sweep where their grids stay: rows do not know of
+    each other.
+    """
     n = weight.shape[1]
     gram = gram.to(SOLVE_DTYPE).clone()
     dead = gram.diagonal() <= 0
@@ -52,34 +67,71 @@ def gptq(
     feedback, used = inverse_factor(gram[order][:, order], damping)
     feedback = feedback.float()
     rows = weight.T[order].contiguous()  # (n, m): a column of the weight is a row here, contiguous
+    grids = [spacing.fit(weight) for spacing in spacings]
+    if not act_order and any(x.group_size < n for x in grids):
+        found = [
+            _refitting(rows.clone(), feedback, x, s) for x, s in zip(grids, spacings, strict=True)
+        ]
+    else:
+        integers = _sweep(rows, feedback, grids, order)
+        found = list(zip(integers, grids, strict=True))
+    back = order.argsort()
+    return [OnGrid(integers[back].T.contiguous(), grid, used) for integers, grid in found]
 
-    grid = spacing.fit(weight)
-    refitted = not act_order and grid.group_size < n
-    block = grid.group_size if refitted else BLOCK_COLUMNS
-    (low, high), integers, grids = limits(grid.bits), torch.empty_like(rows, dtype=torch.int8), []
-    scales, zeros = _by_group(grid)
-    for start in range(0, n, block):
-        stop = min(start + block, n)
-        if refitted:  # a group's grid spans what its columns have become
-            grids.append(spacing.fit(rows[start:stop].T))
-            scales, zeros = _by_group(grids[-1])
+
+def _sweep(
+    rows: Float[Tensor, "n m"], feedback: Float[Tensor, "n n"], grids: Sequence[Grid], order: Tensor
+) -> list[Int8[Tensor, "n m"]]:
+    """Integers on grids that stay, of all of them side by side."""
+    n, m = rows.shape
+    each = [_by_group(x) for x in grids]
+    bounds = torch.tensor([limits(x.bits) for x in grids], dtype=rows.dtype, device=rows.device)
+    low, high = bounds.repeat_interleave(m, 0).T
+    rows = rows.repeat(1, len(grids))
+    integers = torch.empty_like(rows, dtype=torch.int8)
+    columns = order.tolist()
+    for start in range(0, n, BLOCK_COLUMNS):
+        stop = min(start + BLOCK_COLUMNS, n)
         errors = torch.empty_like(rows[start:stop])
         for j in range(start, stop):
-            group = 0 if refitted else int(order[j]) // grid.group_size
-            q = (rows[j] / scales[group] + zeros[group]).round().clamp(low, high)
+            at = [columns[j] // x.group_size for x in grids]
+            scales = torch.cat([s[i] for (s, _), i in zip(each, at, strict=True)])
+            zeros = torch.cat([z[i] for (_, z), i in zip(each, at, strict=True)])
+            q = (rows[j] / scales + zeros).round().clamp(low, high)
             integers[j] = q.to(torch.int8)
-            error = (rows[j] - (q - zeros[group]) * scales[group]) / feedback[j, j]
+            error = (rows[j] - (q - zeros) * scales) / feedback[j, j]
             rows[j + 1 : stop].addr_(feedback[j, j + 1 : stop], error, alpha=-1)
             errors[j - start] = error
         rows[stop:] -= feedback[start:stop, stop:].T @ errors
-    if refitted:
-        together = (
-            None
-            if grid.zeros is None
-            else torch.cat([x.zeros for x in grids if x.zeros is not None], dim=1)
-        )
-        grid = replace(grid, scales=torch.cat([x.scales for x in grids], dim=1), zeros=together)
-    return OnGrid(integers[order.argsort()].T.contiguous(), grid, used)
+    return list(integers.split(m, 1))
+
+
+def _refitting(
+    rows: Float[Tensor, "n m"], feedback: Float[Tensor, "n n"], grid: Grid, spacing: Spacing
+) -> tuple[Int8[Tensor, "n m"], Grid]:
+    """Integers on a grid whose every group spans what its columns have become; rows in the order of
+    the columns.
+    """
+    n, block = len(rows), grid.group_size
+    (low, high), integers = limits(grid.bits), torch.empty_like(rows, dtype=torch.int8)
+    grids = []
+    for start in range(0, n, block):
+        stop = min(start + block, n)
+        grids.append(spacing.fit(rows[start:stop].T))
+        ((scales,), (zeros,)) = _by_group(grids[-1])
+        errors = torch.empty_like(rows[start:stop])
+        for j in range(start, stop):
+            q = (rows[j] / scales + zeros).round().clamp(low, high)
+            integers[j] = q.to(torch.int8)
+            error = (rows[j] - (q - zeros) * scales) / feedback[j, j]
+            rows[j + 1 : stop].addr_(feedback[j, j + 1 : stop], error, alpha=-1)
+            errors[j - start] = error
+        rows[stop:] -= feedback[start:stop, stop:].T @ errors
+    zeros = [x.zeros for x in grids if x.zeros is not None]
+    together = torch.cat(zeros, dim=1) if zeros else None
+    return integers, replace(
+        grid, scales=torch.cat([x.scales for x in grids], dim=1), zeros=together
+    )
 
 
 def inverse_factor(

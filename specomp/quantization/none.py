@@ -8,7 +8,7 @@ from torch import Tensor
 
 from specomp.numerics.statistics import Statistic, Stats
 from specomp.settings import configurable
-from specomp.slots import Rounded
+from specomp.slots import Form, Rounded
 
 
 @configurable
@@ -16,7 +16,16 @@ class NoQuantizer:
     """No quantization."""
 
     grid: ClassVar[None] = None
+    grids: ClassVar[tuple[()]] = ()
     needs: ClassVar[frozenset[Statistic]] = frozenset()
+
+    def single(self, packing: Form) -> list[Form]:
+        """The packing alone."""
+        return [packing]
+
+    def wide(self, forms: Sequence[Form]) -> Sequence[Form]:
+        """The forms as they are."""
+        return forms
 
     def __call__(
         self, matrices: Sequence[Tensor], stats: Stats, dtype: torch.dtype, *, free_basis: bool
