@@ -28,6 +28,7 @@ from specomp.compression.run import Run
 from specomp.compression.spectra import decompose, kept_components, stores_more
 from specomp.data.calibration import CalibrationSet
 from specomp.evaluation.workload import Workload
+from specomp.forms.gridded import WHOLE, Gridded, Trials
 from specomp.forms.menu import options
 from specomp.forms.options import DENSE, Options, fill
 from specomp.forms.prices import Budget, bits, numbers
@@ -42,6 +43,8 @@ from specomp.slots import Choice, Form, Method
 FLOAT = 4  # bytes: spectra, statistics of float32 sums, logits
 # Largest side of the linear that stands in for one.
 SMALL = 512
+# Likewise where grids are tried on it, column by column.
+TRIED = 48
 # Tensors of the residual stream and of the MLP's width that are alive at once in a decoder layer's
 # forward pass, and those that it keeps for the backward pass; float32 logits alive at once in a
 # cross-entropy with its gradient.
@@ -378,15 +381,19 @@ class Plan:
             storing += other * count
         return decomposing, storing
 
-    def trial(self, m: int, n: int, choice: Choice) -> tuple[Work, Work]:
+    def trial(
+        self, m: int, n: int, choice: Choice, trials: Trials | None = None
+    ) -> tuple[Work, Work]:
         """(decomposition, storing) of an m x n linear, as the core does both on a smaller one,
-        scaled up.
+        scaled up; trials: storing is trying grids.
         """
-        scale = max(1.0, max(m, n) / SMALL)
+        scale = max(1.0, max(m, n) / (SMALL if trials is None else TRIED))
         linear = LinearSpec(
             "linear", max(8, round(m / scale)), max(8, round(n / scale)), 0, 0, "linear"
         )
         unit, size = Unit("linear", "linear", (linear,)), max(1, round(choice.size / scale))
+        if choice.form.size_of == "rank":  # rounded up it may be full
+            size = min(size, min(linear.m, linear.n) - 1)
         method = self.method
         needs = (
             method.whitening.needs
@@ -408,7 +415,10 @@ class Plan:
             spectrum = decompose(evidence.norm(linear), evidence.weight(linear), "linear", keep)
         evidence.hold(linear, spectrum)
         with Counter() as storing:
-            store_unit(run, unit, Choice(choice.form, size), evidence)
+            if trials is None:
+                store_unit(run, unit, Choice(choice.form, size), evidence)
+            else:
+                trials.once(unit, size, evidence)
 
         def scaled(found: Work) -> Work:
             return Work(
@@ -534,6 +544,37 @@ class Plan:
             total += each[x.m, x.n]
         return total
 
+    @cached_property
+    def tried(self) -> list[tuple[tuple[Gridded, Unit], int]]:
+        """Forms that are tried on several grids, with a unit of each shape and how many there are
+        of it.
+        """
+        run, found = self.run, dict[Any, list[Any]]()
+        units = dict.fromkeys(run.units, run.forms) | run.wide_units
+        for unit, forms in units.items():
+            shape = tuple((x.m, x.n) for x in unit.linears)
+            for form in forms:
+                if isinstance(form, Gridded) and not form.index:
+                    found.setdefault((form.trials, shape), [form, unit, 0])[2] += 1
+        return [((form, unit), count) for form, unit, count in found.values()]
+
+    def trying(self, form: Gridded, unit: Unit) -> Work:
+        """All its sizes on all its grids; of a unit of several linears, shares of each in full."""
+        total = Work()
+        if len(unit.linears) == 1:
+            (x,) = unit.linears
+            for size in form.tried(unit):
+                total += self.trial(x.m, x.n, Choice(form, size), form.trials)[1]
+            return total
+        full = Trials(WHOLE, form.trials.rules)
+        whole = bits(WHOLE.parts(unit, 0), torch.float16)
+        for size in form.tried(unit):
+            share = bits(form.form.parts(unit, size), torch.float16) / whole
+            for x in unit.linears:
+                one = self.trial(x.m, x.n, Choice(WHOLE, min(x.m, x.n)), full)[1]
+                total += one * share
+        return total
+
     def allocate(self) -> Stage:
         """Nothing, where the allocation looks at no spectra."""
         if self.asked not in ("spectra", "trials"):
@@ -546,6 +587,9 @@ class Plan:
             total += work("disk", self.units_cached)
             held += max(8 * (4 * x.n**2 + 3 * x.m * x.n) for x in last)
             detail += f"; {len(last)} functional units put in order"
+        if tried := self.tried:
+            total += sum((self.trying(form, unit) * count for (form, unit), count in tried), Work())
+            detail += f"; {sum(count for _, count in tried)} forms tried on several grids"
         trials = self.asked == "trials"
         return Stage(
             name="allocate",

@@ -116,7 +116,9 @@ class Form(Protocol):
     specomp.models.modules.Substitute.
     """
 
-    size_of: SizeOf
+    @property
+    def size_of(self) -> SizeOf:
+        """What its sizes count."""
 
     def sizes(self, unit: Unit) -> Sequence[int]:
         """Those it comes in, for ranks 1, 2, ..."""

@@ -75,7 +75,7 @@ THIRD_PARTY = {
     "huggingface_hub": {"specomp/models/"},
     "tokenizers": {"specomp/models/"},
     "yaml": {"specomp/models/card.py"},
-    "gguf": {"specomp/models/gguf_export.py"},
+    "gguf": {"specomp/models/gguf_export.py", "specomp/models/gguf.py"},
     "transformers": {
         "specomp/models/",
         "specomp/data/",

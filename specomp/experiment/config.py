@@ -30,7 +30,7 @@ from specomp.experiment.checks import (
 from specomp.experiment.completed import completed
 from specomp.experiment.environment import plain_config
 from specomp.experiment.making import make
-from specomp.experiment.names import method_identity
+from specomp.experiment.names import method_identity, without_later
 from specomp.experiment.options import Options
 from specomp.experiment.record import RecordStore
 from specomp.experiment.tracking import Tracking
@@ -86,7 +86,7 @@ class Experiment(Request):
             "calibration": self.samples.hash,
             "upstream": self.calibration.upstream,
             "precision": [self.calibration.precision, self.calibration.accumulate],
-            "quantizer": describe(self.method.rounding),
+            "quantizer": without_later(describe(self.method.rounding)),
             "seed": self.options.seed,
         }
 

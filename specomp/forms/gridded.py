@@ -8,7 +8,7 @@ would be stored, at a few sizes of the form; between them it is smooth (methods.
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Protocol, cast
+from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor, nn
@@ -52,14 +52,16 @@ class Trials:
         """The sizes, and what each rule loses at them (rules, sizes) in float64."""
 
         def make() -> dict[str, Tensor]:
-            lost = []
-            for size in sizes:
-                trial = Trial(evidence, self.rules)
-                self.form.fit(unit, size, cast(Evidence, trial))
-                lost.append(trial.squares)
+            lost = [self.once(unit, size, evidence) for size in sizes]
             return {"sizes": torch.tensor(sizes), "losses": torch.stack(lost, 1)}
 
         return dict(evidence.remembered(unit, self, make))
+
+    def once(self, unit: Unit, size: int, evidence: Evidence) -> Tensor:
+        """(rules) in float64: at one size."""
+        trial = Trial(evidence, self.rules)
+        self.form.fit(unit, size, cast(Evidence, trial))
+        return trial.squares
 
 
 @dataclass(frozen=True)
@@ -68,10 +70,11 @@ class Gridded:
 
     trials: Trials
     index: int
-    size_of: ClassVar[SizeOf] = "whole"  # of the instance: that of its form
 
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "size_of", self.form.size_of)
+    @property
+    def size_of(self) -> SizeOf:
+        """That of the form."""
+        return self.form.size_of
 
     @property
     def form(self) -> Form:

@@ -43,6 +43,8 @@ class LoadedModel:
     tokenizer: Any  # of transformers; None where a folder has none
     family: ModelFamily
     store: LayerStore | None = None  # of a streamed model: where its decoder layers are
+    # of a model that was rounded by others: what its file stores of the linears' weights
+    stored_bits: int | None = None
 
 
 def open_model(

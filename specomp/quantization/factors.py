@@ -42,6 +42,7 @@ class FactorQuantizer:
     damping: Annotated[float, Field(ge=0, le=1)]
     order: Literal["faithful", "sequential"]
     rebalance: bool
+    search: Annotated[int, Field(ge=0, le=64)] = 0
 
     @property
     def grid(self) -> GridSpec:
@@ -98,6 +99,7 @@ class FactorQuantizer:
                 group_size=x.group_size,
                 symmetric=x.symmetric,
                 scale_dtype=scale_dtype,
+                search=x.search,
             )
             for x in rules
         ]

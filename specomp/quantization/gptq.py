@@ -67,10 +67,12 @@ def gptq_each(
     feedback, used = inverse_factor(gram[order][:, order], damping)
     feedback = feedback.float()
     rows = weight.T[order].contiguous()  # (n, m): a column of the weight is a row here, contiguous
-    grids = [spacing.fit(weight) for spacing in spacings]
+    energy = gram.diagonal().float()
+    grids = [spacing.fit(weight, energy) for spacing in spacings]
     if not act_order and any(x.group_size < n for x in grids):
         found = [
-            _refitting(rows.clone(), feedback, x, s) for x, s in zip(grids, spacings, strict=True)
+            _refitting(rows.clone(), feedback, x, s, energy)
+            for x, s in zip(grids, spacings, strict=True)
         ]
     else:
         integers = _sweep(rows, feedback, grids, order)
@@ -107,7 +109,11 @@ def _sweep(
 
 
 def _refitting(
-    rows: Float[Tensor, "n m"], feedback: Float[Tensor, "n n"], grid: Grid, spacing: Spacing
+    rows: Float[Tensor, "n m"],
+    feedback: Float[Tensor, "n n"],
+    grid: Grid,
+    spacing: Spacing,
+    energy: Float[Tensor, " n"],
 ) -> tuple[Int8[Tensor, "n m"], Grid]:
     """Integers on a grid whose every group spans what its columns have become; rows in the order of
     the columns.
@@ -117,7 +123,7 @@ def _refitting(
     grids = []
     for start in range(0, n, block):
         stop = min(start + block, n)
-        grids.append(spacing.fit(rows[start:stop].T))
+        grids.append(spacing.fit(rows[start:stop].T, energy[start:stop]))
         ((scales,), (zeros,)) = _by_group(grids[-1])
         errors = torch.empty_like(rows[start:stop])
         for j in range(start, stop):

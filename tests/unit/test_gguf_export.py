@@ -16,10 +16,13 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
 import specomp
+from specomp.cache import Cache
+from specomp.compression.ledger import measure
 from specomp.errors import UserError
-from specomp.experiment.pipeline import run
+from specomp.experiment.pipeline import dense_ledger, run
 from specomp.models import gguf_export
 from specomp.models.files import GGUF
+from specomp.models.gguf import GGUFFile
 from specomp.models.gguf_export import context_length, rope_tensors, rounded
 from specomp.models.gguf_tokens import REST, WORDS, pre_tokenizer, token_fields
 from specomp.models.push import _card
@@ -364,3 +367,33 @@ def test_a_run_that_cannot_is_refused_before_work(tmp_path):
 def test_the_context_of_a_window_that_is_off():
     config = CONFIGS["qwen2"][1] | {"use_sliding_window": False, "sliding_window": 16}
     assert context_length(transformers.Qwen2Config(**config)) == 256
+
+
+def own_file(path):
+    return GGUFFile(
+        name="own", path=str(path), dtype="float32", device="cpu", device_map=None, stream=False
+    )
+
+
+def test_a_file_of_ones_own_is_a_model_whose_bits_are_counted(tmp_path):
+    model = tiny_model("llama")
+    folder = specomp.save(model, tmp_path / "m", tiny_tokenizer(), form="gguf_q8_0")
+    loaded = own_file(folder / GGUF).load(Cache(tmp_path / "cache"))
+    state = {key: rounded(value, "gguf_q8_0") for key, value in model.state_dict().items()}
+    model.load_state_dict(state)
+    torch.testing.assert_close(logits(loaded.model), logits(model), atol=1e-6, rtol=1e-5)
+    # what a row divides into blocks of 32 has 8.5 bits; a row that does not falls back to 16
+    linears = loaded.family.linears(loaded.model)
+    assert loaded.stored_bits == sum(x.params * (8.5 if x.n % 32 == 0 else 16) for x in linears)
+    found = dense_ledger(measure(loaded.model, linears), loaded)
+    assert found.measured_bits == loaded.stored_bits / sum(x.params for x in linears)
+    assert found.dense.linear_bits == 32 * found.dense.linear_params
+
+
+@pytest.mark.parametrize("content, said", [(None, "is no file"), (b"PK34", "is no GGUF file")])
+def test_what_is_no_such_file_is_one_line(tmp_path, content, said):
+    path = tmp_path / "model.gguf"
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(UserError, match=said):
+        own_file(path).fingerprint(Cache(tmp_path / "cache"))
