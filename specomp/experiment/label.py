@@ -7,7 +7,6 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
-from specomp import rows
 from specomp.settings import CONF
 
 SETTINGS = ("method.", "calibration.", "quantizer.", "seed=")
@@ -65,9 +64,20 @@ def ratio_name(choice: str | None, ratio: Mapping[str, Any] | None) -> str:
 
 @cache
 def _ratio_of(choice: str) -> dict[str, Any] | None:
-    if not (CONF / "ratio" / f"{choice}.yaml").is_file():
+    """What a file of conf/ratio says of the budget, with the file that it starts from (rows.load
+    would cost an import of torch).
+    """
+    path = CONF / "ratio" / f"{choice}.yaml"
+    if not path.is_file():
         return None
-    return {str(k): v for k, v in rows.load("ratio", choice).items() if not str(k).startswith("_")}
+    own: Any = OmegaConf.load(path)
+    starts = [x for x in own.get("defaults", []) if isinstance(x, str) and x != "_self_"]
+    found = {k: v for x in starts for k, v in (_ratio_of(x) or {}).items()}
+    return found | {
+        str(k): v
+        for k, v in own.get("ratio", own).items()
+        if not str(k).startswith("_") and k != "defaults"
+    }
 
 
 def spends(choices: Mapping[str, str]) -> bool:

@@ -241,12 +241,12 @@ def test_conversion_happens_once_and_again_only_when_the_copy_is_damaged(
 ):
     converted = []
 
-    def convert(file, target):
+    def convert(file, target, *, off_grid):
         converted.append(file.name)
         tiny_model("llama").save_pretrained(target)
         tiny_tokenizer().save_pretrained(target)
 
-    monkeypatch.setattr(gguf, "_convert", convert)
+    monkeypatch.setattr(gguf, "convert", convert)
     source = packaged(**fake_package)
     fingerprint = source.fingerprint(cache)
     assert (
