@@ -52,10 +52,18 @@ class Grid:
         return GridSpec(bits=self.bits, group_size=self.group_size, symmetric=self.zeros is None)
 
     def integers(self, weight: Float[Tensor, "m n"]) -> Int8[Tensor, "m n"]:
-        """q of the grid points nearest to a weight."""
+        """q of the grid points nearest to a weight; of one held in 16 bits, of points that give
+        exactly that where there are such: in bfloat16 8 bits with zeros are finer than the weight.
+        """
         scales, zeros = self._by_column(weight)
         low, high = limits(self.bits)
-        return (weight.float() / scales + zeros).round().clamp(low, high).to(torch.int8)
+        found = (weight.float() / scales + zeros).round().clamp(low, high)
+        if weight.dtype == torch.bfloat16 and self.bits == 8:
+            for other in (found - 1, found + 1):
+                held = ((found - zeros) * scales).to(weight.dtype)
+                better = (held != weight) & (((other - zeros) * scales).to(weight.dtype) == weight)
+                found = torch.where(better & (other >= low) & (other <= high), other, found)
+        return found.to(torch.int8)
 
     def values(self, integers: Int8[Tensor, "m n"]) -> Float[Tensor, "m n"]:
         """The weight in float32 that integers stand for: exact, a product of a few bits with a

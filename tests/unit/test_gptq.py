@@ -3,6 +3,7 @@ force.
 """
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor
 
 from specomp.errors import UserError
 from specomp.numerics.factors import GramNorm, LowRankFactors, truncate
+from specomp.numerics.grid import Grid
 from specomp.numerics.statistics import Gram, Stats
 from specomp.quantization.factors import FactorQuantizer, rebalanced
 from specomp.quantization.gptq import gptq, inverse_factor
@@ -75,7 +77,7 @@ def test_the_grid_is_what_the_published_code_computes():
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("bits", [2, 4, 7])
+@pytest.mark.parametrize("bits", [2, 4, 7, 8])
 def test_integers_are_recovered_from_values_held_in_the_dtype_of_a_model(dtype, bits):
     weight, gram = problem()
     scale_dtype = torch.float16 if dtype == torch.float32 else dtype
@@ -86,7 +88,24 @@ def test_integers_are_recovered_from_values_held_in_the_dtype_of_a_model(dtype, 
         act_order=True,
         damping=0.01,
     )
-    assert torch.equal(rounded.grid.integers(rounded.values().to(dtype)), rounded.integers)
+    held = rounded.values().to(dtype)
+    integers = rounded.grid.integers(held)
+    assert torch.equal(rounded.grid.values(integers).to(dtype), held)
+    if bits < 8 or dtype != torch.bfloat16:  # there several integers are one number
+        assert torch.equal(integers, rounded.integers)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_eight_bits_with_zeros_are_found_again_at_every_scale(dtype):
+    """In bfloat16 the nearest integer to a held number may stand for another one."""
+    torch.manual_seed(0)
+    integers = torch.arange(-128, 128, dtype=torch.int8).repeat(400, 1)
+    scales = (torch.rand(400, 1) * 0.1 + 1e-4).to(dtype)
+    for zero in (-128, 0, 127):
+        zeros = torch.full((400, 1), zero, dtype=torch.int8)
+        grid = Grid(scales=scales, zeros=zeros, bits=8, group_size=256)
+        held = grid.values(integers).to(dtype)
+        assert torch.equal(grid.values(grid.integers(held)).to(dtype), held)
 
 
 @pytest.mark.parametrize("act_order", [True, False])
@@ -351,3 +370,62 @@ def test_more_damping_than_asked_for_is_said():
     assert quantizer().notes([0.01, 0.01]) == []
     (note,) = quantizer().notes([0.01, 0.011, 0.02])
     assert note.startswith("GPTQ of 2 linears needed more damping than 0.01, at most 2.0e-02")
+
+
+# The search for the range of a group.
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("group_size", GROUPS)
+def test_a_search_finds_the_range_of_least_error_among_those_it_tries(group_size, symmetric):
+    """By hand: every group at every range, each column counted by its energy."""
+    weight, gram = problem()
+    energy, settings = gram.diagonal(), spacing(bits=3, group_size=group_size, symmetric=symmetric)
+    found = replace(settings, search=4).fit(weight, energy)
+    size = found.group_size
+    widest = settings.fit(weight)
+    for row in range(3):
+        for group, start in enumerate(range(0, weight.shape[1], size)):
+            part = weight[row : row + 1, start : start + size]
+            counts = energy[start : start + size]
+            errors = {}
+            for share in (1, 0.875, 0.75, 0.625, 0.5):
+                span = torch.cat([part * share, part.new_zeros(1, 1)], 1)  # the range it spans
+                grid = settings.fit(span)
+                grid = replace(grid, group_size=part.shape[1])
+                near = grid.values(grid.integers(part))
+                errors[float(grid.scales[0, 0])] = float(((near - part) ** 2 * counts).sum())
+            best = min(errors.values())
+            chosen = float(found.scales[row, group])
+            assert errors[chosen] == pytest.approx(best, rel=1e-4)
+            assert chosen <= float(widest.scales[row, group])
+
+
+def test_without_a_search_the_range_is_the_widest():
+    weight, gram = problem()
+    plain, none = spacing().fit(weight), replace(spacing(), search=0).fit(weight, gram.diagonal())
+    assert torch.equal(plain.scales, none.scales)
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4])
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_a_search_never_loses_more_to_the_nearest(bits, symmetric):
+    for seed in range(3):
+        weight, _ = problem(24, 40, seed)
+        settings = spacing(bits=bits, group_size=16, symmetric=symmetric)
+        plain, searched = (
+            (round_to_nearest(weight, replace(settings, search=x)).values() - weight).norm()
+            for x in (0, 6)
+        )
+        assert searched <= plain
+        assert searched < 0.97 * plain or bits > 2
+
+
+@pytest.mark.parametrize("act_order", [True, False])
+def test_a_search_helps_gptq_at_two_bits(act_order):
+    weight, gram = problem(64, 128)
+    lost = [
+        loss(gptq(weight, gram, kind, act_order=act_order, damping=0.01), weight, gram)
+        for kind in (replace(spacing(bits=2, group_size=64), search=x) for x in (0, 6))
+    ]
+    assert lost[1] < 0.9 * lost[0]

@@ -216,7 +216,9 @@ def test_a_choice_is_called_what_it_was_called_first(choice):
     cfg = container(choice, *REQUIRED.get(choice, []))
     assert shape(portable(cfg)[group]) == FIRST[choice]
     if group == "quantizer":
-        assert shape(without_later(describe(rows.built(loaded(group, name), group)))) == as_key(FIRST[choice])
+        assert shape(without_later(describe(rows.built(loaded(group, name), group)))) == as_key(
+            FIRST[choice]
+        )
 
 
 def test_a_class_that_only_a_command_line_names_is_called_what_it_was_called_first():
