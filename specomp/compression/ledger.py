@@ -102,6 +102,14 @@ class Ledger:
         )
 
     @property
+    def in_bits(self) -> bool:
+        """Whether few bits were asked for, not few parameters: by a budget, or of a row that keeps
+        every linear in full on a grid.
+        """
+        rounded = self.compressed.linear_bits < self.dense.linear_bits
+        return self.target_bits is not None or (self.target_retention == 1 and rounded)
+
+    @property
     def measured_bits(self) -> float:
         """Stored bits a weight of the linears."""
         return self.compressed.linear_bits / self.dense.linear_params

@@ -99,9 +99,7 @@ def label(metric: str, values: dict[str, float]) -> str:
 
 def asked_for(ledger: Ledger) -> str:
     """What was to be stored."""
-    if ledger.target_retention == 1 and ledger.measured_bits < ledger.dense.linear_bits / max(
-        1, ledger.dense.linear_params
-    ):
+    if ledger.in_bits and not ledger.target_bits:
         return f"{ledger.measured_bits:.2f} bits a weight"
     return (
         f"{ledger.target_bits:g} bits a weight"

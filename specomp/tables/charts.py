@@ -41,7 +41,12 @@ def quality(sweep: Sweep) -> dict[str, str]:
         axes["retention"] = stored, RATIO, lambda p: p.retention
         megabytes = "MB of the whole model"
         axes["bytes of the model"] = megabytes, RATIO, lambda p: p.model_bytes / 1e6
-    numeric = [k for k in sweep.keys if all(is_number(p.keys[k]) for p in sweep.points)]
+    along = next((k for k in sweep.keys if k.endswith(".bits")), None)
+    if along is not None:
+        axes["bits a weight"] = "stored bits a weight of the linears", along, lambda p: p.bits
+    numeric = [
+        k for k in sweep.keys if k != along and all(is_number(p.keys[k]) for p in sweep.points)
+    ]
     if numeric:
         key = numeric[-1]
         axes["the swept number"] = key, key, lambda p: float(p.keys[key])
@@ -56,7 +61,7 @@ def quality(sweep: Sweep) -> dict[str, str]:
                     found.setdefault(point.series(swept), []).append(spot)
             if all(len(line) < 2 for line in found.values()):
                 continue
-            dense = sweep.dense(column) if swept == RATIO else None
+            dense = sweep.dense(column) if swept in (RATIO, along) else None
             drawn[f"{column.label} against {caption}"] = _lines(
                 {name: [(x, y) for x, y, _ in sorted(line)] for name, line in found.items()},
                 label,

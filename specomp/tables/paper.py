@@ -52,6 +52,12 @@ def facts(sweep: Sweep) -> list[str]:
     lines += [f"{label}: {what}" for label, what in described.items() if what]
     if any(point.std(c) is not None for point in sweep.points for c in sweep.columns):
         lines.append("mean ± standard deviation over seeds, and how many they are")
+    if any(point.in_bits for point in sweep.points):
+        return [
+            *lines,
+            "bits: all that is stored of the compressible linears (values, scales, zeros, indices)"
+            " a weight of the dense model's, which is held in as many as its row says",
+        ]
     return [
         *lines,
         "retention: stored parameters of the compressible linears over theirs in the dense model, "
@@ -87,7 +93,8 @@ def grid(sweep: Sweep) -> tuple[list[str], list[list[str]]]:
     **bold**, and where the paper prints some, its own and the difference.
     """
     columns = sweep.columns
-    header = [*sweep.keys, "", "retention", *(c.label for c in columns)]
+    in_bits = any(point.in_bits for point in sweep.points)
+    header = [*sweep.keys, "", "bits" if in_bits else "retention", *(c.label for c in columns)]
     fractions = [i for i, c in enumerate(columns) if c.unit == FRACTION]
     if len(fractions) > 1:
         header.append("mean acc")
@@ -102,12 +109,15 @@ def grid(sweep: Sweep) -> tuple[list[str], list[list[str]]]:
     dense = [sweep.dense(c) for c in columns]
     if any(x is not None for x in dense):
         names = [DENSE, *blank][: len(blank)]
-        add(names, "measured", "1.0000", *map(number, columns, dense), mean_of=dense)
+        stored = dense_bits(sweep) if in_bits else "1.0000"
+        add(names, "measured", stored, *map(number, columns, dense), mean_of=dense)
     for point in sweep.points:
         measured = [point.mean(c) for c in columns]
-        retention = f"{point.retention:.4f}" if point.done else MISSING
+        stored = MISSING
+        if point.done:
+            stored = f"{point.bits:.3f}" if in_bits else f"{point.retention:.4f}"
         cells = [_measured(sweep, point, c) for c in columns]
-        add(list(point.keys.values()), "measured", retention, *cells, mean_of=measured)
+        add(list(point.keys.values()), "measured", stored, *cells, mean_of=measured)
         quotes = [sweep.quote(point, c) for c in columns]
         quoted = [q.value if q else None for q in quotes]
         model = next((q.model for q in quotes if q), None)
@@ -116,6 +126,12 @@ def grid(sweep: Sweep) -> tuple[list[str], list[list[str]]]:
         if model == point.models and any(x is not None for x in measured):
             add(blank, "difference", "", *map(_difference, columns, measured, quoted))
     return header, body
+
+
+def dense_bits(sweep: Sweep) -> str:
+    """A weight of the dense model, as it is held."""
+    sizes = [r.counted.dense for r in sweep.records]
+    return f"{sizes[0].linear_bits / sizes[0].linear_params:.0f}" if sizes else MISSING
 
 
 def long_grid(sweep: Sweep) -> tuple[list[str], list[list[str]]]:

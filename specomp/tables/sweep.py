@@ -113,6 +113,16 @@ class Point:
         return fmean(r.counted.measured_retention for r in self.done)
 
     @property
+    def in_bits(self) -> bool:
+        """Whether few bits were asked for, not few parameters."""
+        return any(r.counted.in_bits for r in self.done)
+
+    @property
+    def bits(self) -> float:
+        """Stored bits a weight of the linears; mean over the seeds that have run."""
+        return fmean(r.counted.measured_bits for r in self.done)
+
+    @property
     def model_bytes(self) -> float:
         """Of the whole model; mean over the seeds that have run."""
         return fmean(r.counted.compressed.model_bytes for r in self.done)

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from safetensors import safe_open
 from torch import Tensor
 
 import specomp
@@ -14,13 +15,14 @@ from specomp.compression.loop import compress, dense_spectra
 from specomp.errors import UserError
 from specomp.forms.gridded import between
 from specomp.forms.prices import Bits, bits, parts_of
+from specomp.models.load import cast_weights
 from specomp.models.modules import GridLinear, weight_of
 from specomp.numerics.statistics import Gram, Stats
 from specomp.quantization.gptq import gptq, gptq_each
 from specomp.quantization.rtn import Spacing
 from specomp.slots import Choice
 from tests.running import make_run
-from tests.tiny import tiny_model
+from tests.tiny import tiny_model, tiny_tokenizer
 
 KINDS = [(2, 32), (3, 64), (4, None), (4, 16), (8, 128)]
 
@@ -206,3 +208,22 @@ def test_between_points_lines_are_straight_over_the_logarithm():
     found: Tensor = between(at, values, torch.tensor([1, 2, 4, 8, 16, 32, 50]))
     assert found.tolist() == pytest.approx([1, 1, 2, 3, 3.5, 4, 4])
     assert between(at[:1], values[:1], torch.tensor([1, 5])).tolist() == [1, 1]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_mixed_forms_in_one_folder_are_as_large_as_counted_and_come_back(
+    tmp_path, shared_cache, dtype
+):
+    model = cast_weights(tiny_model("llama"), dtype)
+    tokens = torch.randint(0, 200, (4, 32), generator=torch.Generator().manual_seed(0))
+    report = specomp.compress(model, tokens, "specomp", "bits5", cache=shared_cache)
+    kinds = {(x.facts.get("bits"), bool(x.facts.get("cut"))) for x in report.linears}
+    assert len(kinds) > 2
+    folder = specomp.save(model, tmp_path / "m", tiny_tokenizer(), report=report)
+    with safe_open(folder / "model.safetensors", framework="pt") as file:
+        stored = [file.get_tensor(name) for name in file.keys()]  # noqa: SIM118
+    size = report.ledger.compressed
+    assert size.model_bytes == sum(x.numel() * x.element_size() for x in stored)
+    again = specomp.load(folder).model
+    with torch.no_grad():
+        assert torch.equal(again(tokens).logits, model(tokens).logits)
