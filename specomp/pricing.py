@@ -226,7 +226,10 @@ class Plan:
             again = self.method.repairs or bool(self.run.wide_units)
             return self.run.linears * (2 if again else 1)
         if self.asked in ("spectra", "trials"):
-            whole = self.route.caches_spectra or self.method.allocation.needs_spectra
+            if not any(x.size_of == "rank" for x in self.run.forms):
+                return []
+            needed = self.method.allocation.needs_spectra or len(self.run.forms) > 1
+            whole = self.route.caches_spectra or needed
             mlps = {x.name for unit in self.run.wide_units for x in unit.linears}
             return [x for x in self.run.linears if whole or x.name in mlps]
         low = (unit for unit, choice in self.low.items() if choice.form.size_of != "whole")
@@ -258,9 +261,10 @@ class Plan:
 
     @property
     def units_cached(self) -> int:
-        """What forms of functional units remember."""
-        wide = self.run.wide_units
-        return sum(form.kept(unit) for unit, forms in wide.items() for form in forms)
+        """What forms remember of units."""
+        run = self.run
+        units = dict.fromkeys(run.units, run.forms) | run.wide_units
+        return sum(form.kept(unit) for unit, forms in units.items() for form in forms)
 
     def statistics_of(self, statistics: Iterable[Statistic]) -> int:
         """What one decoder layer accumulates."""

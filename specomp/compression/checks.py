@@ -39,6 +39,21 @@ def check_method(
             f" {type(method.allocation).__name__} chooses nothing: use"
             " method/allocation=global_loss, or a quantizer of one grid, such as gptq_int4."
         )
+    if len(method.rounding.grids) > 1 and not budget.counts_bits:
+        raise UserError(
+            f"{budget.setting} counts parameters, which are as many on every grid: use ratio=bits3"
+            " for a choice among grids, or a quantizer of one, such as gptq_int4."
+        )
+    if method.packing.size_of == "whole" and method.spends and not method.rounding.grids:
+        raise UserError(
+            f"{type(method.packing).__name__} keeps every linear in full, which saves nothing"
+            " without a grid: use another method/packing, or ratio=bits3."
+        )
+    if method.packing.size_of == "whole" and method.spends and not budget.counts_bits:
+        raise UserError(
+            f"{type(method.packing).__name__} keeps every linear in full, and {budget.setting}"
+            " counts parameters: use another method/packing, or ratio=bits3."
+        )
     method.units.check(method)
     if training.active:
         training.check(method, budget, training.samples_of(num_samples), processes, dtype)

@@ -79,6 +79,10 @@ class Budget(Protocol):
         """What is counted."""
 
     @property
+    def counts_bits(self) -> bool:
+        """Whether a grid changes a price."""
+
+    @property
     def quantizer(self) -> str:
         """The choice of conf/quantizer that it is spent with where none is named."""
 
@@ -113,6 +117,7 @@ class Numbers:
 
     compression: Annotated[float, Field(ge=0, lt=1)]
     currency: ClassVar[str] = "parameters"
+    counts_bits: ClassVar[bool] = False
     quantizer: ClassVar[str] = "none"
     remedy: ClassVar[str] = "lower ratio.compression"
 
@@ -152,6 +157,7 @@ class Bits:
 
     bits: Annotated[float, Field(gt=0)]
     currency: ClassVar[str] = "bits"
+    counts_bits: ClassVar[bool] = True
     quantizer: ClassVar[str] = "grids"
     remedy: ClassVar[str] = "raise ratio.bits, or use a quantizer of fewer bits"
 
