@@ -1,0 +1,142 @@
+"""Perplexity against stored bits of the decoder's linears: every record of one model on the same
+text, whatever made it, and the front of those that nothing smaller beats.
+
+    python experiments/pareto/pareto.py [--records FOLDER ...] [--model NAME] [--write FOLDER]
+
+Bits are what is stored: values on their grids, scales, zeros, indices. Numbers on no grid count 16
+bits each, whatever the evaluation held them in. Rows of which some linears are rounded and others
+are not are left out (their bits depend on what the others are held in), and so are trained ones.
+"""
+
+import argparse
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from matplotlib.figure import Figure
+
+from specomp.compression.ledger import Ledger
+from specomp.experiment.label import changes, method_name
+from specomp.experiment.record import COMMITTED, Record, RecordStore
+
+# Perplexity on these texts, in these windows; products in bfloat16 change them by a thousandth.
+TEXTS = {
+    "WikiText-2": r"wikitext2@1:512x24(:bf16)?:\w+",
+    "C4": r"c4@1:512x8(:bf16)?:\w+",
+    "code": r"code@1:512x8(:bf16)?:\w+",
+}
+HELD = 16  # bits of a number on no grid
+
+
+@dataclass(frozen=True)
+class Spot:
+    """One model on one text."""
+
+    name: str
+    bits: float
+    value: float
+    dense: float
+
+
+def stored_bits(found: Ledger) -> float | None:
+    """A weight; None where only some linears are rounded."""
+    if (
+        not found.compressed.linear_bits
+    ):  # a record from before bits were counted: nothing is rounded
+        return found.measured_retention * HELD
+    held = found.dense.linear_bits / found.dense.linear_params
+    if found.measured_bits < HELD * found.measured_retention:
+        return found.measured_bits  # every linear on a grid
+    plain = found.measured_retention * held
+    indices = found.measured_bits - plain
+    if indices < -1e-6:
+        return None
+    return found.measured_retention * HELD + indices
+
+
+def name_of(record: Record) -> str:
+    """Method and what differs from its row."""
+    words = [method_name(record.choices, record.config)]
+    words += changes(record.choices, record.config.get("overrides") or [])
+    return " ".join(x.removeprefix("method/") for x in words if "bits=" not in x)
+
+
+def spots(records: Iterable[Record], model: str, pattern: str) -> list[Spot]:
+    """Of all closed-form records of a model on a text, the fewest bits first."""
+    found = {}
+    for record in records:
+        if record.label("model") != model or record.status != "ok" or record.training:
+            continue
+        if str(record.choices.get("method")) == "dense" and not record.counted.in_bits:
+            continue
+        bits = stored_bits(record.counted)
+        for name, metrics in record.metrics.items():
+            if bits is not None and re.fullmatch(pattern, name):
+                dense = record.dense_metrics.get(name, {}).get("ppl")
+                if dense:
+                    spot = Spot(name_of(record), bits, metrics["ppl"], dense)
+                    found[spot.name, round(bits, 3)] = spot
+    return sorted(found.values(), key=lambda x: (x.bits, x.value))
+
+
+def front(found: Sequence[Spot]) -> list[Spot]:
+    """Those that no other of as few bits beats; found: the fewest bits first."""
+    kept: list[Spot] = []
+    for spot in found:
+        if not kept or spot.value < kept[-1].value:
+            kept.append(spot)
+    return kept
+
+
+def draw(by_text: dict[str, list[Spot]]) -> Figure:
+    """A panel a text: the front in colour with its rows' names, all else grey."""
+    figure = Figure(figsize=(6.4, 3.4 * len(by_text)), layout="constrained")
+    panels = figure.subplots(len(by_text), 1, sharex=True, squeeze=False)[:, 0]
+    for axes, (text, found) in zip(panels, by_text.items(), strict=True):
+        best = front(found)
+        others = [x for x in found if x not in best]
+        axes.plot([x.bits for x in others], [x.value for x in others], ".", color="0.75")
+        for name in dict.fromkeys(x.name for x in best):
+            mine = [x for x in best if x.name == name]
+            axes.plot(
+                [x.bits for x in mine], [x.value for x in mine], "o", markersize=4, label=name
+            )
+        axes.plot(
+            [x.bits for x in best], [x.value for x in best], color="0.4", linewidth=1, zorder=0
+        )
+        if found:
+            axes.axhline(found[0].dense, color="0.5", linewidth=1, linestyle=":", label="dense")
+        axes.set(yscale="log", ylabel=f"{text} perplexity", ylim=(None, 500), xlim=(2, 14))
+        axes.legend(fontsize=7, loc="upper right")
+    panels[-1].set_xlabel("stored bits a weight of the decoder's linears")
+    return figure
+
+
+def table(by_text: dict[str, list[Spot]]) -> str:
+    """The fronts, in Markdown."""
+    lines = ["| text | bits | perplexity | over dense | row |", "|---|---|---|---|---|"]
+    for text, found in by_text.items():
+        for x in front(found):
+            ratio = f"{x.value / x.dense:.3f}"
+            lines.append(f"| {text} | {x.bits:.2f} | {x.value:.2f} | {ratio} | `{x.name}` |")
+    return "\n".join(lines) + "\n"
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """See the head of the file."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--records", nargs="+", type=Path, default=[COMMITTED])
+    parser.add_argument("--model", default="smollm2_135m")
+    parser.add_argument("--write", type=Path, default=Path(__file__).parent)
+    asked = parser.parse_args(arguments)
+    records = [x for folder in asked.records for x in RecordStore(folder).all()]
+    by_text = {text: spots(records, asked.model, pattern) for text, pattern in TEXTS.items()}
+    asked.write.mkdir(parents=True, exist_ok=True)
+    (asked.write / "front.md").write_text(table(by_text))
+    draw(by_text).savefig(asked.write / "pareto.svg")
+    print(table(by_text))
+
+
+if __name__ == "__main__":
+    main()
