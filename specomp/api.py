@@ -186,7 +186,7 @@ def method_of(method: str | Method, quantizer: str | Rounding | None, budget: Bu
     """
     row = rows.method(method) if isinstance(method, str) else method
     if quantizer is None:
-        if row.rounding.grids or not row.spends:
+        if row.rounding.grids or not row.spends or budget.quantizer == "none":
             return row
         quantizer = budget.quantizer
     rounding = (

@@ -29,7 +29,7 @@ from specomp.compression.spectra import decompose, kept_components, stores_more
 from specomp.data.calibration import CalibrationSet
 from specomp.evaluation.workload import Workload
 from specomp.forms.gridded import WHOLE, Gridded, Trials
-from specomp.forms.menu import options
+from specomp.forms.menu import Alike, options
 from specomp.forms.options import DENSE, Options, fill
 from specomp.forms.prices import Budget, bits, numbers
 from specomp.models.families import family_of
@@ -38,6 +38,7 @@ from specomp.models.load import skeleton
 from specomp.numerics.elimination import eliminating
 from specomp.numerics.statistics import Statistic, shapes
 from specomp.numerics.work import Counter, Work, work
+from specomp.quantization.gptq import SWEPT_BYTES
 from specomp.slots import Choice, Form, Method
 
 FLOAT = 4  # bytes: spectra, statistics of float32 sums, logits
@@ -64,7 +65,7 @@ class NoData:
     def spectrum(self, linear: LinearSpec) -> Any:
         raise NeedsData("spectra")
 
-    def remembered(self, unit: Unit, made_by: Any, make: Any) -> Any:
+    def remembered(self, unit: Unit, made_by: Any, make: Any, reads: Any = None) -> Any:
         raise NeedsData("spectra")
 
     def norm(self, linear: LinearSpec) -> Any:
@@ -558,8 +559,10 @@ class Plan:
         for unit, forms in units.items():
             shape = tuple((x.m, x.n) for x in unit.linears)
             for form in forms:
-                if isinstance(form, Gridded) and not form.index:
-                    found.setdefault((form.trials, shape), [form, unit, 0])[2] += 1
+                one = form.form if isinstance(form, Alike) else form
+                if isinstance(one, Gridded) and not one.index:
+                    parts = form.units if isinstance(form, Alike) else [unit]
+                    found.setdefault((one.trials, shape), [one, parts[0], 0])[2] += len(parts)
         return [((form, unit), count) for form, unit, count in found.values()]
 
     def trying(self, form: Gridded, unit: Unit) -> Work:
@@ -592,6 +595,7 @@ class Plan:
             held += max(8 * (4 * x.n**2 + 3 * x.m * x.n) for x in last)
             detail += f"; {len(last)} functional units put in order"
         if tried := self.tried:
+            held += 3 * SWEPT_BYTES  # rows, integers, and what is tried of a grid
             total += sum((self.trying(form, unit) * count for (form, unit), count in tried), Work())
             detail += f"; {sum(count for _, count in tried)} forms tried on several grids"
         trials = self.asked == "trials"

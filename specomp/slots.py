@@ -89,10 +89,15 @@ class Evidence(Protocol):
         """
 
     def remembered(
-        self, unit: Unit, made_by: Any, make: Callable[[], Mapping[str, Tensor]]
+        self,
+        unit: Unit,
+        made_by: Any,
+        make: Callable[[], Mapping[str, Tensor]],
+        reads: frozenset[Statistic] = frozenset(),
     ) -> Mapping[str, Tensor]:
         """What `make` makes of a unit's statistics and weights, free of any ratio: from the cache,
-        or into it; made_by: the slot or form that asks, whose settings it depends on.
+        or into it; made_by: the slot or form that asks, whose settings it depends on; reads: what
+        it looks at beside the statistics of the norm.
         """
 
     def on(self, rounding: "Rounding") -> "Evidence":
@@ -418,8 +423,13 @@ class Method:
         """Whether nothing is compressed: the reference row. A row that keeps every linear in full
         compresses where it puts them on a grid.
         """
-        rounded = self.packing.size_of == "whole" and bool(self.rounding.grids)
+        rounded = self.packing.size_of == "whole" and self.rounding.grid is not None
         return not (self.spends or rounded)
+
+    @property
+    def chooses_grids(self) -> bool:
+        """Whether which linear gets which grid is for the allocation to choose."""
+        return self.rounding.grid is None and bool(self.rounding.grids)
 
     @property
     def repairs(self) -> bool:

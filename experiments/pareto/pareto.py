@@ -4,21 +4,21 @@ text, whatever made it, and the front of those that nothing smaller beats.
     python experiments/pareto/pareto.py [--records FOLDER ...] [--model NAME] [--write FOLDER]
 
 Bits are what is stored: values on their grids, scales, zeros, indices. Numbers on no grid count 16
-bits each, whatever the evaluation held them in. Rows of which some linears are rounded and others
-are not are left out (their bits depend on what the others are held in), and so are trained ones.
+bits each, whatever the evaluation held them in. Trained rows are left out.
 """
 
 import argparse
+import csv
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, NullFormatter
 
-from specomp.compression.ledger import Ledger
 from specomp.experiment.label import changes, method_name
-from specomp.experiment.record import COMMITTED, Record, RecordStore
+from specomp.experiment.record import COMMITTED, Record, RecordStore, companions
 
 # Perplexity on these texts, in these windows; products in bfloat16 change them by a thousandth.
 TEXTS = {
@@ -27,6 +27,7 @@ TEXTS = {
     "code": r"code@1:512x8(:bf16)?:\w+",
 }
 HELD = 16  # bits of a number on no grid
+TOP = 12  # of a panel, times the dense model's perplexity
 
 
 @dataclass(frozen=True)
@@ -39,20 +40,18 @@ class Spot:
     dense: float
 
 
-def stored_bits(found: Ledger) -> float | None:
-    """A weight; None where only some linears are rounded."""
-    if (
-        not found.compressed.linear_bits
-    ):  # a record from before bits were counted: nothing is rounded
-        return found.measured_retention * HELD
+def stored_bits(record: Record) -> float:
+    """A weight."""
+    found = record.counted
+    if not found.compressed.linear_bits:  # from before bits were counted: nothing was rounded then
+        return HELD * found.measured_retention
     held = found.dense.linear_bits / found.dense.linear_params
-    if found.measured_bits < HELD * found.measured_retention:
-        return found.measured_bits  # every linear on a grid
-    plain = found.measured_retention * held
-    indices = found.measured_bits - plain
-    if indices < -1e-6:
-        return None
-    return found.measured_retention * HELD + indices
+    (path,) = companions([RecordStore(COMMITTED)], record, "linears.csv") or [None]
+    linears = [] if path is None else list(csv.DictReader(path.read_text().splitlines()))
+    plain = sum(int(x["stored"]) for x in linears if not x.get("quantization_error"))
+    if not linears:
+        plain = found.compressed.linear_params
+    return found.measured_bits - plain * (held - HELD) / found.dense.linear_params
 
 
 def name_of(record: Record) -> str:
@@ -70,9 +69,9 @@ def spots(records: Iterable[Record], model: str, pattern: str) -> list[Spot]:
             continue
         if str(record.choices.get("method")) == "dense" and not record.counted.in_bits:
             continue
-        bits = stored_bits(record.counted)
+        bits = stored_bits(record)
         for name, metrics in record.metrics.items():
-            if bits is not None and re.fullmatch(pattern, name):
+            if re.fullmatch(pattern, name):
                 dense = record.dense_metrics.get(name, {}).get("ppl")
                 if dense:
                     spot = Spot(name_of(record), bits, metrics["ppl"], dense)
@@ -96,18 +95,21 @@ def draw(by_text: dict[str, list[Spot]]) -> Figure:
     for axes, (text, found) in zip(panels, by_text.items(), strict=True):
         best = front(found)
         others = [x for x in found if x not in best]
-        axes.plot([x.bits for x in others], [x.value for x in others], ".", color="0.75")
+        grey = {"color": "0.75", "label": "other rows, low rank in 16 bits among them"}
+        axes.plot([x.bits for x in others], [x.value for x in others], ".", **grey)
         for name in dict.fromkeys(x.name for x in best):
             mine = [x for x in best if x.name == name]
             axes.plot(
                 [x.bits for x in mine], [x.value for x in mine], "o", markersize=4, label=name
             )
-        axes.plot(
-            [x.bits for x in best], [x.value for x in best], color="0.4", linewidth=1, zorder=0
-        )
+        line = {"color": "0.4", "linewidth": 1, "zorder": 0}
+        axes.plot([x.bits for x in best], [x.value for x in best], **line)
         if found:
             axes.axhline(found[0].dense, color="0.5", linewidth=1, linestyle=":", label="dense")
-        axes.set(yscale="log", ylabel=f"{text} perplexity", ylim=(None, 500), xlim=(2, 14))
+            axes.set_ylim(0.85 * found[0].dense, TOP * found[0].dense)
+        axes.set(yscale="log", ylabel=f"{text} perplexity", xlim=(2, 14))
+        axes.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:.0f}"))
+        axes.yaxis.set_minor_formatter(NullFormatter())
         axes.legend(fontsize=7, loc="upper right")
     panels[-1].set_xlabel("stored bits a weight of the decoder's linears")
     return figure

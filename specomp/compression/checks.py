@@ -33,31 +33,39 @@ def check_method(
             f"{type(getattr(method, moves)).__name__} moves numbers off the grid they were rounded"
             f" to: use another method/{moves}, or quantizer=none."
         )
-    if not method.allocation.compresses and len(method.rounding.grids) > 1:
-        raise UserError(
-            "Which linear gets which of several grids is for an allocation to choose, and"
-            f" {type(method.allocation).__name__} chooses nothing: use"
-            " method/allocation=global_loss, or a quantizer of one grid, such as gptq_int4."
-        )
-    if len(method.rounding.grids) > 1 and not budget.counts_bits:
+    method.units.check(method)
+    if training.active:
+        training.check(method, budget, training.samples_of(num_samples), processes, dtype)
+    _check_grids(method, budget)
+    return route
+
+
+def _check_grids(method: Method, budget: Budget) -> None:
+    """Whether the budget can count what the grids change, and losses on them compare."""
+    if not method.spends:
+        return
+    packing = type(method.packing).__name__
+    if method.chooses_grids and not budget.counts_bits:
         raise UserError(
             f"{budget.setting} counts parameters, which are as many on every grid: use ratio=bits3"
             " for a choice among grids, or a quantizer of one, such as gptq_int4."
         )
-    if method.packing.size_of == "whole" and method.spends and not method.rounding.grids:
+    if method.packing.size_of == "whole" and not budget.counts_bits:
         raise UserError(
-            f"{type(method.packing).__name__} keeps every linear in full, which saves nothing"
-            " without a grid: use another method/packing, or ratio=bits3."
+            f"{packing} keeps every linear in full, and {budget.setting} counts parameters: use"
+            " another method/packing, or ratio=bits3."
         )
-    if method.packing.size_of == "whole" and method.spends and not budget.counts_bits:
+    if method.packing.size_of == "whole" and not method.rounding.grids:
         raise UserError(
-            f"{type(method.packing).__name__} keeps every linear in full, and {budget.setting}"
-            " counts parameters: use another method/packing, or ratio=bits3."
+            f"{packing} keeps every linear in full, which saves nothing without a grid: use another"
+            " method/packing, or quantizer=grids."
         )
-    method.units.check(method)
-    if training.active:
-        training.check(method, budget, training.samples_of(num_samples), processes, dtype)
-    return route
+    comparable = any(x.scope == "output" for x in method.whitening.needs)
+    if method.chooses_grids and method.units.active and not comparable:
+        raise UserError(
+            "What rounding loses in the linears of one MLP compares only where the norm knows their"
+            " gradients: use method/whitening=kronecker, or method/units=none."
+        )
 
 
 def check_budget(model: Any, family: ModelFamily, method: Method, budget: Budget) -> None:

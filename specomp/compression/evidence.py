@@ -10,7 +10,7 @@ from typing import Any, Self
 from torch import Tensor, nn
 
 from specomp.cache import digest, waiting
-from specomp.compression.calibrate import Statistics
+from specomp.compression.calibrate import Statistics, statistic_key
 from specomp.compression.observe import stats_of
 from specomp.compression.run import Run
 from specomp.compression.spectra import Spectra, decompose, target_of
@@ -19,7 +19,7 @@ from specomp.models.family import LinearSpec, Unit
 from specomp.numerics.elimination import VERSION
 from specomp.numerics.factors import LowRankFactors, Norm, Spectrum, truncate
 from specomp.numerics.linalg import relative
-from specomp.numerics.statistics import Stats
+from specomp.numerics.statistics import Statistic, Stats
 from specomp.slots import Rounded, Rounding, Trained, describe
 
 Values = Mapping[str, Tensor]
@@ -52,11 +52,17 @@ class DenseEvidence:
         return self.spectra.whitening(self.stats(linear))
 
     def remembered(
-        self, unit: Unit, made_by: Any, make: Callable[[], Mapping[str, Tensor]]
+        self,
+        unit: Unit,
+        made_by: Any,
+        make: Callable[[], Mapping[str, Tensor]],
+        reads: frozenset[Statistic] = frozenset(),
     ) -> Mapping[str, Tensor]:
         """From the cache, or into it."""
         run = self.run
         what = {"version": VERSION, "spectra": self.spectra.key, "of": describe(made_by)}
+        if reads:
+            what["reads"] = sorted(statistic_key(run, x) for x in reads)
         key = digest(what)
         with waiting(run.cache.lock("units", digest([key, unit.name])), f"works on {unit.name}"):
             found = run.cache.load("units", key, unit.name)
@@ -153,11 +159,15 @@ class LayerEvidence(DenseEvidence):
         return self._seen(linear)[2]
 
     def remembered(
-        self, unit: Unit, made_by: Any, make: Callable[[], Mapping[str, Tensor]]
+        self,
+        unit: Unit,
+        made_by: Any,
+        make: Callable[[], Mapping[str, Tensor]],
+        reads: frozenset[Statistic] = frozenset(),
     ) -> Mapping[str, Tensor]:
         """Of these inputs: from the cache only where they are the dense model's."""
         if self.run.route.caches_spectra:
-            return super().remembered(unit, made_by, make)
+            return super().remembered(unit, made_by, make, reads)
         return make()
 
     def lost(self, linear: LinearSpec, share: float) -> None:

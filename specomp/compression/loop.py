@@ -92,7 +92,7 @@ def dense_spectra(run: Run, statistics: Statistics) -> Spectra:
     # In the dense model a linear's outputs are those of its weight, whatever the target makes of
     # compressed inputs.
     target = method.target if dense else Weight()
-    tried = method.rounding.needs if len(method.rounding.grids) > 1 else frozenset()
+    tried = method.rounding.needs if method.chooses_grids else frozenset()
     read = statistics if dense else Statistics(run, method.whitening.needs | tried)
     return Spectra(run, target, method.whitening, read, complete=run.route.complete)
 

@@ -183,10 +183,11 @@ def explained(
         norm_error=fmean(errors) if errors else None,
         compensation_gain=fmean(gains) if gains else None,
     )
+    steps = "steps between grids and ranks" if run.method.chooses_grids else "whole ranks"
     by = (
         trained.by
         if trained is not None
-        else f"whole ranks, as {typed(run.method.allocation)} gives them"
+        else f"{steps}, as {typed(run.method.allocation)} gives them"
     )
     for note in [
         *linear_notes(run, report.linears, chosen, trained),

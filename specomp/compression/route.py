@@ -108,8 +108,8 @@ class Route:
         if training.chooses or (upstream == "dense" and not by_repair):
             dense |= rounding.needs
         # of the dense model, whatever is seen later: trials of several grids, predicted losses
-        if len(rounding.grids) > 1:
-            dense |= rounding.needs | method.whitening.needs | method.target.needs
+        if method.chooses_grids:
+            dense |= rounding.needs | method.whitening.needs
         if method.allocation.needs_spectra or method.units.active:
             dense |= method.whitening.needs
         carried = whitening.streamed | compensation.streamed

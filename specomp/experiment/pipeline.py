@@ -372,10 +372,9 @@ def produce(experiment: Experiment, record: Record) -> tuple[Any, Any, list[Line
 def dense_ledger(size: Size, loaded: LoadedModel) -> Any:
     """Of a model of which nothing is compressed here: its file may have rounded it before."""
     count, found = len(loaded.family.linears(loaded.model)), ledger(None, size, size)
-    if loaded.stored_bits is not None:
-        held = replace(size, linear_bits=loaded.stored_bits)
-        saved = (size.linear_bits - loaded.stored_bits) // 8
-        found = ledger(None, size, replace(held, model_bytes=size.model_bytes - saved))
+    if loaded.stored is not None:
+        linear_bits, model_bytes = loaded.stored
+        found = ledger(None, size, replace(size, linear_bits=linear_bits, model_bytes=model_bytes))
     return replace(found, num_linears=count, num_dense=count)
 
 

@@ -363,6 +363,9 @@ def _read(path: Path) -> tuple[Record, bool]:
             raise ValueError("its checksum is another: it is not what was written")
         ledger = Ledger.from_dict(content["ledger"]) if content.get("ledger") else None
         found = {name: value for name, value in content.items() if name in known}
+        if (found.get("identity") or {}).get("method") == "dense":
+            # of the run that measured it, it had the quantizer too
+            found["choices"] = {**found.get("choices", {}), "quantizer": "none"}
         return Record(**found | {"ledger": ledger}), checksum is not None
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise UserError(f"{path} is not a readable record ({one_line(error)}).") from error

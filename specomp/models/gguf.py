@@ -102,9 +102,9 @@ class GGUFFile(GGUF):
         are.
         """
         loaded = super().load(cache)
-        stored, types = stored_bits(self._file())
+        linears, everything, types = stored_in(self._file())
         log.info("%s stores its linears as %s", self._file().name, types)
-        return replace(loaded, stored_bits=stored)
+        return replace(loaded, stored=(linears, everything))
 
     def _file(self) -> Path:
         file = Path(self.path).expanduser()
@@ -188,20 +188,21 @@ class PackagedGGUF(GGUF):
         return file
 
 
-def stored_bits(file: Path) -> tuple[int, str]:
-    """(bits, types) of what a GGUF stores of the linears inside its decoder layers, as they are:
-    rows that a type does not divide fall back to another.
+def stored_in(file: Path) -> tuple[int, int, str]:
+    """(bits of the linears inside decoder layers, bytes of all tensors, types of those linears) of
+    a GGUF, as they are: rows that a type does not divide fall back to another.
     """
     from gguf import GGUFReader
 
     found: Counter[str] = Counter()
-    total = 0
+    linears = everything = 0
     for tensor in GGUFReader(file).tensors:
+        everything += int(tensor.n_bytes)
         inside = tensor.name.startswith("blk.") and tensor.name.endswith(".weight")
         if inside and len(tensor.shape) > 1:
-            total += 8 * int(tensor.n_bytes)
+            linears += 8 * int(tensor.n_bytes)
             found[tensor.tensor_type.name] += 1
-    return total, ", ".join(f"{count} {kind}" for kind, count in found.most_common())
+    return linears, everything, ", ".join(f"{count} {kind}" for kind, count in found.most_common())
 
 
 def convert(file: Path, target: Path, *, off_grid: bool = False) -> None:

@@ -43,8 +43,9 @@ class LoadedModel:
     tokenizer: Any  # of transformers; None where a folder has none
     family: ModelFamily
     store: LayerStore | None = None  # of a streamed model: where its decoder layers are
-    # of a model that was rounded by others: what its file stores of the linears' weights
-    stored_bits: int | None = None
+    # of a model that was rounded by others: what its file stores of the linears' weights (bits),
+    # and of everything (bytes)
+    stored: tuple[int, int] | None = None
 
 
 def open_model(

@@ -20,6 +20,8 @@ from specomp.numerics.linalg import SOLVE_DTYPE, cholesky_damped
 from specomp.quantization.rtn import OnGrid, Spacing
 
 BLOCK_COLUMNS = 128
+# What the rows of all grids that are swept side by side take at most; one grid may take more.
+SWEPT_BYTES = 2**28
 # Where the asked damping is not enough, it is raised by tens from the first of these, up to the
 # second.
 START_DAMPING, MAX_DAMPING = 1e-6, 1.0
@@ -75,7 +77,12 @@ def gptq_each(
             for x, s in zip(grids, spacings, strict=True)
         ]
     else:
-        integers = _sweep(rows, feedback, grids, order)
+        at_once = max(1, SWEPT_BYTES // (4 * rows.numel()))
+        integers = [
+            x
+            for i in range(0, len(grids), at_once)
+            for x in _sweep(rows, feedback, grids[i : i + at_once], order)
+        ]
         found = list(zip(integers, grids, strict=True))
     back = order.argsort()
     return [OnGrid(integers[back].T.contiguous(), grid, used) for integers, grid in found]

@@ -32,7 +32,7 @@ class Grids:
 
     # how numbers get onto a grid; its own bits and group size are not used
     rule: SkipValidation[FactorQuantizer]
-    whole: tuple[Kind, ...]
+    whole: Annotated[tuple[Kind, ...], Field(min_length=1)]
     factors: tuple[Kind, ...]
     packing: tuple[Kind, ...]
     units: tuple[Kind, ...]

@@ -384,9 +384,12 @@ def test_a_file_of_ones_own_is_a_model_whose_bits_are_counted(tmp_path):
     torch.testing.assert_close(logits(loaded.model), logits(model), atol=1e-6, rtol=1e-5)
     # what a row divides into blocks of 32 has 8.5 bits; a row that does not falls back to 16
     linears = loaded.family.linears(loaded.model)
-    assert loaded.stored_bits == sum(x.params * (8.5 if x.n % 32 == 0 else 16) for x in linears)
+    bits, file_bytes = loaded.stored
+    assert bits == sum(x.params * (8.5 if x.n % 32 == 0 else 16) for x in linears)
     found = dense_ledger(measure(loaded.model, linears), loaded)
-    assert found.measured_bits == loaded.stored_bits / sum(x.params for x in linears)
+    assert found.measured_bits == bits / sum(x.params for x in linears)
+    whole = (folder / GGUF).stat().st_size
+    assert bits / 8 < found.compressed.model_bytes == file_bytes < whole
     assert found.dense.linear_bits == 32 * found.dense.linear_params
 
 

@@ -190,10 +190,56 @@ def test_the_dense_row_with_a_quantizer_is_gptq(tmp_path):
     assert report.ledger.target_retention == 1 and report.ledger.measured_bits < 5
 
 
-def test_a_row_that_chooses_nothing_takes_one_grid():
+def test_the_dense_row_under_a_budget_of_bits_is_the_reference():
+    """One grid compresses it; which of several is nobody's choice."""
+    assert specomp.method("dense", quantizer="grids").is_dense
+    assert not specomp.method("dense", quantizer="gptq_int3").is_dense
+
+
+@pytest.mark.parametrize(
+    "method, ratio, quantizer, said",
+    [
+        ("svd_llm", 0.4, "grids", "counts parameters.*ratio=bits3.*gptq_int4"),
+        (("svd_llm", "whole"), 0.4, None, "in full, and ratio.compression=0.4 counts parameters"),
+        (("svd_llm", "whole"), "bits3", "none", "in full.*without a grid.*quantizer=grids"),
+        (("svd_llm", "factors", "cut"), "bits3", None, "whitening=kronecker, or method/units=none"),
+        ("soco", "bits3", None, "spends parameters"),
+    ],
+)
+def test_what_cannot_be_chosen_is_refused(method, ratio, quantizer, said):
+    name, *slots = (method,) if isinstance(method, str) else method
+    row = specomp.method(name, **dict(zip(("packing", "units"), slots, strict=False)))
     tokens = torch.zeros(2, 16, dtype=torch.int64)
-    with pytest.raises(UserError, match="several grids.*global_loss.*gptq_int4"):
-        specomp.compress(tiny_model("llama"), tokens, "dense", quantizer="grids")
+    with pytest.raises(UserError, match=said):
+        specomp.compress(tiny_model("llama"), tokens, row, ratio, quantizer=quantizer)
+
+
+def test_a_choice_of_grids_has_some():
+    with pytest.raises(UserError, match="whole"):
+        rows.slot("quantizer", "grids", whole=[])
+
+
+def test_what_was_tried_on_one_text_is_not_taken_for_another(tmp_path):
+    """Rounding looks at inputs also where the norm looks at none."""
+    found, two = [], rows.slot("quantizer", "grids", whole=[[4, 64]], factors=[], packing=[])
+    for seed in range(2):
+        tokens = torch.randint(0, 200, (4, 32), generator=torch.Generator().manual_seed(seed))
+        model = tiny_model("llama")
+        specomp.compress(model, tokens, "svd", "bits5", quantizer=two, cache=tmp_path)
+        found.append(len(list((tmp_path / "units").rglob("*.safetensors"))))
+    assert found[1] == 2 * found[0] > 0
+
+
+def test_grids_that_do_not_fit_side_by_side_are_swept_one_after_the_other(monkeypatch):
+    torch.manual_seed(0)
+    W, X = torch.randn(24, 150), torch.randn(400, 150)
+    kinds = spacings(symmetric=False)
+    at_once = gptq_each(W, X.T @ X, kinds, act_order=True, damping=0.01)
+    monkeypatch.setattr(specomp.quantization.gptq, "SWEPT_BYTES", 2 * 4 * W.numel())
+    in_parts = gptq_each(W, X.T @ X, kinds, act_order=True, damping=0.01)
+    assert len(in_parts) == len(kinds)
+    for a, b in zip(at_once, in_parts, strict=True):
+        assert torch.equal(a.integers, b.integers)
 
 
 def test_a_budget_that_no_grid_meets_says_what_there_is():
