@@ -42,6 +42,9 @@ AXES = {
 }
 
 
+DRAWN = 4000
+
+
 def pairwise(points, seed=0):
     """Some of the points in which every pair of values occurs that occurs in all: greedy, from a
     fixed shuffle.
@@ -58,8 +61,12 @@ def pairwise(points, seed=0):
 
 
 def possible():
-    """Every point that is not refused."""
-    for values in itertools.product(*AXES.values()):
+    """Points that are not refused, of some thousands of all: in them every pair of values that
+    there can be comes up.
+    """
+    dice = random.Random(0)
+    for _ in range(DRAWN):
+        values = [dice.choice(x) for x in AXES.values()]
         point = dict(zip(AXES, values, strict=True))
         others = {k: v for k, v in point.items() if k not in ("method", "quantizer", "packing")}
         if point["method"] == "dense" and set(others.values()) != {"none", "dense", "own"}:
@@ -95,16 +102,26 @@ def method_of(point):
     )
 
 
+row = functools.cache(lambda name: rows.method(name, **QUICK.get(name, {})))
+slot = functools.cache(rows.slot)
+
+
 @functools.cache
 def made(name, quantizer, packing, training, refinement, compensation, units):
-    slots = dict(TRAININGS[training]) | QUICK.get(name, {})
+    slots = dict(TRAININGS[training])
     if training == "none" and name == "soco":
-        slots["training"] = {"steps_factor": 0.005}
+        slots["training"] = slot("training", "soco", steps_factor=0.005)
     if compensation != "own":
-        slots["compensation"] = compensation
+        slots["compensation"] = slot("compensation", compensation)
     if refinement != "none":
-        slots["refinement"] = rows.slot("refinement", "block_refine", steps=1)
-    return rows.method(name, packing=packing, quantizer=quantizer, units=units, **slots)
+        slots["refinement"] = slot("refinement", "block_refine", steps=1)
+    return replace(
+        row(name),
+        rounding=slot("quantizer", quantizer),
+        packing=slot("packing", packing),
+        units=slot("units", units),
+        **slots,
+    )
 
 
 class Watched(Progress):

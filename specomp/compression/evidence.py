@@ -62,6 +62,7 @@ class DenseEvidence:
         run = self.run
         what = {"version": VERSION, "spectra": self.spectra.key, "of": describe(made_by)}
         if reads:
+            what["spectra"] = self.spectra.norm_key
             what["reads"] = sorted(statistic_key(run, x) for x in reads)
         key = digest(what)
         with waiting(run.cache.lock("units", digest([key, unit.name])), f"works on {unit.name}"):

@@ -59,17 +59,17 @@ class Spectra:
         self.run, self.target, self.whitening, self.statistics = run, target, whitening, statistics
         self.complete = complete or stores_more(run)
         self._by_name = {linear.name: linear for linear in run.linears}
-        self.key = digest(
-            {
-                "version": VERSION,
-                "model": run.model_key,
-                "target": describe(target),
-                "whitening": describe(whitening),
-                "solve_dtype": str(SOLVE_DTYPE),
-                "statistics": sorted(statistic_key(run, x) for x in whitening.needs),
-            }
-            | ({"complete": True} if self.complete else {})
-        )
+        said = {
+            "version": VERSION,
+            "model": run.model_key,
+            "target": describe(target),
+            "whitening": describe(whitening),
+            "solve_dtype": str(SOLVE_DTYPE),
+            "statistics": sorted(statistic_key(run, x) for x in whitening.needs),
+        }
+        # of target and norm, however many components are kept
+        self.norm_key = digest(said)
+        self.key = digest(said | {"complete": True}) if self.complete else self.norm_key
         self._last: tuple[str, Spectrum] | None = None
 
     def __call__(self, linear: LinearSpec) -> Spectrum:
@@ -161,7 +161,7 @@ class StoredSpectra(Spectra):
 
     def __init__(self, run: Run, statistics: Statistics) -> None:
         super().__init__(run, Weight(), run.method.whitening, statistics, complete=True)
-        self.key = digest({"norm": self.key, "stored": stored_numbers(run)})
+        self.key = self.norm_key = digest({"norm": self.key, "stored": stored_numbers(run)})
 
     def _weight(self, name: str) -> Tensor | None:
         module = self.run.model.get_submodule(name)
