@@ -63,7 +63,7 @@ def name_of(record: Record) -> str:
 
 def spots(records: Iterable[Record], model: str, pattern: str) -> list[Spot]:
     """Of all closed-form records of a model on a text, the fewest bits first."""
-    found = {}
+    found = []
     for record in records:
         if record.label("model") != model or record.status != "ok" or record.training:
             continue
@@ -74,9 +74,8 @@ def spots(records: Iterable[Record], model: str, pattern: str) -> list[Spot]:
             if re.fullmatch(pattern, name):
                 dense = record.dense_metrics.get(name, {}).get("ppl")
                 if dense:
-                    spot = Spot(name_of(record), bits, metrics["ppl"], dense)
-                    found[spot.name, round(bits, 3)] = spot
-    return sorted(found.values(), key=lambda x: (x.bits, x.value))
+                    found.append(Spot(name_of(record), bits, metrics["ppl"], dense))
+    return sorted(found, key=lambda x: (round(x.bits, 2), x.value))
 
 
 def front(found: Sequence[Spot]) -> list[Spot]:
