@@ -229,13 +229,23 @@ def _sizes(info: Mapping[str, Any]) -> list[str]:
 def _budget(info: Mapping[str, Any]) -> str:
     if info.get("bits") is not None:
         return f"{info['bits']:g} stored bits a weight"
-    removed = info.get("compression")
-    return "no budget stated" if removed is None else f"compression {100 * removed:.6g} %"
+    if (removed := info.get("compression")) is not None:
+        return f"compression {100 * removed:.6g} %"
+    sizes = info.get("ledger") or {}
+    dense, stored = sizes.get("dense", {}), sizes.get("compressed", {})
+    if 0 < stored.get("linear_bits", 0) < dense.get("linear_bits", 0):
+        return f"{stored['linear_bits'] / dense['linear_params']:.2f} stored bits a weight"
+    return "no budget stated"
+
+
+def _has_code(info: Mapping[str, Any]) -> bool:
+    """Whether classes of the folder's own open it."""
+    return info.get("form") == "factors" and not info.get("stock")
 
 
 def _snippet(info: Mapping[str, Any], *, tokenizer: bool) -> str:
     """How it is opened."""
-    own, gguf = info.get("form") == "factors", "gguf" in info
+    own, gguf = _has_code(info), "gguf" in info
     lines = ["```python"]
     names = "AutoModelForCausalLM, AutoTokenizer" if tokenizer else "AutoModelForCausalLM"
     names = f"AutoConfig, {names}" if gguf else names
@@ -263,7 +273,7 @@ def _serving(info: Mapping[str, Any], folder: Path) -> str:
         return (
             f"Run by llama.cpp ({gguf['type']}): `llama-cli -m {GGUF}`, `llama-server -m {GGUF}`."
         )
-    own = info.get("form") == "factors"
+    own = _has_code(info)
     path = folder / "config.json"
     config = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
     if own and "AutoModel" not in config.get("auto_map", {}):

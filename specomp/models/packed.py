@@ -63,6 +63,13 @@ def quantization_config(model: nn.Module) -> dict[str, Any]:
     return method | {"config_groups": groups, "ignore": []}
 
 
+def in_plain_groups(model: nn.Module) -> bool:
+    """Whether every packed weight has the format's strategy `group`, symmetric: what engines have
+    kernels for.
+    """
+    return all(("strategy", "group") in _kind(x) for x in grid_linears(model).values())
+
+
 @contextmanager
 def unpacking() -> Iterator[None]:
     """Around from_pretrained of a packed folder: no advice about short blocks. Raises UserError

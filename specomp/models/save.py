@@ -64,6 +64,7 @@ from specomp.models.load import LoadedModel, open_model, quiet, read_config, tor
 from specomp.models.modules import Substitute
 from specomp.models.packed import (
     grid_linears,
+    in_plain_groups,
     packed_state,
     quantization_config,
     unpack_model,
@@ -218,12 +219,17 @@ class Export:
         self.tokenizer = tokenizer
         write_beside(target, tokenizer, self.beside)
         packed = form == "factors" and bool(grid_linears(model))
-        write_identity(target, model, form, quantization_config(model) if packed else None)
+        # the stock architecture, of integers: any engine that reads such opens it
+        plain = packed and not check_form(model, form)[0] and in_plain_groups(model)
+        quantization = quantization_config(model) if packed else None
+        write_identity(target, model, "dense" if plain else form, quantization)
         self.told = {"specomp": __version__, "form": form, **info}
+        if plain:
+            self.told["stock"] = True
         if form in TYPES:
             config, state = prepared(target, folder.name), merged_state(model)
             self.told["gguf"] = write_gguf(target, folder.name, config, state, tokenizer, form)
-        if packed:
+        if packed and not plain:
             self.withhold(INTEGERS)
         else:
             self._tell()

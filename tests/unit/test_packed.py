@@ -19,11 +19,12 @@ from specomp.forms.factors import Factors
 from specomp.forms.pivoted import Pivoted
 from specomp.models.families import family_of
 from specomp.models.load import cast_weights
-from specomp.models.modules import replace_linear
+from specomp.models.modules import GridLinear, replace_linear
 from specomp.models.packed import grid_linears
 from specomp.models.save import save_compressed, substitutes
 from specomp.numerics.factors import LowRankFactors
 from specomp.quantization.factors import FactorQuantizer
+from specomp.quantization.rtn import Spacing, round_to_nearest
 
 IDS = torch.arange(3, 23)[None]
 KINDS = {
@@ -163,3 +164,43 @@ def test_generation_with_cache_equals_without(export):
         model.generate(IDS, **options, use_cache=True),
         model.generate(IDS, **options, use_cache=False),
     )
+
+
+@pytest.mark.parametrize("name", ["llama", "opt"])
+def test_linears_in_full_in_plain_groups_are_a_stock_model_of_integers(export, name):
+    """No code of ours in the folder, and none is needed to open it."""
+    model = in_full(name, group_size=8)
+    folder = export(model)
+    config = json.loads((folder / "config.json").read_text())
+    stock = tiny_model(name).config
+    assert config["model_type"] == stock.model_type and "auto_map" not in config
+    assert not list(folder.glob("*.py"))
+    assert "unserved" not in json.loads((folder / "specomp.json").read_text())
+    assert "trust" not in (folder / "README.md").read_text()
+    opened = AutoModelForCausalLM.from_pretrained(folder)
+    assert type(opened) is type(tiny_model(name))
+    assert torch.equal(logits(opened), logits(model))
+    again = specomp.load(folder).model
+    assert torch.equal(logits(again), logits(model))
+    assert len(grid_linears(again)) == len(grid_linears(model))
+
+
+@pytest.mark.parametrize("changes", [{"group_size": 24}, {"group_size": 8, "symmetric": False}])
+def test_other_grids_are_for_transformers_alone(export, changes):
+    folder = export(in_full("llama", **changes))
+    config = json.loads((folder / "config.json").read_text())
+    assert "AutoModelForCausalLM" in config["auto_map"] and "AutoModel" not in config["auto_map"]
+    assert "blocks" in json.loads((folder / "specomp.json").read_text())["unserved"]
+
+
+def in_full(name: str, **changes):
+    """Every linear in full, rounded to nearest."""
+    model = tiny_model(name)
+    settings = {"group_size": 8, "symmetric": True, "bits": 4, "search": 0} | changes
+    for spec in family_of(model.config).linears(model):
+        linear = model.get_submodule(spec.name)
+        spacing = Spacing(scale_dtype=torch.float16, **settings)
+        found = round_to_nearest(linear.weight.detach(), spacing)
+        linear.weight = torch.nn.Parameter(found.values())
+        replace_linear(model, spec.name, GridLinear.of(linear, found.grid))
+    return model

@@ -132,3 +132,37 @@ def test_published_procedure_and_ours(script, tiny, tmp_path, monkeypatch, capsy
         made.append([module.merged_weight().detach() for module in modules])
     for mine, theirs in zip(*made, strict=True):
         torch.testing.assert_close(mine, theirs, rtol=1e-3, atol=1e-4)
+
+
+def test_the_front_is_what_nothing_as_small_beats(script):
+    pareto = script("pareto/pareto")
+    spots = [
+        pareto.Spot(name, bits, value, 10.0)
+        for name, bits, value in (
+            ("a", 2, 90),
+            ("b", 3, 50),
+            ("c", 3, 60),
+            ("d", 4, 55),
+            ("e", 5, 20),
+        )
+    ]
+    assert [x.name for x in pareto.front(spots)] == ["a", "b", "e"]
+    assert "| text | 3.00 | 50.00 | 5.000 | `b` |" in pareto.table({"text": spots})
+
+
+def test_committed_records_cost_the_bits_that_their_parts_do(script):
+    """GPTQ in groups of 128 with zeros: 4 + (16 + 8) / 128 and what a row of 576 leaves; low rank
+    on no grid: 16 bits a number, and its indices.
+    """
+    pareto = script("pareto/pareto")
+    records = pareto.RecordStore(pareto.COMMITTED).all()
+    found = {
+        (pareto.name_of(x), round(x.counted.measured_retention, 1)): pareto.stored_bits(x)
+        for x in records
+        if x.status == "ok" and x.label("model") == "smollm2_135m"
+    }
+    gptq = "dense quantizer=gptq_int4 quantizer.group_size=128 quantizer.search=6"
+    bits = [pareto.stored_bits(x) for x in records if pareto.name_of(x) == gptq]
+    assert sorted(round(x, 2) for x in bits) == [2.20, 3.20, 4.20]
+    assert found["svd_llm", 0.6] == pytest.approx(0.5987 * 16, rel=1e-3)
+    assert 9.6 <= found["specomp", 0.6] < 9.7
