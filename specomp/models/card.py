@@ -278,6 +278,11 @@ def _serving(info: Mapping[str, Any], folder: Path) -> str:
     config = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
     if own and "AutoModel" not in config.get("auto_map", {}):
         return "Serving engines refuse it: it is older than what they need; save it again."
+    if info.get("stock"):
+        return (
+            f"A stock architecture of compressed-tensors' integers: `vllm serve {PLACE}` takes its"
+            " own kernels for them (vLLM 0.32 opens it; what it generates has not been compared)."
+        )
     options = " --model-impl transformers --trust-remote-code" if own else ""
     return f"Served by vLLM: `vllm serve {PLACE}{options}`."
 
