@@ -281,8 +281,8 @@ def test_damaged_converted_model_is_converted_again(tmp_path, monkeypatch, caplo
     monkeypatch.setattr(importlib.metadata, "version", lambda _: "v1")
     monkeypatch.setattr(
         specomp.models.gguf,
-        "_convert",
-        lambda _, target: model_folder(target.parent).rename(target),
+        "convert",
+        lambda _, target, *, off_grid: model_folder(target.parent).rename(target),
     )
     typed = [
         "model=smollm2_135m",
@@ -451,7 +451,7 @@ def test_command_with_unknown_names(tmp_path, typed, fragments):
     [
         ("ratio=0.4", "A number is written ratio.compression=0.4."),
         ("ratio=20", "A number is written ratio.compression=0.2."),
-        ("ratio=cr20,1.5", "ratio is chosen by name: bits, cr10, cr20"),
+        ("ratio=cr20,1.5", "ratio is chosen by name: bits, bits2, bits3"),
         ("method=null", "method is chosen by name: adasvd"),
         ("method/training=1", "method/training is chosen by name: lora"),
     ],

@@ -28,6 +28,7 @@ FILES = sorted(CONF.rglob("*.yaml"))
 # What a choice cannot do without on the command line.
 REQUIRED = {
     ("model", "local"): ["model.path=some/folder"],
+    ("model", "gguf"): ["model.path=some/file.gguf"],
     ("model", "hub"): ["model.repo=someone/a-model", "model.revision=main"],
     ("calibration", "token_ids"): ["calibration.path=ids.npy"],
     ("benchmark", "token_ids"): ["benchmark.path=ids.npy"],

@@ -201,7 +201,14 @@ class Truncated:
     """A rounding: numbers to multiples of 1/8, on a grid that it does not describe."""
 
     grid: ClassVar = None
+    grids: ClassVar = ()
     needs: ClassVar = NONE
+
+    def single(self, packing):
+        return [packing]
+
+    def wide(self, forms):
+        return forms
 
     def __call__(self, matrices, stats, dtype, *, free_basis):
         return tuple(Rounded((x * 8).round() / 8) for x in matrices)

@@ -24,7 +24,9 @@ from specomp.numerics.statistics import Gram
 from specomp.quantization.factors import FactorQuantizer
 
 QUANTIZERS = sorted(
-    path.stem for path in (CONF / "quantizer").glob("*.yaml") if path.stem != "none"
+    path.stem
+    for path in (CONF / "quantizer").glob("*.yaml")
+    if path.stem not in ("none", "grids")  # the latter: tests/unit/test_gridded.py
 )
 SMALL_GROUPS = "quantizer.group_size=16"
 
@@ -59,7 +61,8 @@ def test_contract(tmp_path, model_name, quantizer, packing):
     assert all(0 < x.quantization_error < 0.5 for x in low)
     asked = 0.01 if "gptq" in quantizer else 0.0
     assert all(x.quantization_damping == asked for x in low)
-    assert any("4 bits" in note and "simulated" in note for note in record.notes)
+    bits = next(iter(grid_linears(model).values())).grid.bits
+    assert any(f"{bits} bits" in note and "simulated" in note for note in record.notes)
 
 
 @pytest.mark.parametrize("method", ["svd", "svd_llm_update", "adasvd", "fwsvd", "asvd"])
@@ -241,5 +244,6 @@ def test_a_wrong_value_is_one_line_with_its_key(tmp_path, override):
 
 
 def test_a_dense_row_says_that_it_is_not_quantized(tmp_path, caplog):
-    build(compose_config(tmp_path, "method=dense", "quantizer=gptq_int4"))
+    packing = "method/packing=factors"  # in full, which is its own, it is
+    build(compose_config(tmp_path, "method=dense", packing, "quantizer=gptq_int4"))
     assert "quantizer is not used" in caplog.text
