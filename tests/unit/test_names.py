@@ -39,9 +39,9 @@ REQUIRED = {
     "model=local": ["model.path=x"],
     "model=hub": ["model.repo=x/y", "model.revision=z"],
 }
-# A default has changed since, of method/training=polish, of method=specomp, which damps the inputs
-# now, and of quantizer=grids, which searches for ranges: another command makes them today.
-ANOTHER_DEFAULT = {"f61f6a91e7be", "e411dc644314", "ef386663da92", "c0215968625e"}
+# A default has changed since, of method/training=polish and of method=specomp, which damps the
+# inputs now: another command makes them today.
+ANOTHER_DEFAULT = {"f61f6a91e7be", "e411dc644314", "ef386663da92"}
 # Made before LoRA had this setting, which their keys do not name: found by their points alone.
 NOT_IN_KEY = {"3f6f448b2978": {"num_samples": None}, "5d54ccc50b3a": {"num_samples": None}}
 
