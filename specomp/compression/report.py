@@ -251,7 +251,7 @@ def rounding_notes(run: Run, low: Sequence[LinearReport], count: int) -> list[st
     rounded = [x for x in low if x.quantization_error is not None]
     rounding = run.method.rounding
     held_in = str(run.model.dtype)
-    if not rounded:
+    if not rounded or not (run.method.chooses_grids or rounding.grid is not None):
         return []
     what = "the weights" if run.method.packing.size_of == "whole" else "the factors"
     if rounding.grid is None:

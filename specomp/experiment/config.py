@@ -129,7 +129,8 @@ def ask(cfg: DictConfig) -> Request:
             name: str(choice)
             for name, choice in HydraConfig.get().runtime.choices.items()
             if not name.startswith("hydra/")
-        },
+        }
+        | ({"quantizer": "none"} if parts["method"].is_dense else {}),
         config={
             **plain_config(cfg),
             "overrides": list(HydraConfig.get().overrides.task),
