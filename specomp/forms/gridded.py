@@ -55,7 +55,13 @@ class Trials:
 
         def make() -> dict[str, Tensor]:
             lost = [self.once(unit, size, evidence) for size in sizes]
-            return {"sizes": torch.tensor(sizes), "losses": torch.stack(lost, 1)}
+            found = {"sizes": torch.tensor(sizes), "losses": torch.stack(lost, 1)}
+            if self.form.size_of == "whole":
+                all_of_it = [
+                    evidence.norm(x).loss(evidence.weight(x).float()) for x in unit.linears
+                ]
+                found["nothing"] = torch.tensor(all_of_it, dtype=torch.float64).square().sum()
+            return found
 
         return dict(evidence.remembered(unit, self, make, self.rules[0].needs))
 
@@ -104,13 +110,16 @@ class Gridded:
         return cast(Mapping[str, Part], self.form.parts(unit, size, self.rounding.grid))
 
     def losses(self, unit: Unit, sizes: Tensor, evidence: Evidence) -> Tensor:
-        """What is left out, and what rounding the rest adds, (sizes) in float64."""
+        """What is left out, and what rounding the rest adds, (sizes) in float64; in full, what
+        storing nothing would lose at size 0.
+        """
         own = self.form.losses(unit, sizes, evidence)
         tried = self.tried(unit)
         if not tried or not len(sizes):
             return own
         found = self.trials.losses(unit, tried, evidence)
-        return own + between(found["sizes"], found["losses"][self.index], sizes)
+        lost = own + between(found["sizes"], found["losses"][self.index], sizes)
+        return torch.where(sizes == 0, found["nothing"], lost) if "nothing" in found else lost
 
     def tried(self, unit: Unit) -> list[int]:
         """The sizes at which rounding is measured, the same on every grid."""
@@ -135,7 +144,8 @@ class Gridded:
         What its form keeps it says itself, as the form without a grid.
         """
         count = len(self.tried(unit))
-        return 0 if self.index else 8 * count * (1 + len(self.trials.rules))
+        numbers = count * (1 + len(self.trials.rules)) + (self.size_of == "whole")
+        return 0 if self.index else 8 * numbers
 
     def facts(self, module: nn.Module) -> Mapping[str, float]:
         """Those of the form, and the bits of its integers."""

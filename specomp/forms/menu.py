@@ -112,16 +112,8 @@ class Best(Options):
     def whole(self) -> float:  # type: ignore[override]
         """What storing nothing would lose: size 0 of a form of components, where there is one."""
         ranked = [x for x in self.forms if x.size_of == "rank"]
-        if not ranked:
-            (linear,) = self.unit.linears
-
-            def make() -> dict[str, Tensor]:
-                loss = self.evidence.norm(linear).loss(self.evidence.weight(linear).float())
-                return {"loss": torch.tensor(loss**2, dtype=torch.float64)}
-
-            return float(self.evidence.remembered(self.unit, DENSE, make)["loss"])
         nothing = torch.zeros(1, dtype=torch.int64)
-        return float(ranked[-1].losses(self.unit, nothing, self.evidence))
+        return float([*self.forms[:1], *ranked][-1].losses(self.unit, nothing, self.evidence))
 
     def multiples(self, of: int) -> Options:
         """The same of sizes that are multiples of this, and all in full."""
