@@ -108,11 +108,16 @@ def _sweep(
             zeros = torch.cat([z[i] for (_, z), i in zip(each, at, strict=True)])
             q = (rows[j] / scales + zeros).round().clamp(low, high)
             integers[j] = q.to(torch.int8)
-            error = (rows[j] - (q - zeros) * scales) / feedback[j, j]
-            rows[j + 1 : stop].addr_(feedback[j, j + 1 : stop], error, alpha=-1)
-            errors[j - start] = error
+            errors[j - start] = _fed_back(rows, feedback, j, stop, (q - zeros) * scales)
         rows[stop:] -= feedback[start:stop, stop:].T @ errors
     return list(integers.split(m, 1))
+
+
+def _fed_back(rows: Tensor, feedback: Tensor, j: int, stop: int, stored: Tensor) -> Tensor:
+    """The error of storing column j so, which the columns up to `stop` make up for."""
+    error = (rows[j] - stored) / feedback[j, j]
+    rows[j + 1 : stop].addr_(feedback[j, j + 1 : stop], error, alpha=-1)
+    return error
 
 
 def _refitting(
@@ -136,9 +141,7 @@ def _refitting(
         for j in range(start, stop):
             q = (rows[j] / scales + zeros).round().clamp(low, high)
             integers[j] = q.to(torch.int8)
-            error = (rows[j] - (q - zeros) * scales) / feedback[j, j]
-            rows[j + 1 : stop].addr_(feedback[j, j + 1 : stop], error, alpha=-1)
-            errors[j - start] = error
+            errors[j - start] = _fed_back(rows, feedback, j, stop, (q - zeros) * scales)
         rows[stop:] -= feedback[start:stop, stop:].T @ errors
     zeros = [x.zeros for x in grids if x.zeros is not None]
     together = torch.cat(zeros, dim=1) if zeros else None
