@@ -432,6 +432,13 @@ class Method:
         return self.rounding.grid is None and bool(self.rounding.grids)
 
     @property
+    def comparable(self) -> bool:
+        """Whether predicted losses are of the model's: gradients of outputs say how much those of
+        different linears matter.
+        """
+        return any(x.scope == "output" for x in self.whitening.needs)
+
+    @property
     def repairs(self) -> bool:
         """Whether what truncation left is changed before anything is trained."""
         return self.compensation.active or self.refinement.active

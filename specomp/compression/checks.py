@@ -60,8 +60,7 @@ def _check_grids(method: Method, budget: Budget) -> None:
             f"{packing} keeps every linear in full, which saves nothing without a grid: use another"
             " method/packing, or quantizer=grids."
         )
-    comparable = any(x.scope == "output" for x in method.whitening.needs)
-    if method.chooses_grids and method.units.active and not comparable:
+    if method.chooses_grids and method.units.active and not method.comparable:
         raise UserError(
             "What rounding loses in the linears of one MLP compares only where the norm knows their"
             " gradients: use method/whitening=kronecker, or method/units=none."

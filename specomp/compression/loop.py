@@ -53,8 +53,7 @@ def compress(run: Run, statistics: Statistics) -> Report:
             evidence,
             method.rounding.grid,
             run.wide_units,
-            # gradients of outputs say how much those of different linears matter
-            comparable=any(x.scope == "output" for x in method.whitening.needs),
+            comparable=method.comparable,
         )
         choices = settled(
             method.allocation(
