@@ -44,6 +44,7 @@ from specomp.slots import Choice, Form, Method
 FLOAT = 4  # bytes: spectra, statistics of float32 sums, logits
 # Largest side of the linear that stands in for one.
 SMALL = 512
+EVEN = 16  # what their sides are multiples of, as those of any model: patterns of masks need it
 # Likewise where grids are tried on it, column by column.
 TRIED = 48
 # Tensors of the residual stream and of the MLP's width that are alive at once in a decoder layer's
@@ -393,12 +394,10 @@ class Plan:
         scaled up; trials: storing is trying grids.
         """
         scale = max(1.0, max(m, n) / (SMALL if trials is None else TRIED))
-        linear = LinearSpec(
-            "linear", max(8, round(m / scale)), max(8, round(n / scale)), 0, 0, "linear"
-        )
-        unit, size = Unit("linear", "linear", (linear,)), max(1, round(choice.size / scale))
-        if choice.form.size_of == "rank":  # rounded up it may be full
-            size = min(size, min(linear.m, linear.n) - 1)
+        small = (x if scale == 1 else EVEN * max(1, round(x / scale / EVEN)) for x in (m, n))
+        linear = LinearSpec("linear", *small, 0, 0, "linear")
+        unit = Unit("linear", "linear", (linear,))
+        size = min(choice.form.sizes(unit), key=lambda x: abs(x * scale - choice.size))
         method = self.method
         needs = (
             method.whitening.needs

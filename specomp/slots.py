@@ -18,14 +18,15 @@ from torch import Tensor, nn
 from specomp.cache import digest
 from specomp.errors import UserError
 from specomp.models.family import LinearSpec, ModelFamily, Unit
+from specomp.models.modules import GridLinear
 from specomp.numerics.factors import LowRankFactors, Norm, Spectrum
 from specomp.numerics.grid import Grid, GridSpec
 from specomp.numerics.statistics import Statistic, Stats
 from specomp.settings import configurable
 
-SizeOf = Literal["rank", "dimensions", "whole"]
-"""What the sizes of a form count: components of a linear's spectrum; dimensions of a unit; or
-nothing, as every linear is stored in full.
+SizeOf = Literal["rank", "dimensions", "weights", "whole"]
+"""What the sizes of a form count: components of a linear's spectrum; dimensions of a unit; weights
+of a row that are not zero; or nothing, as every linear is stored in full.
 """
 
 Upstream = Literal["dense", "compressed"]
@@ -41,6 +42,23 @@ class Choice:
 
 
 @dataclass(frozen=True, eq=False)
+class Chain:
+    """Matrices that are applied one after the other to a linear's inputs, before they are
+    rounded.
+    """
+
+    matrices: Sequence[Tensor]
+    assemble: Callable[..., Tensor]  # makes the weight (m n) of them
+    # any invertible map may be put between two of them: they are Vt and U
+    free_basis: bool = False
+    # what the first reads where that is not the linear's inputs: indices of those that it does, or
+    # a matrix (k n) that makes them
+    inputs: Tensor | None = None
+    # (m n): where in the weight the numbers of the only matrix stand, row by row; all others are 0
+    mask: Tensor | None = None
+
+
+@dataclass(frozen=True, eq=False)
 class Rounded:
     """A matrix as it will be stored, and the grid its numbers lie on (None: not rounded); damping:
     what a Hessian needed.
@@ -49,6 +67,10 @@ class Rounded:
     values: Tensor
     grid: Grid | None = None
     damping: float = 0.0
+
+    def stored(self, linear: nn.Linear) -> nn.Module:
+        """What holds it, of a linear that has these values for its weight."""
+        return linear if self.grid is None else GridLinear.of(linear, self.grid)
 
 
 class Evidence(Protocol):
@@ -66,22 +88,8 @@ class Evidence(Protocol):
     def factors(self, linear: LinearSpec, rank: int) -> LowRankFactors:
         """The best factors of this rank, compensated; or those that a training chose."""
 
-    def rounded(
-        self,
-        linear: LinearSpec,
-        matrices: Sequence[Tensor],
-        assemble: Callable[..., Tensor],
-        *,
-        free_basis: bool,
-        inputs: Tensor | None = None,
-    ) -> tuple[Rounded, ...]:
-        """Matrices that are applied one after the other to the linear's inputs, as the method
-        rounds them.
-
-        assemble: makes the weight (m n) of them; free_basis: any invertible map may be put between
-        two of them; inputs: what the first reads where that is not the linear's inputs: indices of
-        those that it does, or a matrix (k n) that makes them.
-        """
+    def rounded(self, linear: LinearSpec, chain: Chain) -> tuple[Rounded, ...]:
+        """The matrices, as the method rounds them."""
 
     def norm(self, linear: LinearSpec) -> Norm:
         """In which errors of the weight count; where it predicts the model's loss, those of all
@@ -384,11 +392,9 @@ class Rounding(Protocol):
     def needs(self) -> frozenset[Statistic]:
         """Statistics it reads, of the inputs that the method itself last looked at."""
 
-    def __call__(
-        self, matrices: Sequence[Tensor], stats: Stats, dtype: torch.dtype, *, free_basis: bool
-    ) -> tuple[Rounded, ...]:
-        """See Evidence.rounded; dtype: the model's. Raises ValueError where that is numerically
-        impossible.
+    def __call__(self, chain: Chain, stats: Stats, dtype: torch.dtype) -> tuple[Rounded, ...]:
+        """The matrices; stats: of what the first of them reads; dtype: the model's. Raises
+        ValueError where that is numerically impossible.
         """
 
     def notes(self, damping: Sequence[float]) -> Iterable[str]:
@@ -494,8 +500,8 @@ OURS = {
         "adasvd anchored asvd block_refine functional fwsvd global_loss kronecker lora soco"
         " spectrum svd svd_llm"
     ),
-    "forms": "cut dense factors gridded heads pivoted ranked scores whole",
-    "quantization": "factors gptq grids none rtn",
+    "forms": "cut dense factors gridded heads masked pivoted ranked scores whole",
+    "quantization": "factors gptq grids none rtn scaled",
 }
 
 

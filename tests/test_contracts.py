@@ -210,8 +210,8 @@ class Truncated:
     def wide(self, forms):
         return forms
 
-    def __call__(self, matrices, stats, dtype, *, free_basis):
-        return tuple(Rounded((x * 8).round() / 8) for x in matrices)
+    def __call__(self, chain, stats, dtype):
+        return tuple(Rounded((x * 8).round() / 8) for x in chain.matrices)
 
     def notes(self, damping):
         return []

@@ -1,6 +1,6 @@
 """Units without a model: what an allocation chooses among, and what a form is made of."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,7 +16,7 @@ from specomp.numerics.factors import LowRankFactors, Spectrum
 from specomp.numerics.grid import GridSpec
 from specomp.numerics.statistics import Stats
 from specomp.quantization.none import NoQuantizer
-from specomp.slots import Choice, Form, Rounded, Rounding
+from specomp.slots import Chain, Choice, Form, Rounded, Rounding
 
 
 def unit(name: str, m: int, n: int, *, decoder_layer: int = 0, kind: str = "q") -> Unit:
@@ -45,16 +45,10 @@ class Known:
         assert self.pair is not None, "no factors were asked for"
         return LowRankFactors(self.pair.U[:, :rank], self.pair.Vt[:rank])
 
-    def rounded(
-        self,
-        linear: LinearSpec,
-        matrices: Sequence[Tensor],
-        assemble: Callable[..., Tensor],
-        *,
-        free_basis: bool,
-    ) -> tuple[Rounded, ...]:
-        assert assemble(*(x.double() for x in matrices)).shape == (linear.m, linear.n)
-        return self.rounding(matrices, self.seen, self.dtype, free_basis=free_basis)
+    def rounded(self, linear: LinearSpec, chain: Chain) -> tuple[Rounded, ...]:
+        whole = chain.assemble(*(x.double() for x in chain.matrices))
+        assert whole.shape == (linear.m, linear.n)
+        return self.rounding(chain, self.seen, self.dtype)
 
     def bias(self, linear: LinearSpec) -> Tensor | None:
         return self.own_bias

@@ -18,6 +18,7 @@ from specomp.experiment.pipeline import run_of
 from specomp.numerics.factors import GramNorm, truncate
 from specomp.numerics.statistics import Gram, Stats
 from specomp.quantization.factors import FactorQuantizer
+from specomp.slots import Chain
 
 LINEARS = (
     "2.self_attn.q_proj",
@@ -54,10 +55,11 @@ def main() -> None:
         weight = run.model.get_submodule(linear.name).weight.detach()
         factors = truncate(GramNorm(gram).decompose(weight), rank_of(linear.m, linear.n, 0.6))
         norm, product = GramNorm(gram.double()), factors.product().double()
+        chain = Chain((factors.Vt, factors.U), lambda Vt, U: U @ Vt, free_basis=True)
         for kind, grid in KINDS.items():
             for way, settings in WAYS.items():
                 quantizer, known = FactorQuantizer(**grid, **settings), Stats({Gram(): gram})
-                Vt, U = quantizer((factors.Vt, factors.U), known, weight.dtype, free_basis=True)
+                Vt, U = quantizer(chain, known, weight.dtype)
                 lost = norm.loss(U.values.double() @ Vt.values.double() - product)
                 errors.setdefault((way, kind), []).append(lost / norm.loss(product))
     print("| |", " | ".join(KINDS), "|")

@@ -33,6 +33,7 @@ def check_method(
             f"{type(getattr(method, moves)).__name__} moves numbers off the grid they were rounded"
             f" to: use another method/{moves}, or quantizer=none."
         )
+    _check_packing(method)
     method.units.check(method)
     if training.active:
         training.check(method, budget, training.samples_of(num_samples), processes, dtype)
@@ -40,8 +41,29 @@ def check_method(
     return route
 
 
+def _check_packing(method: Method) -> None:
+    """Whether what works on components of a spectrum finds any in what is stored."""
+    packing = type(method.packing).__name__
+    for slot, active in (
+        ("training", method.training.chooses),
+        ("compensation", method.compensation.active),
+    ):
+        if active and method.packing.size_of != "rank" and not method.chooses_grids:
+            raise UserError(
+                f"{type(getattr(method, slot)).__name__} works on components of a spectrum, and"
+                f" {packing} stores none: use method/{slot}=none, or another method/packing."
+            )
+
+
 def _check_grids(method: Method, budget: Budget) -> None:
-    """Whether the budget can count what the grids change, and losses on them compare."""
+    """Whether what is stored has columns that can be scaled, the budget can count what the grids
+    change, and losses on them compare.
+    """
+    if method.packing.size_of == "weights" and any(x.scaled for x in method.rounding.grids):
+        raise UserError(
+            f"{type(method.rounding).__name__} scales columns, and what {type(method.packing).__name__}"
+            " stores has none: use quantizer.scaling=0 (quantizer.rule.scaling=0 of several grids)."
+        )
     if not method.spends:
         return
     packing = type(method.packing).__name__

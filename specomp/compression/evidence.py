@@ -3,10 +3,11 @@ route of the method says.
 """
 
 import copy
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Self
 
+import torch
 from torch import Tensor, nn
 
 from specomp.cache import digest, waiting
@@ -20,7 +21,7 @@ from specomp.numerics.elimination import VERSION
 from specomp.numerics.factors import LowRankFactors, Norm, Spectrum, truncate
 from specomp.numerics.linalg import relative
 from specomp.numerics.statistics import Statistic, Stats
-from specomp.slots import Rounded, Rounding, Trained, describe
+from specomp.slots import Chain, Rounded, Rounding, Trained, describe
 
 Values = Mapping[str, Tensor]
 """What a decoder layer accumulated, by place and statistic."""
@@ -87,22 +88,12 @@ class DenseEvidence:
         """Truncated, not compensated: what a probe tries."""
         return truncate(self.spectrum(linear), rank)
 
-    def rounded(
-        self,
-        linear: LinearSpec,
-        matrices: Sequence[Tensor],
-        assemble: Callable[..., Tensor],
-        *,
-        free_basis: bool,
-        inputs: Tensor | None = None,
-    ) -> tuple[Rounded, ...]:
+    def rounded(self, linear: LinearSpec, chain: Chain) -> tuple[Rounded, ...]:
         """As they are, but for trials of a grid."""
         if self.rounding is None:
-            return tuple(map(Rounded, matrices))
-        stats = self.stats(linear)
-        return rounded_by(
-            self.rounding, linear, matrices, stats, self.place(linear), inputs, free_basis
-        )
+            return tuple(map(Rounded, chain.matrices))
+        dtype = self.place(linear)["dtype"]
+        return rounded_by(self.rounding, linear, chain, self.stats(linear), dtype)
 
     def bias(self, linear: LinearSpec) -> Tensor | None:
         """Of the linear."""
@@ -232,15 +223,7 @@ class LayerEvidence(DenseEvidence):
             stats_of(linear, self.compensation, streamed) if streamed else self.statistics(linear)
         )
 
-    def rounded(
-        self,
-        linear: LinearSpec,
-        matrices: Sequence[Tensor],
-        assemble: Callable[..., Tensor],
-        *,
-        free_basis: bool,
-        inputs: Tensor | None = None,
-    ) -> tuple[Rounded, ...]:
+    def rounded(self, linear: LinearSpec, chain: Chain) -> tuple[Rounded, ...]:
         """On the inputs that the route says. Raises UserError where that is numerically
         impossible.
         """
@@ -250,14 +233,12 @@ class LayerEvidence(DenseEvidence):
             if self.run.route.rounds == "compensation"
             else self.stats(linear)
         )
-        found = rounded_by(
-            rounding, linear, matrices, stats, self.place(linear), inputs, free_basis
-        )
+        found = rounded_by(rounding, linear, chain, stats, self.place(linear)["dtype"])
         if all(x.grid is None for x in found):
             return found
         account, norm = self.account(linear), self.norm(linear)
-        before = assemble(*(x.float() for x in matrices))
-        after = assemble(*(x.values for x in found))
+        before = chain.assemble(*(x.float() for x in chain.matrices))
+        after = chain.assemble(*(x.values for x in found))
         account.quantization_error = relative(norm.loss(after - before), norm.loss(before))
         account.quantization_damping = max(x.damping for x in found)
         return found
@@ -301,19 +282,16 @@ class LayerEvidence(DenseEvidence):
 
 
 def rounded_by(
-    rounding: Rounding,
-    linear: LinearSpec,
-    matrices: Sequence[Tensor],
-    stats: Stats,
-    place: Mapping[str, Any],
-    inputs: Tensor | None,
-    free_basis: bool,
+    rounding: Rounding, linear: LinearSpec, chain: Chain, stats: Stats, dtype: torch.dtype
 ) -> tuple[Rounded, ...]:
-    """See Evidence.rounded. Raises UserError where that is numerically impossible."""
+    """The matrices; stats: of the linear's inputs. Raises UserError where that is numerically
+    impossible.
+    """
+    inputs = chain.inputs
     if inputs is not None:
         stats = stats.part(None, inputs) if inputs.ndim == 1 else stats.through(inputs)
     try:
-        return rounding(matrices, stats, place["dtype"], free_basis=free_basis)
+        return rounding(chain, stats, dtype)
     except ValueError as error:
         raise UserError(
             f"{linear.name}, quantizing it: {error}: calibrate on more tokens, or raise"

@@ -253,7 +253,8 @@ def rounding_notes(run: Run, low: Sequence[LinearReport], count: int) -> list[st
     held_in = str(run.model.dtype)
     if not rounded or not (run.method.chooses_grids or rounding.grid is not None):
         return []
-    what = "the weights" if run.method.packing.size_of == "whole" else "the factors"
+    components = run.method.packing.size_of == "rank"
+    what = "the factors" if components else "the weights"
     if rounding.grid is None:
         shares = Counter(int(x.facts["bits"]) for x in rounded)
         said = ", ".join(f"{count} of {bits}" for bits, count in sorted(shares.items()))

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from specomp.errors import UserError
 from specomp.forms.prices import Part
 from specomp.models.family import LinearSpec, Unit
-from specomp.models.modules import GridLinear, PartLinear
+from specomp.models.modules import PartLinear, weight_of
 from specomp.numerics.elimination import (
     Elimination,
     eliminate,
@@ -31,7 +31,7 @@ from specomp.numerics.factors import Norm
 from specomp.numerics.grid import GridSpec
 from specomp.numerics.linalg import relative
 from specomp.settings import configurable
-from specomp.slots import Evidence, SizeOf, check_protocol
+from specomp.slots import Chain, Evidence, SizeOf, check_protocol
 
 
 @configurable
@@ -149,7 +149,7 @@ class Cut:
             repaired = stand_in(gram_of(norm, down.name), weight, kept, noise).to(weight.dtype)
         modules[down.name] = made = _columns(down, repaired, kept, evidence)
         error = weight.float().clone()
-        error[:, kept] -= made.weight.detach().float()
+        error[:, kept] -= weight_of(made)
         evidence.lost(down, relative(norm.loss(error), norm.loss(weight.float())))
         return modules
 
@@ -230,13 +230,13 @@ def stored_linear(
     kind: type[nn.Linear] = nn.Linear,
 ) -> nn.Linear:
     """A linear of this weight and bias where `linear` is, rounded as the method rounds; assembled
-    and inputs: see Evidence.rounded.
+    and inputs: see Chain.
     """
-    (found,) = evidence.rounded(linear, (weight,), assembled, free_basis=False, inputs=inputs)
+    (found,) = evidence.rounded(linear, Chain((weight,), assembled, inputs=inputs))
     m, n = weight.shape
     made = kind(n, m, bias=bias is not None, device="meta")
     place = evidence.place(linear)
     made.weight = nn.Parameter(found.values.detach().to(**place, copy=True).contiguous())
     if bias is not None:
         made.bias = nn.Parameter(bias.detach().to(**place, copy=True))
-    return made if found.grid is None else GridLinear.of(made, found.grid)
+    return found.stored(made)

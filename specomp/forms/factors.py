@@ -6,10 +6,10 @@ from torch import Tensor, nn
 from specomp.forms.prices import Part
 from specomp.forms.ranked import RankForm
 from specomp.models.family import LinearSpec
-from specomp.models.modules import GridLinear, TwoStage
+from specomp.models.modules import TwoStage
 from specomp.numerics.grid import GridSpec
 from specomp.settings import configurable
-from specomp.slots import Evidence
+from specomp.slots import Chain, Evidence
 
 
 @configurable
@@ -23,15 +23,12 @@ class Factors(RankForm):
     def module(self, linear: LinearSpec, rank: int, evidence: Evidence) -> nn.Module:
         """A LowRankLinear in the model's dtype."""
         factors = evidence.factors(linear, rank)
-        Vt, U = evidence.rounded(
-            linear, (factors.Vt, factors.U), lambda Vt, U: U @ Vt, free_basis=True
-        )
+        chain = Chain((factors.Vt, factors.U), lambda Vt, U: U @ Vt, free_basis=True)
+        Vt, U = evidence.rounded(linear, chain)
         made = LowRankLinear.from_factors(
             U.values, Vt.values, evidence.bias(linear), **evidence.place(linear)
         )
-        if Vt.grid is not None and U.grid is not None:
-            made.v_proj = GridLinear.of(made.v_proj, Vt.grid)
-            made.u_proj = GridLinear.of(made.u_proj, U.grid)
+        made.v_proj, made.u_proj = Vt.stored(made.v_proj), U.stored(made.u_proj)
         return made
 
 
@@ -109,6 +106,4 @@ class LowRankLinear(TwoStage):
     @torch.no_grad()
     def merged_weight(self) -> Tensor:
         """U Vt (m n), multiplied in at least float32 and returned so."""
-        U, Vt = self.u_proj.weight, self.v_proj.weight
-        wide = torch.promote_types(U.dtype, torch.float32)
-        return U.to(wide) @ Vt.to(wide)
+        return self.acting(self.u_proj) @ self.acting(self.v_proj)

@@ -6,7 +6,7 @@ would be stored, at a few sizes of the form; between them it is smooth (methods.
 """
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, cast
 
@@ -19,7 +19,7 @@ from specomp.forms.whole import Whole
 from specomp.models.family import LinearSpec, Unit
 from specomp.numerics.grid import GridSpec
 from specomp.numerics.statistics import Stats
-from specomp.slots import Evidence, Form, Rounded, Rounding, SizeOf
+from specomp.slots import Chain, Evidence, Form, Rounded, Rounding, SizeOf
 
 # Shares of the largest size at which rounding is measured.
 MEASURED = (1 / 8, 1 / 4, 1 / 2, 1.0)
@@ -31,13 +31,7 @@ class Rule(Rounding, Protocol):
     """A rounding that also rounds to several grids at once."""
 
     def each(
-        self,
-        rules: Sequence[Any],
-        matrices: Sequence[Tensor],
-        stats: Stats,
-        dtype: torch.dtype,
-        *,
-        free_basis: bool,
+        self, rules: Sequence[Any], chain: Chain, stats: Stats, dtype: torch.dtype
     ) -> list[tuple[Rounded, ...]]:
         """By each of several rules that differ from this one in their grid alone."""
 
@@ -173,25 +167,16 @@ class Trial:
     def lost(self, linear: LinearSpec, share: float) -> None:
         """Not reported."""
 
-    def rounded(
-        self,
-        linear: LinearSpec,
-        matrices: Sequence[Tensor],
-        assemble: Callable[..., Tensor],
-        *,
-        free_basis: bool,
-        inputs: Tensor | None = None,
-    ) -> tuple[Rounded, ...]:
+    def rounded(self, linear: LinearSpec, chain: Chain) -> tuple[Rounded, ...]:
         """As they are, after every rule had its turn."""
         turn = Turn(self.rules)
-        self.evidence.on(cast(Rounding, turn)).rounded(
-            linear, matrices, assemble, free_basis=free_basis, inputs=inputs
-        )
-        before, norm = assemble(*(x.float() for x in matrices)), self.evidence.norm(linear)
+        same = self.evidence.on(cast(Rounding, turn)).rounded(linear, chain)
+        before = chain.assemble(*(x.float() for x in chain.matrices))
+        norm = self.evidence.norm(linear)
         for index, found in enumerate(turn.found):
-            after = assemble(*(x.values for x in found))
+            after = chain.assemble(*(x.values for x in found))
             self.squares[index] += norm.loss(after - before) ** 2
-        return tuple(map(Rounded, matrices))
+        return same
 
 
 class Turn:
@@ -200,13 +185,10 @@ class Turn:
     def __init__(self, rules: Sequence[Rule]) -> None:
         self.rules, self.found = rules, list[tuple[Rounded, ...]]()
 
-    def __call__(
-        self, matrices: Sequence[Tensor], stats: Stats, dtype: torch.dtype, *, free_basis: bool
-    ) -> tuple[Rounded, ...]:
+    def __call__(self, chain: Chain, stats: Stats, dtype: torch.dtype) -> tuple[Rounded, ...]:
         """The matrices as they are."""
-        rule = self.rules[0]
-        self.found = rule.each(self.rules, matrices, stats, dtype, free_basis=free_basis)
-        return tuple(map(Rounded, matrices))
+        self.found = self.rules[0].each(self.rules, chain, stats, dtype)
+        return tuple(map(Rounded, chain.matrices))
 
 
 def on_grids(form: Form, rules: Sequence[Rule]) -> list[Form]:

@@ -224,8 +224,7 @@ class HeadsPart(Substitute):
     @torch.no_grad()
     def merged_weight(self) -> Tensor:
         """The weight (m n), in at least float32."""
-        weight = self.part.weight
-        return self.spread(weight.to(torch.promote_types(weight.dtype, torch.float32)))
+        return self.spread(self.acting(self.part))
 
 
 class HeadsOut(HeadsPart):

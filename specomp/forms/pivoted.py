@@ -19,11 +19,11 @@ from torch import Tensor, nn
 from specomp.forms.prices import Part
 from specomp.forms.ranked import RankForm
 from specomp.models.family import LinearSpec
-from specomp.models.modules import GridLinear, TwoStage
+from specomp.models.modules import TwoStage
 from specomp.numerics.grid import GridSpec
 from specomp.numerics.linalg import SOLVE_DTYPE
 from specomp.settings import configurable
-from specomp.slots import Evidence
+from specomp.slots import Chain, Evidence
 
 # Pivot of a unit column, times sqrt(m), above which an LU needs no orthonormal basis.
 INDEPENDENT = 1e-4
@@ -55,15 +55,12 @@ class Pivoted(RankForm):
         def assembled(P: Tensor, C: Tensor) -> Tensor:
             return torch.cat([P, C @ P])[place]
 
-        P, C = evidence.rounded(
-            linear, (factors.U[pivots] @ factors.Vt, coefficients), assembled, free_basis=False
-        )
+        rows = factors.U[pivots] @ factors.Vt
+        P, C = evidence.rounded(linear, Chain((rows, coefficients), assembled))
         made = PivotedLinear.from_pivots(
             P.values, C.values, place, evidence.bias(linear), **evidence.place(linear)
         )
-        if P.grid is not None and C.grid is not None:
-            made.pivots = GridLinear.of(made.pivots, P.grid)
-            made.others = GridLinear.of(made.others, C.grid)
+        made.pivots, made.others = P.stored(made.pivots), C.stored(made.others)
         return made
 
     def facts(self, module: nn.Module) -> dict[str, float]:
@@ -154,15 +151,14 @@ class PivotedLinear(TwoStage):
     @torch.no_grad()
     def merged_weight(self) -> Tensor:
         """The weight (m n), multiplied in at least float32 and returned so."""
-        wide = torch.promote_types(self.pivots.weight.dtype, torch.float32)
-        rows = self.pivots.weight.to(wide)
-        return torch.cat([rows, self.others.weight.to(wide) @ rows])[self.order.long()]
+        rows = self.acting(self.pivots)
+        return torch.cat([rows, self.acting(self.others) @ rows])[self.order.long()]
 
     def growth(self) -> float:
         """The largest coefficient in absolute value: how much rounding errors of the pivots can
         grow.
         """
-        return float(self.others.weight.detach().abs().max())
+        return float(self.acting(self.others).abs().max())
 
 
 def pivot_rows(U: Tensor, max_growth: float) -> tuple[Tensor, Tensor, Tensor]:

@@ -256,6 +256,4 @@ class SomeOutputs(Substitute):
     @torch.no_grad()
     def merged_weight(self) -> Tensor:
         """The weight (m n), in at least float32: rows of zeros where nothing is made."""
-        weight = self.part.weight
-        weight = weight.to(torch.promote_types(weight.dtype, torch.float32))
-        return nn.functional.pad(weight, (0, 0, 0, 1))[self.order.long()]
+        return nn.functional.pad(self.acting(self.part), (0, 0, 0, 1))[self.order.long()]

@@ -146,7 +146,9 @@ def module_entries(
         if module.bias is not None and plain.bias is None:
             biases.append(name)
         if isinstance(module, Substitute):
-            entries[name] = [full_name(type(module)), module.arguments()]
+            for part, made in module.named_modules(prefix=name):  # outside in, as they are made
+                if isinstance(made, Substitute):
+                    entries[part] = [full_name(type(made)), made.arguments()]
         elif _arguments(module) != _arguments(plain):
             entries[name] = [full_name(nn.Linear), _arguments(module)]
     return entries, biases

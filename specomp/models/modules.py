@@ -32,6 +32,14 @@ class Substitute(nn.Module):
         """The weight (m n) as it acts, multiplied in at least float32 and returned so."""
         raise NotImplementedError
 
+    @staticmethod
+    def acting(part: nn.Module) -> Tensor:
+        """The weight of a linear, or of what stands in the place of one, in at least float32."""
+        if isinstance(part, Substitute):
+            return part.merged_weight()
+        weight = part.weight.detach()
+        return weight.to(torch.promote_types(weight.dtype, torch.float32))
+
     def shards(self, style: str) -> dict[str, str] | None:
         """Which of its parts have which style of tensor parallelism where the linear has `style`,
         colwise or rowwise; None where it cannot be split.
@@ -114,11 +122,7 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 def weight_of(module: nn.Module) -> Tensor:
     """(m n) as it acts, in at least float32: of an nn.Linear or what stands in its place."""
-    if isinstance(module, Substitute):
-        return module.merged_weight()
-    weight: Any = module.weight
-    weight = weight.detach()
-    return weight.to(torch.promote_types(weight.dtype, torch.float32))  # type: ignore[arg-type, operator, union-attr, call-overload]
+    return Substitute.acting(module)
 
 
 def replace_linear(model: nn.Module, name: str, module: nn.Module) -> None:

@@ -413,10 +413,13 @@ def load(
 
 
 def substitutes(model: nn.Module) -> dict[str, Substitute]:
-    """What stands in the place of linears, by full dotted name."""
-    return {
-        name: module for name, module in model.named_modules() if isinstance(module, Substitute)
-    }
+    """What stands in the place of linears, by full dotted name; not what is inside such."""
+    found: dict[str, Substitute] = {}
+    for name, module in model.named_modules():  # outside in
+        inside = any(name.startswith(f"{x}.") for x in list(found)[-1:])
+        if isinstance(module, Substitute) and not inside:
+            found[name] = module
+    return found
 
 
 def merged_state(model: nn.Module) -> dict[str, Tensor]:

@@ -24,6 +24,7 @@ class GridSpec:
     bits: int
     group_size: int | None
     symmetric: bool
+    scaled: bool = False  # every column has a scale beside those of its groups
 
     def num_bytes(self, m: int | Tensor, n: int | Tensor) -> Any:
         """Bytes of a packed weight (m, n) as compressed-tensors stores it: integers in whole 32-bit
@@ -32,6 +33,7 @@ class GridSpec:
         """
         groups = 1 if self.group_size is None else -(-n // self.group_size)
         scales = m * groups * (SCALE_BYTES + (0 if self.symmetric else ZERO_BYTES))
+        scales += n * SCALE_BYTES * self.scaled
         return m * 4 * -(-n * self.bits // 32) + scales + SHAPE_BYTES
 
 

@@ -12,6 +12,7 @@ where the method streams them), not those of rounded linears in the same decoder
 """
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Annotated, Literal
 
 import torch
@@ -21,11 +22,12 @@ from torch import Tensor
 from specomp.numerics.factors import LowRankFactors
 from specomp.numerics.grid import GridSpec
 from specomp.numerics.linalg import SOLVE_DTYPE, congruence
-from specomp.numerics.statistics import Gram, Statistic, Stats
+from specomp.numerics.statistics import AbsMean, Gram, Statistic, Stats
 from specomp.quantization.gptq import gptq_each
 from specomp.quantization.rtn import OnGrid, Spacing, round_to_nearest
+from specomp.quantization.scaled import Scaled, scales_for
 from specomp.settings import configurable
-from specomp.slots import Form, Rounded
+from specomp.slots import Chain, Form, Rounded
 
 
 @configurable
@@ -43,11 +45,17 @@ class FactorQuantizer:
     order: Literal["faithful", "sequential"]
     rebalance: bool
     search: Annotated[int, Field(ge=0, le=64)] = 0
+    scaling: Annotated[int, Field(ge=0, le=100)] = 0
 
     @property
     def grid(self) -> GridSpec:
         """What it rounds to."""
-        return GridSpec(bits=self.bits, group_size=self.group_size, symmetric=self.symmetric)
+        return GridSpec(
+            bits=self.bits,
+            group_size=self.group_size,
+            symmetric=self.symmetric,
+            scaled=bool(self.scaling),
+        )
 
     @property
     def grids(self) -> tuple[GridSpec, ...]:
@@ -64,31 +72,22 @@ class FactorQuantizer:
 
     @property
     def needs(self) -> frozenset[Statistic]:
-        """Rounding to nearest looks at no inputs."""
-        return frozenset({Gram()}) if self.algorithm == "gptq" else frozenset()
+        """Rounding to nearest looks at no inputs, the choice of scales at their size."""
+        found: set[Statistic] = {AbsMean()} if self.scaling else set()
+        return frozenset(found | ({Gram()} if found or self.algorithm == "gptq" else set()))
 
-    def __call__(
-        self, matrices: Sequence[Tensor], stats: Stats, dtype: torch.dtype, *, free_basis: bool
-    ) -> tuple[Rounded, ...]:
+    def __call__(self, chain: Chain, stats: Stats, dtype: torch.dtype) -> tuple[Rounded, ...]:
         """The rounded matrices, in float32, and their grids, whose scales are stored in the model's
-        dtype (float16 for float32 models).
-
-        matrices: the first sees the linear's inputs, each other one the outputs of the one before;
-        with a free_basis they are Vt and U. Raises ValueError when the Gram is not finite.
+        dtype (float16 for float32 models). Raises ValueError when the Gram is not finite.
         """
-        return self.each([self], matrices, stats, dtype, free_basis=free_basis)[0]
+        return self.each([self], chain, stats, dtype)[0]
 
     def each(
-        self,
-        rules: Sequence["FactorQuantizer"],
-        matrices: Sequence[Tensor],
-        stats: Stats,
-        dtype: torch.dtype,
-        *,
-        free_basis: bool,
+        self, rules: Sequence["FactorQuantizer"], chain: Chain, stats: Stats, dtype: torch.dtype
     ) -> list[tuple[Rounded, ...]]:
         """The same by each of several rules that differ from this one in their grid alone."""
-        if self.rebalance and free_basis:
+        matrices = chain.matrices
+        if self.rebalance and chain.free_basis:
             Vt, U = matrices
             factors = rebalanced(LowRankFactors(U, Vt))
             matrices = (factors.Vt, factors.U)
@@ -103,13 +102,15 @@ class FactorQuantizer:
             )
             for x in rules
         ]
+        if self.scaling:
+            return [self._scaled(chain, stats, x) for x in spacings]
         found: list[list[OnGrid]]
         if self.algorithm == "rtn":
             found = [[round_to_nearest(x, s) for x in matrices] for s in spacings]
         elif self.order == "faithful" or len(matrices) == 1:
             by_matrix, G = [], stats[Gram()]
             for index, matrix in enumerate(matrices):
-                by_matrix.append(self._gptq(matrix, G, spacings))
+                by_matrix.append(self._gptq(matrix, G, spacings, chain.mask))
                 if index + 1 < len(matrices):
                     G = congruence(matrix.to(SOLVE_DTYPE), G)
             found = [list(x) for x in zip(*by_matrix, strict=True)]
@@ -122,8 +123,35 @@ class FactorQuantizer:
                     G = congruence(mine[-1].values().to(SOLVE_DTYPE), G)
         return [tuple(Rounded(x.values(), x.grid, x.damping) for x in mine) for mine in found]
 
-    def _gptq(self, matrix: Tensor, G: Tensor, spacings: Sequence[Spacing]) -> list[OnGrid]:
-        return gptq_each(matrix, G, spacings, act_order=self.act_order, damping=self.damping)
+    def _scaled(self, chain: Chain, stats: Stats, spacing: Spacing) -> tuple[Rounded, ...]:
+        """Every matrix with scales of its own, each on what the unrounded ones before put out, or
+        the rounded ones.
+        """
+        found, G = list[Rounded](), stats[Gram()]
+        size = stats.get(AbsMean())  # of the linear's own inputs; else the root of their energy
+        for matrix in chain.matrices:
+            weight = matrix.float()
+            size = G.diagonal().clamp_min(0).sqrt() if size is None else size
+            scale = scales_for(weight, G, size, self.scaling, spacing)
+            weight, seen = weight / scale.float(), scale[:, None].double() * G.double() * scale
+            if self.algorithm == "rtn":
+                on_grid = round_to_nearest(weight, spacing, seen.diagonal())
+            else:
+                (on_grid,) = self._gptq(weight, seen, [spacing])
+            inner = on_grid.values()
+            found.append(
+                Scaled(inner * scale.float(), on_grid.grid, on_grid.damping, scale, inner)
+            )
+            passed = matrix if self.order == "faithful" else found[-1].values
+            G, size = congruence(passed.to(SOLVE_DTYPE), G), None
+        return tuple(found)
+
+    def _gptq(
+        self, matrix: Tensor, G: Tensor, spacings: Sequence[Spacing], mask: Tensor | None = None
+    ) -> list[OnGrid]:
+        return gptq_each(
+            matrix, G, spacings, act_order=self.act_order, damping=self.damping, mask=mask
+        )
 
     def notes(self, damping: Sequence[float]) -> list[str]:
         """Where more damping was needed than was asked for."""

@@ -12,7 +12,6 @@ from typing import Annotated, ClassVar
 
 import torch
 from pydantic import Field, SkipValidation
-from torch import Tensor
 
 from specomp.forms.factors import Factors
 from specomp.forms.gridded import WHOLE, on_grids
@@ -20,7 +19,7 @@ from specomp.numerics.grid import GridSpec
 from specomp.numerics.statistics import Statistic, Stats
 from specomp.quantization.factors import FactorQuantizer
 from specomp.settings import configurable
-from specomp.slots import Form, Rounded
+from specomp.slots import Chain, Form, Rounded
 
 Kind = tuple[Annotated[int, Field(ge=2, le=8)], Annotated[int, Field(ge=8)] | None]
 """Bits and group size; None: a whole row."""
@@ -66,11 +65,9 @@ class Grids:
         """Each on every grid of `units`, and without."""
         return [*(x for form in forms for x in on_grids(form, self._by(self.units))), *forms]
 
-    def __call__(
-        self, matrices: Sequence[Tensor], stats: Stats, dtype: torch.dtype, *, free_basis: bool
-    ) -> tuple[Rounded, ...]:
+    def __call__(self, chain: Chain, stats: Stats, dtype: torch.dtype) -> tuple[Rounded, ...]:
         """As they are: what is on a grid says so itself."""
-        return tuple(map(Rounded, matrices))
+        return tuple(map(Rounded, chain.matrices))
 
     def notes(self, damping: Sequence[float]) -> list[str]:
         """Those of the rule."""

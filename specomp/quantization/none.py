@@ -4,11 +4,10 @@ from collections.abc import Sequence
 from typing import ClassVar
 
 import torch
-from torch import Tensor
 
 from specomp.numerics.statistics import Statistic, Stats
 from specomp.settings import configurable
-from specomp.slots import Form, Rounded
+from specomp.slots import Chain, Form, Rounded
 
 
 @configurable
@@ -27,11 +26,9 @@ class NoQuantizer:
         """The forms as they are."""
         return forms
 
-    def __call__(
-        self, matrices: Sequence[Tensor], stats: Stats, dtype: torch.dtype, *, free_basis: bool
-    ) -> tuple[Rounded, ...]:
+    def __call__(self, chain: Chain, stats: Stats, dtype: torch.dtype) -> tuple[Rounded, ...]:
         """The matrices as they are."""
-        return tuple(map(Rounded, matrices))
+        return tuple(map(Rounded, chain.matrices))
 
     def notes(self, damping: Sequence[float]) -> list[str]:
         """Nothing."""

@@ -38,10 +38,10 @@ class Spacing(GridSpec):
     # how many narrower ranges are tried for every group, down to NARROWEST of its own
     search: int = 0
 
-    def fit(self, weight: Float[Tensor, "m n"], energy: Float[Tensor, " n"] | None = None) -> Grid:
+    def fit(self, weight: Float[Tensor, "m n"], energy: Tensor | None = None) -> Grid:
         """The grid that spans each group's smallest to largest number and contains 0 (as GPTQ's
-        published code); with a search the narrower one of least squared error, every column counted
-        by its energy (default: alike).
+        published code); with a search the narrower one of least squared error, every number counted
+        by its energy: (n) of the columns or (m n) of each (default: alike).
 
         A step is (largest - smallest) / (2^bits - 1), symmetric: 2 max|w| / (2^bits - 1), and is
         rounded to the dtype it is stored in before any weight is rounded to it.
@@ -62,7 +62,8 @@ class Spacing(GridSpec):
             )
         if self.search:
             counts = weight.new_ones(n) if energy is None else energy.float()
-            counts = torch.nn.functional.pad(counts, (0, -n % size)).view(1, -1, size)
+            counts = torch.nn.functional.pad(counts, (0, -n % size))
+            counts = counts.view(-1, groups.shape[1], size)
             least = self._error(groups, counts, scales, zeros)
             for share in torch.linspace(1, NARROWEST, self.search + 1)[1:].tolist():
                 other, shifted = self._spanning(share * low, share * high)
@@ -99,9 +100,11 @@ class Spacing(GridSpec):
         return near.sub_(shift).mul_(step).sub_(groups).square_().mul_(counts).sum(2)
 
 
-def round_to_nearest(weight: Float[Tensor, "m n"], spacing: Spacing) -> OnGrid:
+def round_to_nearest(
+    weight: Float[Tensor, "m n"], spacing: Spacing, energy: Tensor | None = None
+) -> OnGrid:
     """Every number of a weight (m, n) to the nearest point of the grid that spans it: least squares
-    in the weights, blind to inputs.
+    in the weights, blind to inputs but for a search that counts columns by their energy (n).
     """
-    grid = spacing.fit(weight)
+    grid = spacing.fit(weight, energy)
     return OnGrid(grid.integers(weight), grid)

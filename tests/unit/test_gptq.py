@@ -18,7 +18,7 @@ from specomp.quantization.factors import FactorQuantizer, rebalanced
 from specomp.quantization.gptq import gptq, inverse_factor
 from specomp.quantization.none import NoQuantizer
 from specomp.quantization.rtn import Spacing, round_to_nearest
-from specomp.slots import Rounded, Rounding
+from specomp.slots import Chain, Rounded, Rounding
 
 SHAPES = [(24, 40), (40, 24), (7, 33)]
 GROUPS = [None, 16, 8]
@@ -231,6 +231,14 @@ def factors(rank: int = 21) -> tuple[LowRankFactors, Stats]:
     )
 
 
+def multiplied(*matrices: Tensor) -> Tensor:
+    return torch.linalg.multi_dot(matrices[::-1])
+
+
+def pair(exact: LowRankFactors, *, free_basis: bool) -> Chain:
+    return Chain((exact.Vt, exact.U), multiplied, free_basis=free_basis)
+
+
 def pair_rounded(
     exact: LowRankFactors,
     stats: Stats,
@@ -241,7 +249,7 @@ def pair_rounded(
 ) -> tuple[Rounded, Rounded]:
     """(Vt, U), as a form of two factors has them rounded."""
     by = by or quantizer(**changes)
-    return by((exact.Vt, exact.U), stats, dtype, free_basis=True)
+    return by(pair(exact, free_basis=True), stats, dtype)
 
 
 def product_loss(found: tuple[Rounded, Rounded], exact: LowRankFactors, stats: Stats) -> float:
@@ -272,8 +280,8 @@ def test_a_matrix_alone_and_a_chain_of_three_see_what_comes_before():
     exact, stats = factors()
     third = torch.randn(5, 24, generator=torch.Generator().manual_seed(0))
     chain = (exact.Vt, exact.U, third)
-    found = quantizer()(chain, stats, torch.float32, free_basis=False)
-    alone = quantizer()((exact.Vt,), stats, torch.float32, free_basis=False)
+    found = quantizer()(Chain(chain, multiplied), stats, torch.float32)
+    alone = quantizer()(Chain((exact.Vt,), multiplied), stats, torch.float32)
     assert torch.equal(found[0].values, alone[0].values)
     seen = stats[Gram()].double()
     for part, weight in zip(found, chain, strict=True):
@@ -289,7 +297,7 @@ def test_only_a_free_basis_is_rebalanced():
     exact, stats = factors()
     settings = {"algorithm": "rtn", "rebalance": True}
     free = pair_rounded(exact, stats, **settings)
-    fixed = quantizer(**settings)((exact.Vt, exact.U), stats, torch.float32, free_basis=False)
+    fixed = quantizer(**settings)(pair(exact, free_basis=False), stats, torch.float32)
     plain = pair_rounded(exact, stats, algorithm="rtn")
     assert all(torch.equal(a.values, b.values) for a, b in zip(fixed, plain, strict=True))
     assert not torch.equal(free[0].values, plain[0].values)

@@ -20,7 +20,7 @@ from specomp.models.modules import GridLinear, weight_of
 from specomp.numerics.statistics import Gram, Stats
 from specomp.quantization.gptq import gptq, gptq_each
 from specomp.quantization.rtn import Spacing
-from specomp.slots import Choice
+from specomp.slots import Chain, Choice
 from tests.running import make_run
 from tests.tiny import tiny_model, tiny_tokenizer
 
@@ -67,9 +67,10 @@ def test_several_rules_at_once_are_each_by_itself(settings):
     ]
     X = torch.randn(200, 40)
     stats, pair = Stats({Gram(): (X.T @ X).double()}), (torch.randn(9, 40), torch.randn(20, 9))
-    together = rules[0].each(rules, pair, stats, torch.float32, free_basis=True)
+    chain = Chain(pair, lambda Vt, U: U @ Vt, free_basis=True)
+    together = rules[0].each(rules, chain, stats, torch.float32)
     for found, rule in zip(together, rules, strict=True):
-        alone = rule(pair, stats, torch.float32, free_basis=True)
+        alone = rule(chain, stats, torch.float32)
         assert all(torch.equal(a.values, b.values) for a, b in zip(found, alone, strict=True))
 
 
