@@ -66,6 +66,9 @@ class NoData:
     def spectrum(self, linear: LinearSpec) -> Any:
         raise NeedsData("spectra")
 
+    def singular_values(self, linear: LinearSpec) -> Any:
+        raise NeedsData("spectra")
+
     def remembered(self, unit: Unit, made_by: Any, make: Any, reads: Any = None) -> Any:
         raise NeedsData("spectra")
 
@@ -243,10 +246,10 @@ class Plan:
         return self.route.complete or stores_more(self.run)
 
     def spectrum_numbers(self, linear: LinearSpec) -> int:
-        """Of one linear's entry in the cache: U, s, rows, damping."""
+        """Of one linear's entries in the cache: U, s, rows, damping; and s by itself."""
         return (
             kept_components(linear, complete=self.complete) * (linear.m + linear.n)
-            + min(linear.m, linear.n)
+            + 2 * min(linear.m, linear.n)
             + 1
         )
 

@@ -85,6 +85,9 @@ class Evidence(Protocol):
     def spectrum(self, linear: LinearSpec) -> Spectrum:
         """The components of T in the method's norm."""
 
+    def singular_values(self, linear: LinearSpec) -> Tensor:
+        """(k) of all components, descending, without their vectors."""
+
     def factors(self, linear: LinearSpec, rank: int) -> LowRankFactors:
         """The best factors of this rank, compensated; or those that a training chose."""
 

@@ -130,10 +130,8 @@ class Given:
     def __init__(self, values, losses):
         self.values, self.found = values, losses
 
-    def spectrum(self, linear):
-        from specomp.numerics.factors import Spectrum
-
-        return Spectrum(torch.empty(0, 0), self.values[linear.name], torch.empty(0, 0))
+    def singular_values(self, linear):
+        return self.values[linear.name]
 
     def remembered(self, unit, made_by, make):
         return {"losses": self.found, "order": torch.arange(len(self.found) - 1)}

@@ -41,6 +41,9 @@ class Known:
     def spectrum(self, linear: LinearSpec) -> Spectrum:
         return Spectrum(torch.empty(0, 0), self.values[linear.name], torch.empty(0, 0))
 
+    def singular_values(self, linear: LinearSpec) -> Tensor:
+        return self.values[linear.name]
+
     def factors(self, linear: LinearSpec, rank: int) -> LowRankFactors:
         assert self.pair is not None, "no factors were asked for"
         return LowRankFactors(self.pair.U[:, :rank], self.pair.Vt[:rank])

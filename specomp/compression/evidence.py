@@ -48,6 +48,10 @@ class DenseEvidence:
         """From the cache, or into it."""
         return self.spectra(linear)
 
+    def singular_values(self, linear: LinearSpec) -> Tensor:
+        """From the cache, or into it."""
+        return self.spectra.values(linear)
+
     def norm(self, linear: LinearSpec) -> Norm:
         """Of these statistics."""
         return self.spectra.whitening(self.stats(linear))
@@ -199,6 +203,10 @@ class LayerEvidence(DenseEvidence):
                 )
             self._spectra[linear.name] = found
         return self._spectra[linear.name]
+
+    def singular_values(self, linear: LinearSpec) -> Tensor:
+        """In the norm of these inputs."""
+        return self.spectrum(linear).s
 
     def factors(self, linear: LinearSpec, rank: int) -> LowRankFactors:
         """Truncated and compensated; or what a training kept. Raises UserError where they are not

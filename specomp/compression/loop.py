@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import replace
+from itertools import groupby
 from typing import Any
 
 import torch
@@ -54,6 +55,7 @@ def compress(run: Run, statistics: Statistics) -> Report:
             method.rounding.grid,
             run.wide_units,
             comparable=method.comparable,
+            each=by_layer(run, spectra),
         )
         choices = settled(
             method.allocation(
@@ -239,6 +241,24 @@ def store_unit(run: Run, unit: Unit, choice: Choice, evidence: LayerEvidence) ->
         evidence.forget(linear)
         reports.append(report)
     return reports
+
+
+def by_layer(run: Run, spectra: Spectra) -> Callable[..., Iterable[Any]]:
+    """A `map` over units in the order of the model: decoder layer by decoder layer, those of one
+    side by side where they are in memory and small.
+    """
+    if run.store is not None:
+        return map
+
+    def each(work: Callable[[Unit], Any], units: Sequence[Unit]) -> Iterator[Any]:
+        for index, group in groupby(units, key=lambda x: x.decoder_layer):
+            here = list(group)
+            if spectra.statistics.statistics:
+                spectra.statistics.layer(index)  # read once, before several workers ask for it
+            with one_thread_each(here, run.device(index)) as side_by_side:
+                yield from side_by_side(work, here)
+
+    return each
 
 
 @contextmanager

@@ -26,6 +26,8 @@ from specomp.slots import Target, Whitening, describe
 log = logging.getLogger(__name__)
 # Bumped whenever the same statistics would give another spectrum.
 VERSION = 1
+# What the entry of a linear's singular values is called, behind its name.
+VALUES = ".values"
 
 
 @configurable
@@ -91,6 +93,19 @@ class Spectra:
         self._last = (linear.name, spectrum)
         return spectrum
 
+    def values(self, linear: LinearSpec) -> Tensor:
+        """(k): all singular values of one linear, on its device; without reading its vectors where
+        these are in the cache.
+        """
+        last, cache = self._last, self.run.cache
+        if last is not None and last[0] == linear.name:
+            return last[1].s
+        found = cache.load("spectra", self.key, f"{linear.name}{VALUES}")
+        if found is None:
+            return self(linear).s
+        cache.count("spectra", hit=True)
+        return found["s"].to(self.run.device(linear.decoder_layer))
+
     def forget(self) -> None:
         """Free what was read; it can be read again."""
         self._last = None
@@ -115,6 +130,8 @@ class Spectra:
             # Laid out as it comes back from the cache: sums over another layout round differently.
             stored = {part: tensor.contiguous() for part, tensor in stored.items()}
             cache.save("spectra", self.key, name, stored)
+        if not cache.has("spectra", self.key, f"{name}{VALUES}"):
+            cache.save("spectra", self.key, f"{name}{VALUES}", {"s": stored["s"]})
         return stored
 
     def _decompose_another(self) -> bool:

@@ -8,7 +8,7 @@ predicted loss alone. What stands for several units at once is split up when the
 import copy
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -34,16 +34,20 @@ def options(
     *,
     comparable: bool = False,
     predicted: bool = True,
+    each: Callable[[Callable[[Unit], Options], Sequence[Unit]], Iterable[Options]] = map,
 ) -> dict[Unit, Options]:
     """The options of every unit of a model of this dtype. units: of one linear each; wide: the
     forms of those of several, which take the place of their linears; comparable: see Wide.
     predicted: whether losses may be asked for, which decide among several forms of a linear.
+    each: a `map`, where their losses can be predicted side by side.
     """
     kind = Best if len(forms) > 1 and predicted else Options
-    single = {
-        unit: kind(unit, forms, budget, dtype, evidence, grid)
-        for unit in track_single(units, predicted=kind is Best)
-    }
+
+    def made_of(unit: Unit) -> Options:
+        return kind(unit, forms, budget, dtype, evidence, grid)
+
+    found = map(made_of, units) if kind is Options else shown(each(made_of, units), len(units))
+    single = dict(zip(units, found, strict=True))
     by_linear = {unit.linears[0].name: found for unit, found in single.items()}
     made: dict[Unit, Options] = {}
     for unit, own in track_wide(wide or {}):
@@ -54,9 +58,9 @@ def options(
     return dict(sorted(made.items(), key=lambda item: place[item[0].linears[0].name]))
 
 
-def track_single(units: Sequence[Unit], *, predicted: bool) -> Iterable[Unit]:
-    """With a bar where the first time each takes trials of every grid."""
-    return track(units, "try grids", len(units)) if predicted else units
+def shown(found: Iterable[Options], count: int) -> Iterable[Options]:
+    """With a bar: the first time each takes trials of every grid."""
+    return track(found, "try grids", count)
 
 
 def track_wide(

@@ -43,7 +43,7 @@ class RankForm(ABC):
         (Eckart-Young).
         """
         (linear,) = unit.linears
-        squares = evidence.spectrum(linear).s.double().cpu().square()
+        squares = evidence.singular_values(linear).double().cpu().square()
         tails = torch.cat([squares.flip(0).cumsum(0).flip(0), squares.new_zeros(1)])
         return tails[sizes.clamp_max(len(squares))]
 

@@ -5,6 +5,9 @@ Both change a weight W (m, n) column by column and minimize ||(W' - W) X||_F gre
 X X^T (n, n) alone (the papers' Hessian is twice it: only ratios matter).
 """
 
+import threading
+import weakref
+
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -16,18 +19,6 @@ BLOCK_COLUMNS = 128
 # Where the asked damping is not enough, it is raised by tens from the first of these, up to the
 # second.
 START_DAMPING, MAX_DAMPING = 1e-6, 1.0
-
-
-def awake(
-    weight: Float[Tensor, "m n"], gram: Float[Tensor, "n n"]
-) -> tuple[Float[Tensor, "m n"], Float[Tensor, "n n"]]:
-    """A weight in float32 and a Gram in float64 without the inputs that never occur: those weights
-    are 0 and their energy that of the average, as the published codes do.
-    """
-    gram = gram.to(SOLVE_DTYPE).clone()
-    dead = gram.diagonal() <= 0
-    gram.diagonal()[dead] = gram.diagonal().mean() if not dead.all() else 1.0
-    return weight.float().masked_fill(dead, 0.0), gram
 
 
 def inverse_factor(
@@ -49,10 +40,66 @@ def inverse_factor(
     )
 
 
-def fed_back(rows: Tensor, feedback: Tensor, j: int, stop: int, stored: Tensor) -> Tensor:
+def fed_back(
+    rows: Tensor, feedback: Tensor, pivot: float, j: int, stop: int, stored: Tensor
+) -> Tensor:
     """The error (m) of storing column j so, over its pivot, which the columns up to `stop` make up
     for; rows (n, m): the columns of the weight.
     """
-    error = (rows[j] - stored) / feedback[j, j]
+    error = (rows[j] - stored).div_(pivot)
     rows[j + 1 : stop].addr_(feedback[j, j + 1 : stop], error, alpha=-1)
     return error
+
+
+class Inputs:
+    """What both need to know of inputs: their energies, the order in which columns are changed, and
+    the feedback in that order.
+    """
+
+    def __init__(self, gram: Float[Tensor, "n n"], *, act_order: bool, damping: float) -> None:
+        """act_order: the columns of the largest inputs first. Raises ValueError when the Gram is
+        not finite.
+        """
+        gram = gram.to(SOLVE_DTYPE).clone()
+        # that never occur: their weights are 0 and their energy that of the average, as the
+        # published codes do
+        self.dead = gram.diagonal() <= 0
+        gram.diagonal()[self.dead] = gram.diagonal().mean() if not self.dead.all() else 1.0
+        self.energy = gram.diagonal().float()
+        self.order = (
+            gram.diagonal().argsort(descending=True, stable=True)
+            if act_order
+            else torch.arange(len(gram), device=gram.device)
+        )
+        ordered = gram[self.order][:, self.order] if act_order else gram
+        feedback, self.damping = inverse_factor(ordered, damping)
+        self.feedback = feedback.float()
+        self.pivots: list[float] = self.feedback.diagonal().tolist()
+
+    def awake(self, weight: Float[Tensor, "m n"]) -> Float[Tensor, "m n"]:
+        """A weight in float32, zero for inputs that never occur."""
+        return weight.float().masked_fill(self.dead, 0.0)
+
+
+class _Last(threading.local):
+    """The last two of a thread: matrices of many sizes are changed on the same inputs, each beside
+    a second one on inputs of its own.
+    """
+
+    def __init__(self) -> None:
+        self.found: list[tuple[weakref.ref[Tensor], int, bool, float, Inputs]] = []
+
+
+_last = _Last()
+
+
+def inputs_of(gram: Float[Tensor, "n n"], *, act_order: bool, damping: float) -> Inputs:
+    """As Inputs, remembered while the Gram itself lives and is not changed."""
+    said = (gram._version, act_order, damping)
+    alive = [x for x in _last.found if x[0]() is not None]
+    known = next((x for x in alive if x[0]() is gram and x[1:4] == said), None)
+    if known is None:
+        made = Inputs(gram, act_order=act_order, damping=damping)
+        known = (weakref.ref(gram), *said, made)
+    _last.found = [known, *(x for x in alive if x is not known)][:2]
+    return known[4]

@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from specomp.numerics.feedback import BLOCK_COLUMNS, awake, fed_back, inverse_factor
+from specomp.numerics.feedback import BLOCK_COLUMNS, fed_back, inputs_of
 
 Pattern = tuple[int, int]
 """(N, M): N of every M neighbours in a row stay."""
@@ -53,12 +53,11 @@ def sparsegpt(
     Without a pattern every block of columns keeps its share of m kept in all, of each row if
     by_row (CHOICE: the paper's is of the block). Raises ValueError when the Gram is not finite.
     """
-    weight, gram = awake(weight, gram)
     (m, n), of = weight.shape, 1 if pattern is None else pattern[1]
-    feedback, used = inverse_factor(gram, damping)
-    feedback = feedback.float()
-    pivots = feedback.diagonal()[:, None]
-    rows = weight.T.contiguous()  # (n, m): a column of the weight is a row here, contiguous
+    inputs = inputs_of(gram, act_order=False, damping=damping)
+    feedback, pivots = inputs.feedback, inputs.feedback.diagonal()[:, None]
+    # (n, m): a column of the weight is a row here, contiguous
+    rows = inputs.awake(weight).T.contiguous()
     mask = torch.ones_like(rows, dtype=torch.bool)
     block = max(of, BLOCK_COLUMNS - BLOCK_COLUMNS % of)
     for start in range(0, n, block):
@@ -73,7 +72,7 @@ def sparsegpt(
                 scores = (rows[j : j + of] / pivots[j : j + of]).square()
                 mask[j : j + of] = largest(scores.T, 0, by_row=True, pattern=pattern).T
             stored = rows[j] * mask[j]
-            errors[j - start] = fed_back(rows, feedback, j, stop, stored)
+            errors[j - start] = fed_back(rows, feedback, inputs.pivots[j], j, stop, stored)
             rows[j] = stored
         rows[stop:] -= feedback[start:stop, stop:].T @ errors
-    return rows.T.contiguous(), mask.T.contiguous(), used
+    return rows.T.contiguous(), mask.T.contiguous(), inputs.damping

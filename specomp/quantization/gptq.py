@@ -14,7 +14,7 @@ import torch
 from jaxtyping import Bool, Float, Int8
 from torch import Tensor
 
-from specomp.numerics.feedback import BLOCK_COLUMNS, awake, fed_back, inverse_factor
+from specomp.numerics.feedback import BLOCK_COLUMNS, Inputs, fed_back, inputs_of
 from specomp.numerics.grid import Grid, limits
 from specomp.quantization.rtn import OnGrid, Spacing
 
@@ -57,16 +57,10 @@ def gptq_each(
     numbers, n = weight, gram.shape[0]
     if mask is not None:
         weight = weight.new_zeros(mask.shape).masked_scatter_(mask, weight)
-    weight, gram = awake(weight, gram)
-    order = (
-        gram.diagonal().argsort(descending=True, stable=True)
-        if act_order
-        else torch.arange(n, device=gram.device)
-    )
-    feedback, used = inverse_factor(gram[order][:, order], damping)
-    feedback = feedback.float()
-    rows = weight.T[order].contiguous()  # (n, m): a column of the weight is a row here, contiguous
-    energy = gram.diagonal().float()
+    inputs = inputs_of(gram, act_order=act_order, damping=damping)
+    weight, energy = inputs.awake(weight), inputs.energy
+    # (n, m): a column of the weight is a row here, contiguous
+    rows = weight.T[inputs.order].contiguous()
     if mask is None:
         grids = [spacing.fit(weight, energy) for spacing in spacings]
     else:
@@ -74,7 +68,7 @@ def gptq_each(
         grids = [spacing.fit(weight[mask].view_as(numbers), of_numbers) for spacing in spacings]
     if mask is None and not act_order and any(x.group_size < n for x in grids):
         found = [
-            _refitting(rows.clone(), feedback, x, s, energy)
+            _refitting(rows.clone(), inputs, x, s)
             for x, s in zip(grids, spacings, strict=True)
         ]
     else:
@@ -82,21 +76,20 @@ def gptq_each(
         integers = [
             x
             for i in range(0, len(grids), at_once)
-            for x in _sweep(rows, feedback, grids[i : i + at_once], order, mask)
+            for x in _sweep(rows, inputs, grids[i : i + at_once], mask)
         ]
         found = list(zip(integers, grids, strict=True))
-    back = order.argsort()
+    back = inputs.order.argsort()
     whole = [(integers[back].T, grid) for integers, grid in found]
     if mask is not None:
         whole = [(integers[mask].view_as(numbers), grid) for integers, grid in whole]
-    return [OnGrid(integers.contiguous(), grid, used) for integers, grid in whole]
+    return [OnGrid(integers.contiguous(), grid, inputs.damping) for integers, grid in whole]
 
 
 def _sweep(
     rows: Float[Tensor, "n m"],
-    feedback: Float[Tensor, "n n"],
+    inputs: Inputs,
     grids: Sequence[Grid],
-    order: Tensor,
     mask: Bool[Tensor, "m n"] | None,
 ) -> list[Int8[Tensor, "n m"]]:
     """Integers on grids that stay, of all of them side by side."""
@@ -107,7 +100,7 @@ def _sweep(
     low, high = bounds.repeat_interleave(m, 0).T
     rows = rows.repeat(1, len(grids))
     integers = torch.empty_like(rows, dtype=torch.int8)
-    columns = order.tolist()
+    columns, feedback = inputs.order.tolist(), inputs.feedback
     for start in range(0, n, BLOCK_COLUMNS):
         stop = min(start + BLOCK_COLUMNS, n)
         errors = torch.empty_like(rows[start:stop])
@@ -115,38 +108,35 @@ def _sweep(
             at = [columns[j] // (x.group_size if mask is None else 1) for x in grids]
             scales = torch.cat([s[i] for (s, _), i in zip(each, at, strict=True)])
             zeros = torch.cat([z[i] for (_, z), i in zip(each, at, strict=True)])
-            q = (rows[j] / scales + zeros).round().clamp(low, high)
-            integers[j] = q.to(torch.int8)
-            stored = (q - zeros) * scales
+            q = (rows[j] / scales).add_(zeros).round_().clamp_(low, high)
+            integers[j] = q
+            stored = q.sub_(zeros).mul_(scales)
             if stays is not None:
                 stored *= stays[columns[j]]
-            errors[j - start] = fed_back(rows, feedback, j, stop, stored)
+            errors[j - start] = fed_back(rows, feedback, inputs.pivots[j], j, stop, stored)
         rows[stop:] -= feedback[start:stop, stop:].T @ errors
     return list(integers.split(m, 1))
 
 
 def _refitting(
-    rows: Float[Tensor, "n m"],
-    feedback: Float[Tensor, "n n"],
-    grid: Grid,
-    spacing: Spacing,
-    energy: Float[Tensor, " n"],
+    rows: Float[Tensor, "n m"], inputs: Inputs, grid: Grid, spacing: Spacing
 ) -> tuple[Int8[Tensor, "n m"], Grid]:
     """Integers on a grid whose every group spans what its columns have become; rows in the order of
     the columns.
     """
-    n, block = len(rows), grid.group_size
+    n, block, feedback = len(rows), grid.group_size, inputs.feedback
     (low, high), integers = limits(grid.bits), torch.empty_like(rows, dtype=torch.int8)
     grids = []
     for start in range(0, n, block):
         stop = min(start + block, n)
-        grids.append(spacing.fit(rows[start:stop].T, energy[start:stop]))
+        grids.append(spacing.fit(rows[start:stop].T, inputs.energy[start:stop]))
         ((scales,), (zeros,)) = _by_group(grids[-1])
         errors = torch.empty_like(rows[start:stop])
         for j in range(start, stop):
-            q = (rows[j] / scales + zeros).round().clamp(low, high)
-            integers[j] = q.to(torch.int8)
-            errors[j - start] = fed_back(rows, feedback, j, stop, (q - zeros) * scales)
+            q = (rows[j] / scales).add_(zeros).round_().clamp_(low, high)
+            integers[j] = q
+            stored = q.sub_(zeros).mul_(scales)
+            errors[j - start] = fed_back(rows, feedback, inputs.pivots[j], j, stop, stored)
         rows[stop:] -= feedback[start:stop, stop:].T @ errors
     zeros = [x.zeros for x in grids if x.zeros is not None]
     together = torch.cat(zeros, dim=1) if zeros else None

@@ -15,7 +15,8 @@ from specomp.numerics.factors import GramNorm, LowRankFactors, truncate
 from specomp.numerics.grid import Grid
 from specomp.numerics.statistics import Gram, Stats
 from specomp.quantization.factors import FactorQuantizer, rebalanced
-from specomp.quantization.gptq import gptq, inverse_factor
+from specomp.numerics.feedback import inverse_factor
+from specomp.quantization.gptq import gptq
 from specomp.quantization.none import NoQuantizer
 from specomp.quantization.rtn import Spacing, round_to_nearest
 from specomp.slots import Chain, Rounded, Rounding
