@@ -28,6 +28,7 @@ from specomp.compression.checks import check_budget, check_method
 from specomp.compression.loop import compress as compress_calibrated
 from specomp.compression.report import Report
 from specomp.compression.run import Progress, Run
+from specomp.compression.search import apart
 from specomp.data.calibration import Calibration, CalibrationSet
 from specomp.errors import UserError
 from specomp.evaluation.perplexity import mean_perplexity
@@ -63,7 +64,8 @@ def compress(
     row's name (see `method_names`), `specomp.method(...)`, or a `Method` of your own slots. ratio:
     the fraction of the decoder layers' linear weights to remove, in [0, 1), a choice of conf/ratio,
     or
-    `Numbers(compression=...)`, or `Bits(bits=...)`: stored bits a weight. calibration: settings
+    `Numbers(compression=...)`, or `Bits(bits=...)`: stored bits a weight; "kl0_05" is the fewest
+    bits at which the model stays that close. calibration: settings
     other than those of conf/calibration/_base.yaml (batch_size, upstream, layers_at_once,
     accumulate, precision). training_tokens: what a row that trains reads, where that is not
     `tokens`. quantizer: a choice of conf/quantizer; None: the method's own, and under a budget of
@@ -88,7 +90,7 @@ def compress(
     budget = budget_of(ratio)
     chosen = method_of(method, quantizer, budget)
     settings = calibration_of(calibration)
-    samples = _samples(model, tokens, settings)
+    samples, held = apart(_samples(model, tokens, settings), budget)
     more = samples if training_tokens is None else _samples(model, training_tokens, settings)
     dtype = str(model.dtype).removeprefix("torch.")
     check_method(chosen, budget, settings.upstream, samples.num_samples, 1, dtype)
@@ -110,6 +112,7 @@ def compress(
             calibration=settings,
             samples=samples,
             training_samples=more,
+            held_out=held,
             cache=Cache(root),
             model_key="only this one" if cache is None else model_key(model),
             seed=seed,

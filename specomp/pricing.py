@@ -397,8 +397,8 @@ class Plan:
         scaled up; trials: storing is trying grids.
         """
         scale = max(1.0, max(m, n) / (SMALL if trials is None else TRIED))
-        small = (x if scale == 1 else EVEN * max(1, round(x / scale / EVEN)) for x in (m, n))
-        linear = LinearSpec("linear", *small, 0, 0, "linear")
+        few = [x if scale == 1 else EVEN * max(1, round(x / scale / EVEN)) for x in (m, n)]
+        linear = LinearSpec("linear", few[0], few[1], 0, 0, "linear")
         unit = Unit("linear", "linear", (linear,))
         size = min(choice.form.sizes(unit), key=lambda x: abs(x * scale - choice.size))
         method = self.method
@@ -638,6 +638,9 @@ class Plan:
             )
             if self.route.refines:
                 detail += f"; {self.method.refinement.steps} steps each"
+        if (tries := run.budget.tries) > 1:  # the dense model's states and linears stay beside it
+            total, held = total * tries, held + self.size.linear_bits // 8
+            detail += f"; at most {tries} times"
         return Stage(name="compress", detail=detail, work=total, held=held)
 
     def stream(self, tokens: int) -> Work:

@@ -68,8 +68,10 @@ class Rounded:
     grid: Grid | None = None
     damping: float = 0.0
 
-    def stored(self, linear: nn.Linear) -> nn.Module:
-        """What holds it, of a linear that has these values for its weight."""
+    def stored(self, linear: nn.Linear) -> Any:
+        """What holds it: an nn.Linear or a Substitute, of a linear with these values for its
+        weight.
+        """
         return linear if self.grid is None else GridLinear.of(linear, self.grid)
 
 

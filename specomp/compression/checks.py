@@ -34,11 +34,28 @@ def check_method(
             f" to: use another method/{moves}, or quantizer=none."
         )
     _check_packing(method)
+    _check_search(method, budget)
     method.units.check(method)
     if training.active:
         training.check(method, budget, training.samples_of(num_samples), processes, dtype)
     _check_grids(method, budget)
     return route
+
+
+def _check_search(method: Method, budget: Budget) -> None:
+    """Whether a model can be stored again and again."""
+    if budget.tries == 1:
+        return
+    if not method.spends:
+        raise UserError(
+            f"{budget.setting} is met by a search, and {method.name} spends no budget: use another"
+            " method, such as specomp, or another ratio."
+        )
+    if method.training.active:
+        raise UserError(
+            f"{budget.setting} is met by a search, which would train {budget.tries} times: use"
+            " method/training=none, or the bits that a search without it ends with."
+        )
 
 
 def _check_packing(method: Method) -> None:
@@ -61,8 +78,9 @@ def _check_grids(method: Method, budget: Budget) -> None:
     """
     if method.packing.size_of == "weights" and any(x.scaled for x in method.rounding.grids):
         raise UserError(
-            f"{type(method.rounding).__name__} scales columns, and what {type(method.packing).__name__}"
-            " stores has none: use quantizer.scaling=0 (quantizer.rule.scaling=0 of several grids)."
+            f"{type(method.rounding).__name__} scales columns, and what"
+            f" {type(method.packing).__name__} stores has none: use quantizer.scaling=0"
+            " (quantizer.rule.scaling=0 of several grids)."
         )
     if not method.spends:
         return
@@ -108,7 +126,7 @@ def check_budget(model: Any, family: ModelFamily, method: Method, budget: Budget
         ]
         least, whole = least + min(smallest + [dense]), whole + dense
     allowed = budget.share(dtype) * whole
-    if allowed < least:
+    if allowed < least and budget.tries == 1:
         small = "rank 1" if any(x.size_of == "rank" for x in forms) else "the smallest form"
         raise UserError(
             f"{budget.setting} keeps {allowed:.0f} {budget.currency} of the {len(units)} linears,"

@@ -14,6 +14,7 @@ from torch import nn
 
 from specomp.forms.prices import Budget, bits, numbers, parts_of
 from specomp.models.family import LinearSpec
+from specomp.models.modules import Substitute
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,11 +60,17 @@ def measure(model: nn.Module, linears: Sequence[LinearSpec]) -> Size:
         model_params=sum(p.numel() for p in parameters),
         model_bytes=held - (unrounded - stored) // 8,
         held_bytes=held,
-        macs_per_token=sum(
-            module.weight.numel() for module in model.modules() if isinstance(module, nn.Linear)
-        ),
+        macs_per_token=_macs(model),
         linear_bits=stored,
     )
+
+
+def _macs(module: nn.Module) -> int:
+    if isinstance(module, Substitute):
+        return module.macs()
+    if isinstance(module, nn.Linear):
+        return module.weight.numel()
+    return sum(map(_macs, module.children()))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,6 +84,9 @@ class Ledger:
     compressed: Size
     target_compression: float | None = None  # of a budget of parameters
     target_bits: float | None = None  # a weight, of a budget of bits
+    # nats a token on held-out samples, of a budget that is met by a search
+    target_kl: float | None = None
+    measured_kl: float | None = None
     num_linears: int = 0
     num_dense: int = 0
     packing: str = "factors"

@@ -17,16 +17,17 @@ import torch
 
 from specomp.compression.calibrate import Statistics
 from specomp.compression.evidence import DenseEvidence, LayerEvidence, Values
-from specomp.compression.ledger import ledger, measure
+from specomp.compression.ledger import Size, ledger, measure
 from specomp.compression.probe import Probe
 from specomp.compression.refine import refined, refinement_key
 from specomp.compression.report import LinearReport, Report, errors_of, explained
 from specomp.compression.run import Run
+from specomp.compression.search import searched
 from specomp.compression.spectra import Spectra, Weight
 from specomp.compression.stream import HiddenStream
 from specomp.forms.menu import options, settled
 from specomp.forms.options import DENSE
-from specomp.forms.prices import numbers, parts_of
+from specomp.forms.prices import Budget, numbers, parts_of
 from specomp.models.family import Unit
 from specomp.models.modules import replace_linear, weight_of
 from specomp.numerics.statistics import Statistic
@@ -57,28 +58,54 @@ def compress(run: Run, statistics: Statistics) -> Report:
             comparable=method.comparable,
             each=by_layer(run, spectra),
         )
-        choices = settled(
-            method.allocation(
-                menu, run.budget.share(run.model.dtype), Probe(run, statistics, evidence)
-            )
-        )
+        reads = Probe(run, statistics, evidence)
+
+        def choose(share: float) -> dict[Unit, Choice]:
+            return settled(method.allocation(menu, share, reads))
+
+        choices = choose(run.budget.share(run.model.dtype)) if run.held_out is None else {}
+    if run.held_out is not None:
+
+        def store(choices: Mapping[Unit, Choice]) -> list[LinearReport]:
+            return compress_layers(run, choices, statistics, spectra)
+
+        with progress.stage("compress"):
+            found, budget = searched(run, menu, choose, store)
+        return reported(run, before, found.reports, budget, found.choices, kl=found.kl)
     prepared = method.training.before(run)
     trained = method.training.forms(run, prepared, choices, statistics, spectra)
     chosen = choices if trained is None else trained.choices
     with progress.stage("compress"):
         reports = compress_layers(run, chosen, statistics, spectra, trained)
     account = trained.account if trained is not None else method.training.after(run, prepared)
-    budget = run.budget if method.spends else None
-    balance = ledger(budget, before, measure(run.model, run.linears))
+    return reported(run, before, reports, run.budget, chosen, trained, account)
+
+
+def reported(
+    run: Run,
+    before: Size,
+    reports: list[LinearReport],
+    budget: Budget,
+    chosen: Mapping[Unit, Choice],
+    trained: Trained | None = None,
+    account: Mapping[str, Any] | None = None,
+    kl: float | None = None,
+) -> Report:
+    """What became of a model that had this size, at a budget that was met or found; kl: measured
+    where that was asked for.
+    """
+    method, progress = run.method, run.progress
+    after = measure(run.model, run.linears)
+    searched_for = {} if kl is None else {"target_kl": run.budget.most, "measured_kl": kl}
     found = Report(
         linears=reports,
-        ledger=balance,
-        training=dict(account),
+        ledger=ledger(budget if method.spends else None, before, after, **searched_for),
+        training=dict(account or {}),
         seconds=progress.seconds,
         notes=progress.notes,
         made={
             "method": method.name,
-            **({} if budget is None else budget.identity()),
+            **(run.budget.identity() if method.spends else {}),
             "calibration": run.samples.description | {"hash": run.samples.hash},
         },
     )

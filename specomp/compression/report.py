@@ -135,6 +135,10 @@ def size_rows(found: Ledger) -> list[tuple[str, str, str, str]]:
         )
     )
     target, measured = found.target_retention, found.measured_retention
+    if found.measured_kl is not None:
+        asked, kl = found.target_kl or 0.0, found.measured_kl
+        name = "KL to the dense model, held-out tokens (at most)"
+        rows.append((name, f"({asked:.4g})", f"{kl:.4g}", f"{kl / asked - 1:+.1%}"))
     if found.target_bits is not None:
         bits = f"{found.measured_bits:.4f}"
         rows.append(

@@ -14,6 +14,7 @@ from specomp.compression.route import Route
 from specomp.errors import UserError, needed, one_line
 from specomp.evaluation.suite import Suite
 from specomp.experiment.options import Options
+from specomp.forms.prices import Budget
 from specomp.models.gguf_export import TYPES, check_gguf
 from specomp.models.identity import check_biases
 from specomp.models.load import torch_device
@@ -39,7 +40,7 @@ def check_machine(source: Source, trainer: Callable[..., L.Trainer]) -> int:
 
 
 def check_streamed(
-    source: Source, method: Method, route: Route, options: Options, suite: Suite
+    source: Source, method: Method, budget: Budget, route: Route, options: Options, suite: Suite
 ) -> None:
     """What a model that is never in memory as a whole cannot do. Raises UserError."""
     if not source.stream:
@@ -50,6 +51,8 @@ def check_streamed(
             f"method={method.name} trains, which needs the whole model in memory: set"
             " model.stream=false"
         )
+    if reason is None and budget.tries > 1:
+        reason = f"{budget.setting} is met by a search, which needs the dense model in memory"
     if reason is None and (gradients := sorted(x.name for x in route.gradients)):
         reason = (
             f"{gradients[0]} is a statistic of gradients, which need the whole model in memory: set"

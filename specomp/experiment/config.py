@@ -113,7 +113,7 @@ def ask(cfg: DictConfig) -> Request:
         parts["method"], parts["ratio"], parts["calibration"], processes, source.dtype
     )
     check_packed(parts["method"], options)
-    check_streamed(source, parts["method"], route, options, suite)
+    check_streamed(source, parts["method"], parts["ratio"], route, options, suite)
     cache = Cache(str(cfg.paths.cache))
     architecture = source.config_for_plan(cache)
     check_export(architecture, parts["method"], options)

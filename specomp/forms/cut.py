@@ -239,4 +239,5 @@ def stored_linear(
     made.weight = nn.Parameter(found.values.detach().to(**place, copy=True).contiguous())
     if bias is not None:
         made.bias = nn.Parameter(bias.detach().to(**place, copy=True))
-    return found.stored(made)
+    held: nn.Linear = found.stored(made)
+    return held

@@ -178,8 +178,8 @@ def read_off(at: Tensor, values: Tensor, sizes: Tensor) -> Tensor:
 
 
 class MaskedLinear(Substitute):
-    """y = W x + b of a weight (m n) most of which is zero: `kept`, its other numbers row by row, and
-    `mask` (m, n / 8), in bits, which says where they stand.
+    """y = W x + b of a weight (m n) most of which is zero: `kept`, its other numbers row by row,
+    and `mask` (m, n / 8), in bits, which says where they stand.
     """
 
     mask: Tensor
@@ -231,6 +231,10 @@ class MaskedLinear(Substitute):
         if bias is not None:
             module.bias = nn.Parameter(bias.detach().to(device=device, dtype=dtype, copy=True))
         return module
+
+    def macs(self) -> int:
+        """Multiply-adds a token: of the whole weight, zeros too."""
+        return self.in_features * self.out_features
 
     def arguments(self) -> dict:
         """Sizes, and whether there is a bias."""

@@ -94,6 +94,20 @@ class Budget(Protocol):
     def setting(self) -> str:
         """As it is typed."""
 
+    @property
+    def held_out(self) -> int:
+        """Samples of the calibration set that it is measured on, and nothing else reads; 0: it is
+        counted.
+        """
+
+    @property
+    def tries(self) -> int:
+        """How often a model is stored at most until it is met."""
+
+    @property
+    def most(self) -> float:
+        """Of what is measured, the most that is allowed."""
+
     def price(self, parts: Parts, dtype: torch.dtype) -> int:
         """Of parts, in this currency."""
 
@@ -116,6 +130,9 @@ class Numbers:
     """
 
     compression: Annotated[float, Field(ge=0, lt=1)]
+    held_out: ClassVar[int] = 0
+    tries: ClassVar[int] = 1
+    most: ClassVar[float] = math.inf
     currency: ClassVar[str] = "parameters"
     counts_bits: ClassVar[bool] = False
     quantizer: ClassVar[str] = "none"
@@ -156,6 +173,9 @@ class Bits:
     """A budget of stored bits a weight of the units, everything counted."""
 
     bits: Annotated[float, Field(gt=0)]
+    held_out: ClassVar[int] = 0
+    tries: ClassVar[int] = 1
+    most: ClassVar[float] = math.inf
     currency: ClassVar[str] = "bits"
     counts_bits: ClassVar[bool] = True
     quantizer: ClassVar[str] = "grids"
@@ -184,3 +204,53 @@ class Bits:
 
     def __str__(self) -> str:
         return f"{self.bits:g} bits a weight"
+
+
+@configurable
+class Divergence:
+    """A budget by quality: the fewest stored bits at which the KL to the dense model, measured on
+    held-out samples, stays below. Every setting is explained in conf/ratio/kl.yaml.
+    """
+
+    kl: Annotated[float, Field(gt=0)]
+    held_out: Annotated[int, Field(ge=1)]
+    tries: Annotated[int, Field(ge=2)]
+    start: Annotated[float, Field(gt=0)]
+    currency: ClassVar[str] = "bits"
+    counts_bits: ClassVar[bool] = True
+    quantizer: ClassVar[str] = "grids"
+    remedy: ClassVar[str] = "raise ratio.start, or use a quantizer of fewer bits"
+
+    @property
+    def setting(self) -> str:
+        """As it is typed."""
+        return f"ratio.kl={self.kl:.6g}"
+
+    @property
+    def most(self) -> float:
+        """The KL, in nats a token."""
+        return self.kl
+
+    def price(self, parts: Parts, dtype: torch.dtype) -> int:
+        """Stored bits."""
+        return bits(parts, dtype)
+
+    def share(self, dtype: torch.dtype) -> float:
+        """What a search begins with, and a plan assumes."""
+        return min(1.0, self.start / (8 * dtype.itemsize))
+
+    def identity(self) -> dict[str, float]:
+        """What was asked for and measured on; where a search begins moves its end a little too."""
+        return {
+            "kl": self.kl,
+            "held_out": self.held_out,
+            "tries": self.tries,
+            "start": self.start,
+        }
+
+    def ledger(self, dense_bits: float) -> dict[str, float]:
+        """Bits a weight where the search begins: those that it ends with are the ledger's."""
+        return {"target_retention": min(1.0, self.start / dense_bits), "target_bits": self.start}
+
+    def __str__(self) -> str:
+        return f"KL {self.kl:g}"

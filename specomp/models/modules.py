@@ -37,14 +37,20 @@ class Substitute(nn.Module):
         """The weight of a linear, or of what stands in the place of one, in at least float32."""
         if isinstance(part, Substitute):
             return part.merged_weight()
-        weight = part.weight.detach()
-        return weight.to(torch.promote_types(weight.dtype, torch.float32))
+        weight: Any = part.weight
+        weight = weight.detach()
+        wide: Tensor = weight.to(torch.promote_types(weight.dtype, torch.float32))
+        return wide
 
     def shards(self, style: str) -> dict[str, str] | None:
         """Which of its parts have which style of tensor parallelism where the linear has `style`,
         colwise or rowwise; None where it cannot be split.
         """
         return None
+
+    def macs(self) -> int:
+        """Multiply-adds a token."""
+        return sum(x.weight.numel() for x in self.modules() if isinstance(x, nn.Linear))
 
     def extra_repr(self) -> str:
         """Sizes, as nn.Linear prints them, and what else it is made of."""

@@ -2,8 +2,8 @@
 
 magnitude   |W_ij|
 wanda       |W_ij| ||x_j||_2                                              arXiv:2306.11695, Sec. 3
-sparsegpt   w^2 / F_jj^2 as the columns before have left it, F of the damped inverse Hessian; what is
-            lost of a column the columns after it make up for             arXiv:2301.00774, Alg. 1
+sparsegpt   w^2 / F_jj^2 as the columns before have left it, F of the damped inverse Hessian; what
+            is lost of a column the columns after it make up for          arXiv:2301.00774, Alg. 1
 Shapes: W (m, n), gram (n, n) of the inputs; a mask (m, n) is True where a weight stays.
 """
 
@@ -53,7 +53,7 @@ def sparsegpt(
     Without a pattern every block of columns keeps its share of m kept in all, of each row if
     by_row (CHOICE: the paper's is of the block). Raises ValueError when the Gram is not finite.
     """
-    (m, n), of = weight.shape, 1 if pattern is None else pattern[1]
+    n, of = weight.shape[1], 1 if pattern is None else pattern[1]
     inputs = inputs_of(gram, act_order=False, damping=damping)
     feedback, pivots = inputs.feedback, inputs.feedback.diagonal()[:, None]
     # (n, m): a column of the weight is a row here, contiguous

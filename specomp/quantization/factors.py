@@ -12,7 +12,6 @@ where the method streams them), not those of rounded linears in the same decoder
 """
 
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import Annotated, Literal
 
 import torch
@@ -139,9 +138,7 @@ class FactorQuantizer:
             else:
                 (on_grid,) = self._gptq(weight, seen, [spacing])
             inner = on_grid.values()
-            found.append(
-                Scaled(inner * scale.float(), on_grid.grid, on_grid.damping, scale, inner)
-            )
+            found.append(Scaled(inner * scale.float(), on_grid.grid, on_grid.damping, scale, inner))
             passed = matrix if self.order == "faithful" else found[-1].values
             G, size = congruence(passed.to(SOLVE_DTYPE), G), None
         return tuple(found)

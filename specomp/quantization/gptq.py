@@ -68,8 +68,7 @@ def gptq_each(
         grids = [spacing.fit(weight[mask].view_as(numbers), of_numbers) for spacing in spacings]
     if mask is None and not act_order and any(x.group_size < n for x in grids):
         found = [
-            _refitting(rows.clone(), inputs, x, s)
-            for x, s in zip(grids, spacings, strict=True)
+            _refitting(rows.clone(), inputs, x, s) for x, s in zip(grids, spacings, strict=True)
         ]
     else:
         at_once = max(1, SWEPT_BYTES // (4 * rows.numel()))

@@ -12,10 +12,10 @@ from torch import Tensor
 
 from specomp.errors import UserError
 from specomp.numerics.factors import GramNorm, LowRankFactors, truncate
+from specomp.numerics.feedback import inverse_factor
 from specomp.numerics.grid import Grid
 from specomp.numerics.statistics import Gram, Stats
 from specomp.quantization.factors import FactorQuantizer, rebalanced
-from specomp.numerics.feedback import inverse_factor
 from specomp.quantization.gptq import gptq
 from specomp.quantization.none import NoQuantizer
 from specomp.quantization.rtn import Spacing, round_to_nearest

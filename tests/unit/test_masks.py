@@ -207,7 +207,9 @@ def test_what_a_mask_cannot_be():
     with pytest.raises(UserError, match="N smaller than M"):
         rows.slot("packing", "masked", pattern=[4, 4])
     odd = specomp.method("wanda", packing={"pattern": [3, 7]})
-    with pytest.raises(UserError, match="rows of 32, no multiple of the 7.*null, or to .1,2., .2,4."):
+    with pytest.raises(
+        UserError, match="rows of 32, no multiple of the 7.*null, or to .1,2., .2,4."
+    ):
         specomp.compress(tiny_model("llama"), TOKENS, odd, 0.5)
     with pytest.raises(UserError, match="AdaComp works on components.*Masked stores none"):
         specomp.compress(

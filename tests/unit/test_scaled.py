@@ -104,10 +104,11 @@ TOKENS = torch.randint(0, 64, (4, 32), generator=torch.Generator().manual_seed(0
 
 @pytest.mark.parametrize("export", ["factors", "dense"])
 @pytest.mark.parametrize(
-    ("row", "ratio"), [("dense", 0.0), ("svd_llm", 0.2), ("specomp_low_rank", 0.3), ("specomp", 0.4)]
+    ("row", "ratio"),
+    [("dense", 0.0), ("svd_llm", 0.2), ("specomp_low_rank", 0.3), ("specomp", 0.4)],
 )
 def test_what_is_stored_is_priced_and_comes_back(tmp_path, row, ratio, export):
-    """In full, as two factors, as pivots and in cut MLPs: scales inside what stands for a linear."""
+    """In full, as two factors, as pivots and in cut MLPs."""
     model = tiny_model("llama")
     method = specomp.method(row, quantizer="awq_int4")
     report = specomp.compress(model, TOKENS, method, ratio)
@@ -130,5 +131,7 @@ def test_what_is_stored_is_priced_and_comes_back(tmp_path, row, ratio, export):
 
 def test_masks_have_no_columns_to_scale():
     method = specomp.method("wanda", quantizer="awq_int4")
-    with pytest.raises(UserError, match="scales columns, and what Masked stores has none.*scaling=0"):
+    with pytest.raises(
+        UserError, match="scales columns, and what Masked stores has none.*scaling=0"
+    ):
         specomp.compress(tiny_model("llama"), TOKENS, method, 0.5)

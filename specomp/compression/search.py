@@ -1,0 +1,189 @@
+"""The smallest model that is close enough to the dense one: a search over budgets of bits.
+
+What is asked for is measured, not predicted: KL(dense || compressed) of the next token, in nats, on
+samples of the calibration set that nothing else reads. Every try allocates and stores the whole
+model at some bits a weight; from one to the next the logarithm of the KL is nearly straight in the
+bits (methods.md 9), so few tries are needed. The menu is made once.
+"""
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from specomp.compression.report import LinearReport
+from specomp.compression.run import Run
+from specomp.data.calibration import CalibrationSet
+from specomp.errors import UserError
+from specomp.evaluation.divergence import compared, logits_of
+from specomp.forms.options import Menu
+from specomp.forms.prices import Bits, Budget
+from specomp.models.family import Unit
+from specomp.models.modules import evaluating, replace_linear
+from specomp.progress import track
+from specomp.slots import Choice
+
+# What a bit a weight does to ln KL where only one is known (CHOICE: SmolLM2-135M, experiments/
+# specomp_bits); a try within this share below what is asked for, or this close to one above, ends
+# the search.
+SLOPE, NEAR, CLOSE = -1.2, 0.93, 0.02
+
+Store = Callable[[Mapping[Unit, Choice]], list[LinearReport]]
+"""Puts choices into the model."""
+Choose = Callable[[float], dict[Unit, Choice]]
+"""What a share of the price of all dense units buys."""
+
+
+def apart(samples: CalibrationSet, budget: Budget) -> tuple[CalibrationSet, CalibrationSet | None]:
+    """What is calibrated on, and what a search measures on: the last samples. Raises UserError
+    where nothing would be left.
+    """
+    held = budget.held_out
+    if not held:
+        return samples, None
+    if held >= samples.num_samples:
+        raise UserError(
+            f"{budget.setting} measures on {held} samples that nothing is calibrated on, and there"
+            f" are {samples.num_samples}: calibrate on more, or lower ratio.held_out."
+        )
+    left = samples.num_samples - held
+    told = samples.description | {"held_out": held, "of": samples.num_samples}
+    rest = CalibrationSet(
+        samples.tokens[left:].clone(),  # type: ignore[arg-type]
+        description=told,
+        batch_size=samples.batch_size,
+    )
+    return samples.subset(left), rest
+
+
+@dataclass(frozen=True)
+class Try:
+    """One budget: bits a weight that were asked for, and the KL that was measured."""
+
+    bits: float
+    kl: float
+    modules: Mapping[str, nn.Module]
+    beside: Mapping[str, Tensor]
+    reports: list[LinearReport]
+    choices: Mapping[Unit, Choice]
+
+
+class Close:
+    """The model while it is dense: what it says, and how to get it back."""
+
+    def __init__(self, run: Run) -> None:
+        assert run.held_out is not None, "a budget that measures"
+        self.run, self.held = run, run.held_out
+        self.names = [x.name for x in run.linears]
+        self.dense = self._modules()
+        self.around = self._beside()
+        self.states = [x.cpu() for x in self._hidden("dense model")]
+
+    def put_back(self, found: Try | None = None) -> None:
+        """As it was, or as a try left it."""
+        for name, module in (self.dense if found is None else found.modules).items():
+            replace_linear(self.run.model, name, module)
+        current = dict(self.run.model.named_parameters())
+        for name, value in (self.around if found is None else found.beside).items():
+            current[name].data.copy_(value)
+
+    def tried(
+        self, bits: float, choices: Mapping[Unit, Choice], reports: list[LinearReport]
+    ) -> Try:
+        """What the model is now, measured."""
+        head, total = partial(logits_of, self.run.model), 0.0
+        for dense, own in zip(self.states, self._hidden(f"KL at {bits:.2f} bits"), strict=True):
+            total += compared(head, dense.to(own.device), own)[0]
+        kl = total / self.held.tokens.numel()
+        return Try(bits, kl, self._modules(), self._beside(), reports, choices)
+
+    def _modules(self) -> dict[str, nn.Module]:
+        return {name: self.run.model.get_submodule(name) for name in self.names}
+
+    def _beside(self) -> dict[str, Tensor]:
+        """What else a decoder layer has, which a refinement changes."""
+        prefix = f"{self.run.family.decoder_layers}."
+        inside = tuple(f"{x}." for x in self.names)
+        return {
+            name: value.detach().clone()
+            for name, value in self.run.model.named_parameters()
+            if name.startswith(prefix) and not name.startswith(inside)
+        }
+
+    @torch.no_grad()
+    def _hidden(self, label: str) -> list[Tensor]:
+        """Last hidden states (length, hidden) of every sample."""
+        model, found = self.run.model, list[Tensor]()
+        decoder, batches = self.run.family.decoder(model), self.held.batches()
+        with evaluating(model):
+            for batch in track(batches, label, len(batches)):
+                seen: Any = decoder(input_ids=batch.to(model.device), use_cache=False)
+                found += seen.last_hidden_state
+        return found
+
+
+def searched(run: Run, menu: Menu, choose: Choose, store: Store) -> tuple[Try, Bits]:
+    """The smallest try whose KL is below what the budget asks for, in the model; and its budget.
+    Raises UserError where no try is, with the model as it was.
+    """
+    asked, dtype = run.budget.most, run.model.dtype
+    weights = sum(x.params for unit in menu for x in unit.linears)
+    most = 8.0 * dtype.itemsize
+    least = sum(float(x.prices[0]) for x in menu.values()) / weights
+    close = Close(run)
+    below: Try | None = None  # the smallest that is good enough
+    above: list[tuple[float, float]] = []  # bits and KL of those that are not, ascending
+    tries: list[tuple[float, float]] = []
+    bits = max(least * 1.02, run.budget.share(dtype) * most)
+    for _ in range(run.budget.tries):
+        close.put_back()
+        choices = choose(bits / most)
+        found = close.tried(bits, choices, store(choices))
+        tries.append((bits, found.kl))
+        if found.kl <= asked:
+            below = found if below is None or bits < below.bits else below
+        else:
+            above = sorted([*above, (bits, found.kl)])
+        bits = following(tries, asked)
+        if below is not None:
+            near = below.kl >= NEAR * asked or below.bits <= least * 1.03
+            if near or (above and below.bits - above[-1][0] <= CLOSE):
+                break
+            floor = above[-1][0] if above else least
+            bits = min(max(bits, floor + CLOSE / 2), below.bits - CLOSE / 2)
+        elif above[-1][0] >= most or [y for _, y in above[-2:]] == [found.kl] * 2:
+            break  # more bits change nothing any more
+        else:
+            bits = min(max(bits, above[-1][0] + CLOSE), most)
+    said = ", ".join(f"{x:.2f} bits {y:.4g}" for x, y in tries)
+    close.put_back(below)
+    if below is None:
+        raise UserError(
+            f"{run.budget.setting}: no budget that was tried stays below it ({said}): ask for more,"
+            " or raise ratio.tries."
+        )
+    run.progress.note(
+        f"a KL of {asked:g} to the dense model was asked for, measured on"
+        f" {close.held.num_samples} x {close.held.length} held-out tokens of the calibration text:"
+        f" {said}; taken: {below.bits:.2f} bits"
+    )
+    return below, Bits(bits=below.bits)
+
+
+def following(tries: list[tuple[float, float]], asked: float) -> float:
+    """Bits at which ln KL should be a little below what is asked for: on the line through the two
+    tries nearest to it, or of the usual slope through the only one.
+    """
+    wanted = math.log(asked * (1 + NEAR) / 2)
+    known = [(x, math.log(max(y, 1e-12))) for x, y in tries if math.isfinite(y)]
+    if not known:
+        return tries[-1][0] + 1
+    near = sorted(known, key=lambda x: abs(x[1] - wanted))[:2]
+    (x0, y0), slope = near[0], SLOPE
+    if len(near) == 2 and near[1][0] != x0:
+        slope = min((near[1][1] - y0) / (near[1][0] - x0), SLOPE / 4)
+    return x0 + (wanted - y0) / slope

@@ -1,0 +1,101 @@
+"""A budget by quality: the smallest model that was tried and is close enough, whatever is wrong
+with the others.
+"""
+
+import math
+
+import pytest
+import torch
+from running import random_tokens
+from tiny import tiny_model
+
+import specomp
+from specomp import rows
+from specomp.compression.search import apart, following
+from specomp.data.calibration import CalibrationSet
+from specomp.errors import UserError
+from specomp.forms.prices import Divergence
+
+TOKENS = random_tokens(12, 24)
+
+
+def asked(kl, **settings):
+    return Divergence(**{"kl": kl, "held_out": 8, "tries": 6, "start": 4.0, **settings})
+
+
+def kl_to(dense, model, tokens):
+    with torch.no_grad():
+        wanted, got = (torch.log_softmax(x(tokens).logits.double(), -1) for x in (dense, model))
+    return float((wanted.exp() * (wanted - got)).sum() / tokens.numel())
+
+
+@pytest.mark.parametrize(
+    ("row", "quantizer", "kl"),
+    [("specomp_low_rank", None, 0.01), ("svd_llm", "none", 0.01), ("svd_llm", "gptq_int4", 0.2)],
+)
+def test_what_is_promised_is_measured(row, quantizer, kl):
+    model, dense = tiny_model("llama"), tiny_model("llama")
+    budget = asked(kl, start=20.0 if quantizer == "none" else 4.0)
+    report = specomp.compress(model, TOKENS, row, budget, quantizer=quantizer)
+    found = kl_to(dense, model, TOKENS[4:])
+    assert found == pytest.approx(report.ledger.measured_kl, rel=1e-3) and found <= kl
+    assert report.ledger.target_kl == kl
+    assert report.ledger.measured_bits <= report.ledger.target_bits * 1.001
+    assert report.made["calibration"]["samples"] == 4 and report.made["kl"] == kl
+    (said,) = [x for x in report.notes if "held-out" in x]
+    tries = said.split("calibration text: ")[1].split("; taken")[0].split(", ")
+    pairs = [tuple(float(y) for y in x.split(" bits ")) for x in tries]
+    good = [bits for bits, lost in pairs if lost <= kl]
+    assert min(good) == pytest.approx(report.ledger.target_bits, abs=0.006)
+
+
+def test_only_what_is_not_held_out_is_calibrated_on():
+    """The same weights as on those samples alone, at the bits that were found."""
+    model, again = tiny_model("llama"), tiny_model("llama")
+    method = specomp.method("specomp_low_rank")
+    report = specomp.compress(model, TOKENS, method, asked(0.01))
+    bits = specomp.Bits(bits=report.ledger.target_bits)
+    specomp.compress(again, TOKENS[:4], method, bits)
+    assert torch.equal(model(TOKENS).logits, again(TOKENS).logits)
+
+
+def test_norms_that_a_refinement_moves_come_back_with_its_try():
+    model, dense = tiny_model("llama"), tiny_model("llama")
+    method = specomp.method(
+        "svd_llm", refinement=rows.slot("refinement", "block_refine", steps=2), quantizer="none"
+    )
+    report = specomp.compress(model, TOKENS, method, asked(0.01, start=12.0), quantizer="none")
+    assert kl_to(dense, model, TOKENS[4:]) == pytest.approx(report.ledger.measured_kl, rel=1e-3)
+
+
+def test_a_budget_that_no_try_meets_leaves_the_model_as_it_was():
+    model, dense = tiny_model("llama"), tiny_model("llama")
+    with pytest.raises(UserError, match="ratio.kl=1e-12: no budget that was tried.*ratio.tries"):
+        specomp.compress(model, TOKENS, "svd_llm", asked(1e-12, tries=2), quantizer="gptq_int4")
+    assert torch.equal(model(TOKENS).logits, dense(TOKENS).logits)
+    assert all(isinstance(model.get_submodule(n), torch.nn.Linear) for n in ["lm_head"])
+
+
+def test_the_next_try_is_on_the_line():
+    wanted = math.log(0.05 * 1.93 / 2)
+    line = [(x, math.exp(2.0 - 1.5 * x)) for x in (3.0, 4.0)]
+    assert following(line, 0.05) == pytest.approx((2.0 - wanted) / 1.5)
+    assert following(line[:1], 0.05) > 3.0
+    assert following([(4.0, 0.0)], 0.05) < 4.0  # nothing lost: fewer
+    assert following([(4.0, math.inf)], 0.05) == 5.0
+
+
+def test_what_cannot_be_searched_for():
+    samples = CalibrationSet(TOKENS, description={"tokenizer": {"sha256": ""}}, batch_size=2)
+    with pytest.raises(UserError, match="measures on 12 samples.*there are 12.*ratio.held_out"):
+        apart(samples, asked(0.1, held_out=12))
+    with pytest.raises(UserError, match="spends no budget"):
+        specomp.compress(tiny_model("llama"), TOKENS, "dense", "kl0_05", quantizer="gptq_int4")
+    with pytest.raises(UserError, match="would train 6 times.*method/training=none"):
+        specomp.compress(
+            tiny_model("llama"),
+            TOKENS,
+            specomp.method("svd_llm", training="lora"),
+            "kl0_05",
+            quantizer="none",
+        )
