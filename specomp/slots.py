@@ -68,6 +68,11 @@ class Rounded:
     grid: Grid | None = None
     damping: float = 0.0
 
+    @property
+    def exact(self) -> bool:
+        """Whether its numbers are what they were."""
+        return self.grid is None
+
     def stored(self, linear: nn.Linear) -> Any:
         """What holds it: an nn.Linear or a Substitute, of a linear with these values for its
         weight.
@@ -506,7 +511,7 @@ OURS = {
         " spectrum svd svd_llm"
     ),
     "forms": "cut dense factors gridded heads masked pivoted ranked scores whole",
-    "quantization": "factors gptq grids none rtn scaled",
+    "quantization": "factors gptq grids nf4 none rtn scaled",
 }
 
 

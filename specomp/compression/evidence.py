@@ -242,7 +242,7 @@ class LayerEvidence(DenseEvidence):
             else self.stats(linear)
         )
         found = rounded_by(rounding, linear, chain, stats, self.place(linear)["dtype"])
-        if all(x.grid is None for x in found):
+        if all(x.exact for x in found):
             return found
         account, norm = self.account(linear), self.norm(linear)
         before = chain.assemble(*(x.float() for x in chain.matrices))

@@ -9,7 +9,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
-import torch
 from torch import nn
 
 from specomp.forms.prices import Budget, bits, numbers, parts_of
@@ -47,18 +46,18 @@ def measure(model: nn.Module, linears: Sequence[LinearSpec]) -> Size:
         for x, module in zip(linears, modules, strict=True)
         for name, part in parts_of(module).items()
     }
-    dtype = next(p.dtype for p in modules[0].parameters())
-    indices = sum(part.index_bits * torch.Size(part.shape).numel() for part in parts.values()) // 8
-    held = sum(p.numel() * p.element_size() for p in parameters) + indices
-    stored = bits(parts, dtype)
-    unrounded = (
-        sum(numbers({name: part}) * 8 * dtype.itemsize for name, part in parts.items())
-        + 8 * indices
-    )
+    dtypes = [p.dtype for x in modules for p in x.parameters()]
+    stored, counted = bits(parts, (dtypes or [parameters[0].dtype])[0]), numbers(parts)
+    weights = [
+        p for x in modules for name, p in x.named_parameters() if name.rpartition(".")[2] != "bias"
+    ]
+    kept = [(x.state_dict().keys(), dict(x.named_buffers())) for x in modules]
+    buffers = [value for names, x in kept for name, value in x.items() if name in names]
+    held = sum(x.nbytes for x in (*parameters, *buffers))
     return Size(
-        linear_params=numbers(parts),
-        model_params=sum(p.numel() for p in parameters),
-        model_bytes=held - (unrounded - stored) // 8,
+        linear_params=counted,
+        model_params=sum(p.numel() for p in parameters) - sum(p.numel() for p in weights) + counted,
+        model_bytes=held - sum(x.nbytes for x in (*weights, *buffers)) + stored // 8,
         held_bytes=held,
         macs_per_token=_macs(model),
         linear_bits=stored,

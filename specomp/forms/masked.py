@@ -156,7 +156,7 @@ class Masked:
         """The share of weights that are stored."""
         masked = cast(MaskedLinear, module)
         whole = masked.in_features * masked.out_features
-        return {"density": masked.kept.weight.numel() / whole}
+        return {"density": masked.kept.in_features * masked.kept.out_features / whole}
 
     def notes(self, facts: Mapping[str, Mapping[str, float]], count: int) -> list[str]:
         """How many there are, and what they are read from."""
@@ -254,14 +254,15 @@ class MaskedLinear(Substitute):
 
     def whole(self) -> Tensor:
         """The weight (m n) in the dtype of what is kept."""
-        numbers = self.kept.weight
+        kept = self.kept
+        numbers = kept.merged_weight() if isinstance(kept, Substitute) else kept.weight
         return torch.zeros(
             self.out_features, self.in_features, dtype=numbers.dtype, device=numbers.device
         ).masked_scatter(self.places(), numbers)
 
     def forward(self, x: Tensor) -> Tensor:
         """x (... n) -> y (... m)."""
-        return nn.functional.linear(x, self.whole(), self.bias)
+        return nn.functional.linear(x, self.whole().to(x.dtype), self.bias)
 
     @torch.no_grad()
     def merged_weight(self) -> Tensor:

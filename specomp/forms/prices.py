@@ -16,8 +16,8 @@ import torch
 from pydantic import Field
 from torch import nn
 
-from specomp.models.modules import GridLinear
-from specomp.numerics.grid import GridSpec
+from specomp.models.modules import CodedLinear, GridLinear
+from specomp.numerics.grid import CodeSpec, GridSpec
 from specomp.numerics.ratio import retained
 from specomp.settings import configurable
 
@@ -57,6 +57,10 @@ def parts_of(module: nn.Module) -> dict[str, Part]:
     are no weights.
     """
     found = {}
+    coded = {name: x for name, x in module.named_modules() if isinstance(x, CodedLinear)}
+    for name, x in coded.items():
+        spec = CodeSpec(bits=4, group_size=x.block_size, symmetric=True)
+        found[f"{name}.weight".lstrip(".")] = Part((x.out_features, x.in_features), spec)
     for owner_name, owner in module.named_modules():
         for name, value in owner.named_parameters(owner_name, recurse=False):
             if name.rpartition(".")[2] != "bias":
@@ -64,7 +68,7 @@ def parts_of(module: nn.Module) -> dict[str, Part]:
                 found[name] = Part(tuple(value.shape), grid)
     stored = module.state_dict().keys()
     for name, value in module.named_buffers():
-        if name in stored:
+        if name in stored and name.rpartition(".")[0] not in coded:
             found[name] = Part(tuple(value.shape), index_bits=8 * value.element_size())
     return found
 

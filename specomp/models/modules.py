@@ -83,6 +83,84 @@ class TwoStage(Substitute):
         return sizes | {"bias": self.bias is not None}
 
 
+class CodedLinear(Substitute):
+    """A linear of NF4 codes: `codes`, two in a byte, the first in its high half, row by row, and
+    `largest`, the bytes of one float32 number for every block of them, which no cast may touch.
+    """
+
+    # arXiv:2305.14314, App. E
+    LEVELS = (
+        *(-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453),
+        *(-0.28444138169288635, -0.18477343022823334, -0.09105003625154495, 0.0),
+        *(0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224),
+        *(0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0),
+    )
+    codes: Tensor
+    largest: Tensor
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        block_size: int,
+        *,
+        bias: bool,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+    ) -> None:
+        super().__init__()
+        self.in_features, self.out_features = in_features, out_features
+        self.block_size, numbers = block_size, in_features * out_features
+        self.dtype = dtype or torch.get_default_dtype()  # of its products
+        self.bias = (
+            nn.Parameter(torch.zeros(out_features, dtype=dtype, device=device)) if bias else None
+        )
+        # Where the caller makes tensors, not `device`: an engine that makes parameters alone on the
+        # meta device never fills a buffer there.
+        self.register_buffer("codes", torch.zeros(-(-numbers // 2), dtype=torch.uint8))
+        blocks = -(-numbers // block_size)
+        self.register_buffer("largest", torch.zeros(blocks, 4, dtype=torch.uint8))
+
+    @classmethod
+    def of(
+        cls, codes: Tensor, largest: Tensor, linear: nn.Linear, block_size: int
+    ) -> "CodedLinear":
+        """From codes 0 to 15 row by row, float32 numbers, and a linear of these sizes, whose bias
+        it takes.
+        """
+        weight = linear.weight
+        made = cls(
+            linear.in_features, linear.out_features, block_size, bias=False, dtype=weight.dtype
+        )
+        pairs = nn.functional.pad(codes, (0, len(codes) % 2)).view(-1, 2)
+        made.codes = (pairs[:, 0] * 16 + pairs[:, 1]).to(weight.device, torch.uint8)
+        made.largest = largest.float().contiguous()[:, None].view(torch.uint8).to(weight.device)
+        made.bias = linear.bias
+        return made
+
+    def arguments(self) -> dict:
+        """Sizes, and whether there is a bias."""
+        sizes = {"in_features": self.in_features, "out_features": self.out_features}
+        return sizes | {"block_size": self.block_size, "bias": self.bias is not None}
+
+    def macs(self) -> int:
+        """Multiply-adds a token."""
+        return self.in_features * self.out_features
+
+    @torch.no_grad()
+    def merged_weight(self) -> Tensor:
+        """The weight (m n) in float32."""
+        levels = torch.tensor(self.LEVELS, device=self.codes.device)
+        codes = torch.stack([self.codes >> 4, self.codes & 15], 1).flatten()
+        flat = levels[codes[: self.in_features * self.out_features].long()]
+        scales = self.largest.view(torch.float32)[:, 0].repeat_interleave(self.block_size)
+        return (flat * scales[: len(flat)]).view(self.out_features, self.in_features)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (... n) -> y (... m)."""
+        return nn.functional.linear(x, self.merged_weight().to(x.dtype), self.bias)
+
+
 class GridLinear(nn.Linear):
     """An nn.Linear whose weight (m n), held in the model's dtype, lies on a grid: what a folder
     stores as integers (models/packed.py).

@@ -426,9 +426,8 @@ def merged_state(model: nn.Module) -> dict[str, Tensor]:
     """The state dict with what stands in the place of a linear multiplied out to `weight` (m n),
     and its bias under `bias`.
     """
-    state = dict(model.state_dict())
+    state, dtype = dict(model.state_dict()), next(model.parameters()).dtype
     for name, module in substitutes(model).items():
-        dtype = next(module.parameters()).dtype
         bias = module.bias
         for part in module.state_dict():
             del state[f"{name}.{part}"]

@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Float, Int8
 from torch import Tensor
 
-SCALE_BYTES, ZERO_BYTES, SHAPE_BYTES = 2, 1, 2 * 8
+SCALE_BYTES, ZERO_BYTES, SHAPE_BYTES, FLOAT_BYTES = 2, 1, 2 * 8, 4
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,6 +35,18 @@ class GridSpec:
         scales = m * groups * (SCALE_BYTES + (0 if self.symmetric else ZERO_BYTES))
         scales += n * SCALE_BYTES * self.scaled
         return m * 4 * -(-n * self.bits // 32) + scales + SHAPE_BYTES
+
+
+@dataclass(frozen=True, kw_only=True)
+class CodeSpec(GridSpec):
+    """Codes of a table instead of integers, in blocks over the whole matrix, each with one float32
+    number.
+    """
+
+    def num_bytes(self, m: int | Tensor, n: int | Tensor) -> Any:
+        """Codes in whole bytes, and the numbers of the blocks."""
+        assert self.group_size is not None, "blocks"
+        return -(-m * n * self.bits // 8) + FLOAT_BYTES * -(-m * n // self.group_size)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
