@@ -31,7 +31,7 @@ from specomp.evaluation.workload import Workload
 from specomp.forms.gridded import WHOLE, Gridded, Trials
 from specomp.forms.menu import Alike, options
 from specomp.forms.options import DENSE, Options, fill
-from specomp.forms.prices import Budget, bits, numbers
+from specomp.forms.prices import Budget, bits, held, numbers
 from specomp.models.families import family_of
 from specomp.models.family import LinearSpec, Unit
 from specomp.models.load import skeleton
@@ -44,6 +44,7 @@ from specomp.slots import Choice, Form, Method
 FLOAT = 4  # bytes: spectra, statistics of float32 sums, logits
 # Largest side of the linear that stands in for one.
 SMALL = 512
+COMPONENTS = ("rank", "dimensions")  # what is made of a spectrum, or beside one
 EVEN = 16  # what their sides are multiples of, as those of any model: patterns of masks need it
 # Likewise where grids are tried on it, column by column.
 TRIED = 48
@@ -180,20 +181,18 @@ class Plan:
         )
         stored, params = bits(parts, run.model.dtype), numbers(parts)
         others = self.size.model_params - self.size.linear_params + biases
-        indices = (
-            sum(
-                bits({name: part}, run.model.dtype)
-                for name, part in parts.items()
-                if part.index_bits
-            )
-            // 8
+        # of a mask's zeros too
+        products = params + sum(
+            unit.params - numbers(choice.form.parts(unit, choice.size, grid))
+            for unit, choice in self.choices.items()
+            if choice.form.size_of == "weights"
         )
         return Size(
             linear_params=params,
             model_params=others + params,
             model_bytes=others * item + stored // 8,
-            held_bytes=(others + params) * item + indices,
-            macs_per_token=self.head + params,
+            held_bytes=others * item + held(parts, run.model.dtype) // 8,
+            macs_per_token=self.head + products,
             linear_bits=stored,
         )
 
@@ -237,7 +236,7 @@ class Plan:
             whole = self.route.caches_spectra or needed
             mlps = {x.name for unit in self.run.wide_units for x in unit.linears}
             return [x for x in self.run.linears if whole or x.name in mlps]
-        low = (unit for unit, choice in self.low.items() if choice.form.size_of != "whole")
+        low = (unit for unit, choice in self.low.items() if choice.form.size_of in COMPONENTS)
         return [x for unit in low for x in unit.linears] if self.route.caches_spectra else []
 
     @cached_property
@@ -385,7 +384,7 @@ class Plan:
         kinds = Tally((x.m, x.n, choice) for unit, choice in self.low.items() for x in unit.linears)
         for (m, n, choice), count in kinds.items():
             one, other = self.trial(m, n, choice)
-            if choice.form.size_of != "whole":
+            if choice.form.size_of in COMPONENTS:
                 decomposing += one * count
             storing += other * count
         return decomposing, storing

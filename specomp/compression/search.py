@@ -60,6 +60,25 @@ def apart(samples: CalibrationSet, budget: Budget) -> tuple[CalibrationSet, Cali
     return samples.subset(left), rest
 
 
+def besides(samples: CalibrationSet, more: CalibrationSet, count: int) -> CalibrationSet:
+    """The last samples of a larger set that are not among these. Raises UserError where it has
+    fewer.
+    """
+    known = {tuple(x) for x in samples.tokens.tolist()}
+    rest = [i for i, x in enumerate(more.tokens.tolist()) if tuple(x) not in known][-count:]
+    if len(rest) < count:
+        raise UserError(
+            f"The text has only {len(rest)} samples beside the {samples.num_samples} that are"
+            f" calibrated on, {count} are to be held out: lower calibration.num_samples or"
+            " ratio.held_out."
+        )
+    return CalibrationSet(
+        more.tokens[rest],  # type: ignore[arg-type]
+        description=more.description | {"held_out": count},
+        batch_size=samples.batch_size,
+    )
+
+
 @dataclass(frozen=True)
 class Try:
     """One budget: bits a weight that were asked for, and the KL that was measured."""

@@ -17,6 +17,7 @@ from omegaconf import DictConfig, open_dict
 from specomp.cache import Cache, digest
 from specomp.compression.checks import check_method
 from specomp.compression.route import Route
+from specomp.compression.search import apart, besides
 from specomp.data.calibration import CalibrationSet, CalibrationSpec
 from specomp.data.token_ids import embedding_rows
 from specomp.evaluation.divergence import DenseModel
@@ -67,6 +68,7 @@ class Experiment(Request):
 
     samples: CalibrationSet
     training_samples: CalibrationSet  # the same, unless the training asks for more of the text
+    held_out: CalibrationSet | None  # what a budget that is met by a search measures on
     tokenizer: Any
 
     def identity(self, *, dense: bool = False) -> dict[str, Any]:
@@ -79,6 +81,8 @@ class Experiment(Request):
             if self.training_samples is self.samples
             else {"training_samples": self.training_samples.hash}
         )
+        if self.held_out is not None:
+            more["held_out"] = self.held_out.hash
         return more | {
             "model": model,
             "method": method_identity(self.method),
@@ -180,12 +184,21 @@ def build(cfg: DictConfig) -> Experiment:
         training_samples = replace(request.calibration, num_samples=wanted).build(
             tokenizer, **drawing
         )
+    held = None
+    if (more := request.ratio.held_out) and request.calibration.num_samples:
+        # more of the same text, so that statistics and options serve budgets of bits too
+        wider = replace(request.calibration, num_samples=samples.num_samples + more)
+        held = besides(samples, wider.build(tokenizer, **drawing), more)
+    elif more:  # all that a file has
+        samples, held = apart(samples, request.ratio)
+        training_samples = samples
     cache = request.cache
     dense = DenseModel(cache, digest(request.source.fingerprint(cache)))
     return Experiment(
         **vars(replace(request, suite=request.suite.beside(dense))),
         samples=samples,
         training_samples=training_samples,
+        held_out=held,
         tokenizer=tokenizer,
     )
 

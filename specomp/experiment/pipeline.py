@@ -25,7 +25,6 @@ from specomp.compression.ledger import Size, ledger, measure
 from specomp.compression.module import CalibrationOnlyModule
 from specomp.compression.report import LinearReport
 from specomp.compression.run import Progress, Run
-from specomp.compression.search import apart
 from specomp.errors import UserError, first_line
 from specomp.evaluation.divergence import ComparesDense
 from specomp.evaluation.metric import is_detail
@@ -271,17 +270,15 @@ def load_dense(experiment: Experiment, record: Record) -> LoadedModel:
 
 def run_of(experiment: Experiment, loaded: LoadedModel, progress: Progress | None = None) -> Run:
     """What the library works on, of an experiment and its loaded model."""
-    samples, held = apart(experiment.samples, experiment.ratio)
-    same = experiment.training_samples is experiment.samples
     return Run(
         model=loaded.model,
         family=loaded.family,
         method=experiment.method,
         budget=experiment.ratio,
         calibration=experiment.calibration,
-        samples=samples,
-        training_samples=samples if same else experiment.training_samples,
-        held_out=held,
+        samples=experiment.samples,
+        training_samples=experiment.training_samples,
+        held_out=experiment.held_out,
         cache=experiment.cache,
         model_key=digest(experiment.source.fingerprint(experiment.cache)),
         seed=experiment.options.seed,

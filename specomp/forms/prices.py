@@ -9,7 +9,7 @@ be tensors (ranks of many candidates, or of many linears): then so are the price
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Annotated, ClassVar, Protocol
 
 import torch
@@ -44,6 +44,14 @@ def numbers(parts: Parts) -> int:
 def bits(parts: Parts, dtype: torch.dtype) -> int:
     """Stored bits, where what is on no grid is stored in this dtype."""
     return sum(_bits(x, dtype) for x in parts.values())
+
+
+def held(parts: Parts, dtype: torch.dtype) -> int:
+    """Bits in memory while a model of this dtype is used."""
+    simulated = (
+        replace(x, grid=x.grid if x.grid and not x.grid.simulated else None) for x in parts.values()
+    )
+    return sum(_bits(x, dtype) for x in simulated)
 
 
 def _bits(part: Part, dtype: torch.dtype) -> int:

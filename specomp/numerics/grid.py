@@ -6,7 +6,7 @@ what a stored folder gives back.
 """
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from jaxtyping import Float, Int8
@@ -25,6 +25,8 @@ class GridSpec:
     group_size: int | None
     symmetric: bool
     scaled: bool = False  # every column has a scale beside those of its groups
+    # whether its values are held in the model's dtype, and integers on disk alone
+    simulated: ClassVar[bool] = True
 
     def num_bytes(self, m: int | Tensor, n: int | Tensor) -> Any:
         """Bytes of a packed weight (m, n) as compressed-tensors stores it: integers in whole 32-bit
@@ -42,6 +44,8 @@ class CodeSpec(GridSpec):
     """Codes of a table instead of integers, in blocks over the whole matrix, each with one float32
     number.
     """
+
+    simulated: ClassVar[bool] = False
 
     def num_bytes(self, m: int | Tensor, n: int | Tensor) -> Any:
         """Codes in whole bytes, and the numbers of the blocks."""

@@ -11,7 +11,7 @@ from tiny import tiny_model
 
 import specomp
 from specomp import rows
-from specomp.compression.search import apart, following
+from specomp.compression.search import apart, besides, following
 from specomp.data.calibration import CalibrationSet
 from specomp.errors import UserError
 from specomp.forms.prices import Divergence
@@ -89,6 +89,10 @@ def test_what_cannot_be_searched_for():
     samples = CalibrationSet(TOKENS, description={"tokenizer": {"sha256": ""}}, batch_size=2)
     with pytest.raises(UserError, match="measures on 12 samples.*there are 12.*ratio.held_out"):
         apart(samples, asked(0.1, held_out=12))
+    more = samples.subset(10)
+    assert torch.equal(besides(more, samples, 2).tokens, TOKENS[10:])
+    with pytest.raises(UserError, match="only 2 samples beside the 10.*3 are to be held out"):
+        besides(more, samples, 3)
     with pytest.raises(UserError, match="spends no budget"):
         specomp.compress(tiny_model("llama"), TOKENS, "dense", "kl0_05", quantizer="gptq_int4")
     with pytest.raises(UserError, match="would train 6 times.*method/training=none"):
