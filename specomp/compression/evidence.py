@@ -3,7 +3,7 @@ route of the method says.
 """
 
 import copy
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Self
 
@@ -23,6 +23,7 @@ from specomp.numerics.linalg import relative
 from specomp.numerics.statistics import Statistic, Stats
 from specomp.slots import Chain, Rounded, Rounding, Trained, describe
 
+SMALL = 2**18  # bytes of what is remembered in memory too
 Values = Mapping[str, Tensor]
 """What a decoder layer accumulated, by place and statistic."""
 
@@ -34,6 +35,8 @@ class DenseEvidence:
 
     def __init__(self, run: Run, spectra: Spectra) -> None:
         self.run, self.spectra = run, spectra
+        # what several forms ask for that differ in what they make of it, such as their grids
+        self.known: dict[tuple[Unit, Any], Mapping[str, Tensor]] = {}
 
     def stats(self, linear: LinearSpec) -> Stats:
         """What its spectra are made of."""
@@ -64,19 +67,29 @@ class DenseEvidence:
         reads: frozenset[Statistic] = frozenset(),
     ) -> Mapping[str, Tensor]:
         """From the cache, or into it."""
+        asked = (unit, made_by) if isinstance(made_by, Hashable) else (unit, id(made_by))
+        if asked in self.known:
+            return self.known[asked]
         run = self.run
         what = {"version": VERSION, "spectra": self.spectra.key, "of": describe(made_by)}
         if reads:
             what["spectra"] = self.spectra.norm_key
             what["reads"] = sorted(statistic_key(run, x) for x in reads)
         key = digest(what)
-        with waiting(run.cache.lock("units", digest([key, unit.name])), f"works on {unit.name}"):
-            found = run.cache.load("units", key, unit.name)
-            run.cache.count("units", hit=found is not None)
-            if found is None:
-                with run.resident(unit.decoder_layer):
-                    found = dict(make())
-                run.cache.save("units", key, unit.name, found)
+        found = run.cache.load("units", key, unit.name)
+        if found is None:
+            lock = run.cache.lock("units", digest([key, unit.name]))
+            with waiting(lock, f"works on {unit.name}"):
+                found = run.cache.load("units", key, unit.name)
+                run.cache.count("units", hit=found is not None)
+                if found is None:
+                    with run.resident(unit.decoder_layer):
+                        found = dict(make())
+                    run.cache.save("units", key, unit.name, found)
+        else:
+            run.cache.count("units", hit=True)
+        if sum(x.nbytes for x in found.values()) <= SMALL:
+            self.known[asked] = found
         return found
 
     def on(self, rounding: Rounding) -> Self:
@@ -134,6 +147,7 @@ class LayerEvidence(DenseEvidence):
     compensation: Values  # and for the repair
     trained: Trained | None = None
     sizes: Mapping[str, int] = field(default_factory=dict)  # chosen, by linear
+    known: dict[tuple[Unit, Any], Mapping[str, Tensor]] = field(default_factory=dict)
     accounts: dict[str, Account] = field(default_factory=dict)
     _norms: dict[str, tuple[Stats, Norm, Tensor]] = field(default_factory=dict)
     _spectra: dict[str, Spectrum] = field(default_factory=dict)

@@ -73,6 +73,7 @@ class Spectra:
         self.norm_key = digest(said)
         self.key = digest(said | {"complete": True}) if self.complete else self.norm_key
         self._last: tuple[str, Spectrum] | None = None
+        self._values: dict[str, Tensor] = {}
 
     def __call__(self, linear: LinearSpec) -> Spectrum:
         """The spectrum of one linear, on its device. Unless complete, components beyond break-even
@@ -97,14 +98,15 @@ class Spectra:
         """(k): all singular values of one linear, on its device; without reading its vectors where
         these are in the cache.
         """
-        last, cache = self._last, self.run.cache
-        if last is not None and last[0] == linear.name:
-            return last[1].s
-        found = cache.load("spectra", self.key, f"{linear.name}{VALUES}")
-        if found is None:
-            return self(linear).s
-        cache.count("spectra", hit=True)
-        return found["s"].to(self.run.device(linear.decoder_layer))
+        if linear.name not in self._values:
+            cache = self.run.cache
+            found = cache.load("spectra", self.key, f"{linear.name}{VALUES}")
+            if found is None:
+                self._values[linear.name] = self(linear).s
+            else:
+                cache.count("spectra", hit=True)
+                self._values[linear.name] = found["s"].to(self.run.device(linear.decoder_layer))
+        return self._values[linear.name]
 
     def forget(self) -> None:
         """Free what was read; it can be read again."""

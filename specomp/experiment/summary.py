@@ -99,6 +99,8 @@ def label(metric: str, values: dict[str, float]) -> str:
 
 def asked_for(ledger: Ledger) -> str:
     """What was to be stored."""
+    if ledger.target_kl:
+        return f"KL {ledger.target_kl:g}: {ledger.measured_bits:.2f} bits a weight"
     if ledger.in_bits and not ledger.target_bits:
         return f"{ledger.measured_bits:.2f} bits a weight"
     return (

@@ -309,10 +309,9 @@ def frontier(prices: Tensor, losses: Tensor) -> Tensor:
     one given, dense, stays.
     """
     last = len(prices) - 1
-    order = sorted(range(last), key=lambda i: (float(prices[i]), float(losses[i])))
-    kept, least = [], math.inf
-    for i in order:
-        if float(losses[i]) < least and float(prices[i]) < float(prices[last]):
-            kept.append(i)
-            least = float(losses[i])
-    return torch.tensor([*kept, last])
+    order = losses[:last].argsort(stable=True)
+    order = order[prices[order].argsort(stable=True)]  # by price, then by loss
+    least = losses[order].cummin(0).values
+    before = torch.cat([least.new_full((1,), math.inf), least])[:-1]
+    kept = order[(losses[order] < before) & (prices[order] < prices[last])]
+    return torch.cat([kept, torch.tensor([last])])

@@ -111,7 +111,6 @@ class CodedLinear(Substitute):
         super().__init__()
         self.in_features, self.out_features = in_features, out_features
         self.block_size, numbers = block_size, in_features * out_features
-        self.dtype = dtype or torch.get_default_dtype()  # of its products
         self.bias = (
             nn.Parameter(torch.zeros(out_features, dtype=dtype, device=device)) if bias else None
         )
