@@ -90,7 +90,9 @@ def compress(
     budget = budget_of(ratio)
     chosen = method_of(method, quantizer, budget)
     settings = calibration_of(calibration)
-    samples, held = apart(_samples(model, tokens, settings), budget)
+    samples, held = _samples(model, tokens, settings), None
+    if chosen.spends:
+        samples, held = apart(samples, budget)
     more = samples if training_tokens is None else _samples(model, training_tokens, settings)
     dtype = str(model.dtype).removeprefix("torch.")
     check_method(chosen, budget, settings.upstream, samples.num_samples, 1, dtype)

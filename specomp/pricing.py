@@ -22,15 +22,17 @@ from specomp.cache import Cache
 from specomp.compression.calibrate import passes
 from specomp.compression.evidence import LayerEvidence
 from specomp.compression.ledger import Size, measure
+from specomp.compression.loop import SMALL as SIDE_BY_SIDE
 from specomp.compression.loop import store_unit
 from specomp.compression.observe import place_of, stats_of
 from specomp.compression.run import Run
 from specomp.compression.spectra import decompose, kept_components, stores_more
 from specomp.data.calibration import CalibrationSet
+from specomp.errors import UserError
 from specomp.evaluation.workload import Workload
 from specomp.forms.gridded import WHOLE, Gridded, Trials
 from specomp.forms.menu import Alike, options
-from specomp.forms.options import DENSE, Options, fill
+from specomp.forms.options import DENSE, Menu, Options, fill
 from specomp.forms.prices import Budget, bits, held, numbers
 from specomp.models.families import family_of
 from specomp.models.family import LinearSpec, Unit
@@ -120,6 +122,15 @@ class Plan:
         self.dtype = torch.bfloat16 if run.half_forward else run.model.dtype
         self.tokens = run.samples.num_samples * run.samples.length
 
+    def share(self, menu: Menu) -> float:
+        """What may be spent; of a budget that is met by a search where that begins, or the least
+        that every unit can do with.
+        """
+        begins = self.run.budget.share(self.run.model.dtype)
+        if self.run.budget.tries == 1:
+            return begins
+        return max(begins, *(float(x.prices[0]) / x.dense for x in menu.values()))
+
     # --- what is chosen, and its price
 
     @cached_property
@@ -137,7 +148,6 @@ class Plan:
     @cached_property
     def _chosen(self) -> tuple[dict[Unit, Choice], str | None]:
         run, data, wanted = self.run, NoData(), "a training"
-        share = run.budget.share(run.model.dtype)
 
         def made(
             wide: Mapping[Unit, Sequence[Form]] | None = None, *, predicted: bool = False
@@ -156,10 +166,11 @@ class Plan:
         if not self.method.training.chooses:
             try:
                 menu = made(run.wide_units, predicted=True)
-                return self.method.allocation(menu, share, data), None
+                return self.method.allocation(menu, self.share(menu), data), None
             except NeedsData as error:
                 wanted = str(error)
         menu = made()
+        share = self.share(menu)
         return {
             unit: menu[unit].choice(i)
             for unit, i in fill(menu, dict.fromkeys(menu, share), share).items()
@@ -396,10 +407,19 @@ class Plan:
         scaled up; trials: storing is trying grids.
         """
         scale = max(1.0, max(m, n) / (SMALL if trials is None else TRIED))
-        few = [x if scale == 1 else EVEN * max(1, round(x / scale / EVEN)) for x in (m, n)]
-        linear = LinearSpec("linear", few[0], few[1], 0, 0, "linear")
-        unit = Unit("linear", "linear", (linear,))
-        size = min(choice.form.sizes(unit), key=lambda x: abs(x * scale - choice.size))
+
+        def stand_in(scale: float) -> tuple[Unit, Sequence[int]]:
+            few = [x if scale == 1 else EVEN * max(1, round(x / scale / EVEN)) for x in (m, n)]
+            unit = Unit("linear", "linear", (LinearSpec("linear", few[0], few[1], 0, 0, "linear"),))
+            return unit, choice.form.sizes(unit)
+
+        try:
+            unit, sizes = stand_in(scale)
+        except UserError:  # a pattern that only the real size is a multiple of
+            unit, sizes = stand_in(scale := 1.0)
+        (linear,) = unit.linears
+        wanted = max(1, round(choice.size / scale))
+        size = min(sizes, key=lambda x: abs(x - wanted)) if len(sizes) else wanted
         method = self.method
         needs = (
             method.whitening.needs
@@ -596,7 +616,9 @@ class Plan:
             held += max(8 * (4 * x.n**2 + 3 * x.m * x.n) for x in last)
             detail += f"; {len(last)} functional units put in order"
         if tried := self.tried:
-            held += 3 * SWEPT_BYTES  # rows, integers, and what is tried of a grid
+            small = max(min(x.m, x.n) for x in self.layer) <= SIDE_BY_SIDE
+            beside = min(torch.get_num_threads(), len(self.layer)) if small else 1
+            held += 3 * SWEPT_BYTES * beside  # rows, integers, and what is tried of a grid
             total += sum((self.trying(form, unit) * count for (form, unit), count in tried), Work())
             detail += f"; {sum(count for _, count in tried)} forms tried on several grids"
         trials = self.asked == "trials"
@@ -638,8 +660,12 @@ class Plan:
             if self.route.refines:
                 detail += f"; {self.method.refinement.steps} steps each"
         if (tries := run.budget.tries) > 1:  # the dense model's states and linears stay beside it
+            length, count = run.samples.length, run.budget.held_out * run.samples.length
             total, held = total * tries, held + self.size.linear_bits // 8
-            detail += f"; at most {tries} times"
+            held += count * self.hidden * run.model.dtype.itemsize
+            macs = self.size.linear_params
+            total += self.forward(count, length, self.dtype, linears=macs, head=True) * (tries + 1)
+            detail += f"; at most {tries} times, measured on {count:,} tokens each"
         return Stage(name="compress", detail=detail, work=total, held=held)
 
     def stream(self, tokens: int) -> Work:

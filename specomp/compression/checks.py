@@ -44,7 +44,7 @@ def check_method(
 
 def _check_search(method: Method, budget: Budget) -> None:
     """Whether a model can be stored again and again."""
-    if budget.tries == 1:
+    if budget.tries == 1 or method.is_dense:
         return
     if not method.spends:
         raise UserError(
@@ -56,16 +56,27 @@ def _check_search(method: Method, budget: Budget) -> None:
             f"{budget.setting} is met by a search, which would train {budget.tries} times: use"
             " method/training=none, or the bits that a search without it ends with."
         )
+    if method.refinement.active:
+        raise UserError(
+            f"{budget.setting} is met by a search, and {type(method.refinement).__name__} changes"
+            " what every try starts from: use method/refinement=none, or the bits that a search"
+            " without it ends with."
+        )
 
 
 def _check_packing(method: Method) -> None:
     """Whether what works on components of a spectrum finds any in what is stored."""
-    packing = type(method.packing).__name__
+    packing, size_of = type(method.packing).__name__, method.packing.size_of
+    if size_of == "weights" and method.training.active and not method.training.chooses:
+        raise UserError(
+            f"{type(method.training).__name__} adds to products, and {packing} makes its product of"
+            " the whole weight: use method/training=none, or another method/packing."
+        )
     for slot, active in (
         ("training", method.training.chooses),
-        ("compensation", method.compensation.active),
+        ("compensation", method.compensation.active and not method.chooses_grids),
     ):
-        if active and method.packing.size_of != "rank" and not method.chooses_grids:
+        if active and size_of != "rank":
             raise UserError(
                 f"{type(getattr(method, slot)).__name__} works on components of a spectrum, and"
                 f" {packing} stores none: use method/{slot}=none, or another method/packing."

@@ -3,7 +3,7 @@ route of the method says.
 """
 
 import copy
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Self
 
@@ -67,9 +67,13 @@ class DenseEvidence:
         reads: frozenset[Statistic] = frozenset(),
     ) -> Mapping[str, Tensor]:
         """From the cache, or into it."""
-        asked = (unit, made_by) if isinstance(made_by, Hashable) else (unit, id(made_by))
-        if asked in self.known:
-            return self.known[asked]
+        asked: tuple[Unit, Any] | None = (unit, made_by)
+        try:
+            known = self.known.get((unit, made_by))
+        except TypeError:  # settings that have no hash
+            asked = known = None
+        if known is not None:
+            return known
         run = self.run
         what = {"version": VERSION, "spectra": self.spectra.key, "of": describe(made_by)}
         if reads:
@@ -88,7 +92,7 @@ class DenseEvidence:
                     run.cache.save("units", key, unit.name, found)
         else:
             run.cache.count("units", hit=True)
-        if sum(x.nbytes for x in found.values()) <= SMALL:
+        if asked is not None and sum(x.nbytes for x in found.values()) <= SMALL:
             self.known[asked] = found
         return found
 

@@ -265,10 +265,13 @@ def rounding_notes(run: Run, low: Sequence[LinearReport], count: int) -> list[st
         what = f"{len(rounded)} linears are on grids ({said} bits)"
     else:
         what += f" of {len(rounded)} linears have {rounding.grid.bits} bits"
+    simulated = any(x.simulated for x in rounding.grids)
     notes = [
         f"{what}: metrics are of the rounded numbers held in"
         f" {held_in.removeprefix('torch.')} (simulated), model_bytes is what a folder of factors"
         " stores"
+        if simulated
+        else f"{what}, held as they are stored"
     ]
     if len(rounded) < count:
         kept = "are not rounded" if rounding.grid is None else "stay dense and are not quantized"

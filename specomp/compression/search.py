@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from specomp.compression.ledger import measure
 from specomp.compression.report import LinearReport
 from specomp.compression.run import Run
 from specomp.data.calibration import CalibrationSet
@@ -31,6 +32,8 @@ from specomp.slots import Choice
 # specomp_bits); a try within this share below what is asked for, or this close to one above, ends
 # the search.
 SLOPE, NEAR, CLOSE = -1.2, 0.93, 0.02
+# Budgets that are asked for at most, for each model that may be stored: most buy something new.
+GUESSES = 8
 
 Store = Callable[[Mapping[Unit, Choice]], list[LinearReport]]
 """Puts choices into the model."""
@@ -81,12 +84,11 @@ def besides(samples: CalibrationSet, more: CalibrationSet, count: int) -> Calibr
 
 @dataclass(frozen=True)
 class Try:
-    """One budget: bits a weight that were asked for, and the KL that was measured."""
+    """One model: bits a weight that are stored of its linears, and the KL that was measured."""
 
     bits: float
     kl: float
     modules: Mapping[str, nn.Module]
-    beside: Mapping[str, Tensor]
     reports: list[LinearReport]
     choices: Mapping[Unit, Choice]
 
@@ -97,41 +99,26 @@ class Close:
     def __init__(self, run: Run) -> None:
         assert run.held_out is not None, "a budget that measures"
         self.run, self.held = run, run.held_out
-        self.names = [x.name for x in run.linears]
         self.dense = self._modules()
-        self.around = self._beside()
         self.states = [x.cpu() for x in self._hidden("dense model")]
 
     def put_back(self, found: Try | None = None) -> None:
         """As it was, or as a try left it."""
         for name, module in (self.dense if found is None else found.modules).items():
             replace_linear(self.run.model, name, module)
-        current = dict(self.run.model.named_parameters())
-        for name, value in (self.around if found is None else found.beside).items():
-            current[name].data.copy_(value)
 
-    def tried(
-        self, bits: float, choices: Mapping[Unit, Choice], reports: list[LinearReport]
-    ) -> Try:
+    def tried(self, choices: Mapping[Unit, Choice], reports: list[LinearReport]) -> Try:
         """What the model is now, measured."""
+        counted = measure(self.run.model, self.run.linears)
+        bits = counted.linear_bits / sum(x.params for x in self.run.linears)
         head, total = partial(logits_of, self.run.model), 0.0
         for dense, own in zip(self.states, self._hidden(f"KL at {bits:.2f} bits"), strict=True):
             total += compared(head, dense.to(own.device), own)[0]
         kl = total / self.held.tokens.numel()
-        return Try(bits, kl, self._modules(), self._beside(), reports, choices)
+        return Try(bits, kl, self._modules(), reports, choices)
 
     def _modules(self) -> dict[str, nn.Module]:
-        return {name: self.run.model.get_submodule(name) for name in self.names}
-
-    def _beside(self) -> dict[str, Tensor]:
-        """What else a decoder layer has, which a refinement changes."""
-        prefix = f"{self.run.family.decoder_layers}."
-        inside = tuple(f"{x}." for x in self.names)
-        return {
-            name: value.detach().clone()
-            for name, value in self.run.model.named_parameters()
-            if name.startswith(prefix) and not name.startswith(inside)
-        }
+        return {x.name: self.run.model.get_submodule(x.name) for x in self.run.linears}
 
     @torch.no_grad()
     def _hidden(self, label: str) -> list[Tensor]:
@@ -149,48 +136,50 @@ def searched(run: Run, menu: Menu, choose: Choose, store: Store) -> tuple[Try, B
     """The smallest try whose KL is below what the budget asks for, in the model; and its budget.
     Raises UserError where no try is, with the model as it was.
     """
-    asked, dtype = run.budget.most, run.model.dtype
+    asked, most = run.budget.most, 8.0 * run.model.dtype.itemsize
     weights = sum(x.params for unit in menu for x in unit.linears)
-    most = 8.0 * dtype.itemsize
-    least = sum(float(x.prices[0]) for x in menu.values()) / weights
-    close = Close(run)
-    below: Try | None = None  # the smallest that is good enough
-    above: list[tuple[float, float]] = []  # bits and KL of those that are not, ascending
-    tries: list[tuple[float, float]] = []
-    bits = max(least * 1.02, run.budget.share(dtype) * most)
-    for _ in range(run.budget.tries):
-        close.put_back()
-        choices = choose(bits / most)
-        found = close.tried(bits, choices, store(choices))
-        tries.append((bits, found.kl))
-        if found.kl <= asked:
-            below = found if below is None or bits < below.bits else below
+    low = sum(float(x.prices[0]) for x in menu.values()) / weights  # nothing is smaller
+    high = most  # dense, whose KL is 0
+    close, tries, best = Close(run), list[Try](), None
+    bits, refused = max(low * 1.02, run.budget.share(run.model.dtype) * most), ""
+    for _ in range(GUESSES * run.budget.tries):
+        found = None
+        try:
+            choices = choose(bits / most)
+            found = next((x for x in tries if x.choices == choices), None)
+            new = found is None
+        except UserError as error:  # an allocation that cannot pay every unit
+            new, refused = False, str(error)
+        if new:
+            close.put_back()
+            found = close.tried(choices, store(choices))
+            tries.append(found)
+        if found is not None and found.kl <= asked:
+            best = found if best is None or found.bits < best.bits else best
+            high = min(high, bits)
         else:
-            above = sorted([*above, (bits, found.kl)])
-        bits = following(tries, asked)
-        if below is not None:
-            near = below.kl >= NEAR * asked or below.bits <= least * 1.03
-            if near or (above and below.bits - above[-1][0] <= CLOSE):
-                break
-            floor = above[-1][0] if above else least
-            bits = min(max(bits, floor + CLOSE / 2), below.bits - CLOSE / 2)
-        elif above[-1][0] >= most or [y for _, y in above[-2:]] == [found.kl] * 2:
-            break  # more bits change nothing any more
-        else:
-            bits = min(max(bits, above[-1][0] + CLOSE), most)
-    said = ", ".join(f"{x:.2f} bits {y:.4g}" for x, y in tries)
-    close.put_back(below)
-    if below is None:
+            low = max(low, bits)
+        if high - low <= CLOSE or (best is not None and best.kl >= NEAR * asked):
+            break
+        if new and len(tries) == run.budget.tries:
+            break
+        # a budget that buys what another bought says nothing about the line
+        guess = following([(x.bits, x.kl) for x in tries], asked) if new else (low + high) / 2
+        edge = min(CLOSE / 2, (high - low) / 4)
+        bits = min(max(guess, low + edge), high - edge)
+    said = ", ".join(f"{x.bits:.2f} bits {x.kl:.4g}" for x in tries)
+    close.put_back(best)
+    if best is None:
         raise UserError(
-            f"{run.budget.setting}: no budget that was tried stays below it ({said}): ask for more,"
-            " or raise ratio.tries."
+            f"{run.budget.setting}: no model that was tried stays below it ({said or refused}): ask"
+            " for more, raise ratio.tries, or use a quantizer of more bits."
         )
     run.progress.note(
         f"a KL of {asked:g} to the dense model was asked for, measured on"
         f" {close.held.num_samples} x {close.held.length} held-out tokens of the calibration text:"
-        f" {said}; taken: {below.bits:.2f} bits"
+        f" {said}; taken: {best.bits:.2f} bits"
     )
-    return below, Bits(bits=below.bits)
+    return best, Bits(bits=best.bits)
 
 
 def following(tries: list[tuple[float, float]], asked: float) -> float:

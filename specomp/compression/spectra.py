@@ -195,6 +195,8 @@ def kept_components(linear: LinearSpec, *, complete: bool) -> int:
 
 def stores_more(run: Run) -> bool:
     """Whether the method's form comes in ranks from two factors' break-even on, for any linear."""
+    if run.method.packing.size_of != "rank":
+        return False
     for unit in run.units:
         (linear,) = unit.linears
         beyond = math.ceil(break_even_rank(linear.m, linear.n))

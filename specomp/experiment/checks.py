@@ -81,7 +81,7 @@ def check_packed(method: Method, options: Options) -> None:
         return
     if method.is_dense:
         log.warning("Nothing is compressed: quantizer is not used.")
-    elif options.save and options.export == "factors":
+    elif options.save and options.export == "factors" and any(x.simulated for x in grids):
         said = " or ".join(map(str, sorted({x.bits for x in grids})))
         otherwise = ", or set save=false, which evaluates all the same"
         needed("compressed_tensors", "int4", f"Saving numbers of {said} bits", otherwise)

@@ -185,7 +185,8 @@ def build(cfg: DictConfig) -> Experiment:
             tokenizer, **drawing
         )
     held = None
-    if (more := request.ratio.held_out) and request.calibration.num_samples:
+    more = request.ratio.held_out if method.spends else 0
+    if more and request.calibration.num_samples:
         # more of the same text, so that statistics and options serve budgets of bits too
         wider = replace(request.calibration, num_samples=samples.num_samples + more)
         held = besides(samples, wider.build(tokenizer, **drawing), more)

@@ -96,7 +96,7 @@ class LowRankLinear(TwoStage):
 
     def shards(self, style: str) -> dict[str, str] | None:
         """The side that the linear is split on; the rank stays whole."""
-        return {"v_proj" if style.startswith("rowwise") else "u_proj": style}
+        return self.split("v_proj" if style.startswith("rowwise") else "u_proj", style)
 
     def expand(self, hidden: Tensor) -> Tensor:
         """y (... m) from Vt x (... r)."""

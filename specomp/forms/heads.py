@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from specomp.forms.cut import gram_of, stored_linear
 from specomp.forms.prices import Part
 from specomp.models.family import LinearSpec, Unit
-from specomp.models.modules import Substitute
+from specomp.models.modules import Substitute, weight_of
 from specomp.numerics.elimination import losses_in_order, positive_root, stand_in
 from specomp.numerics.grid import GridSpec
 from specomp.numerics.linalg import SOLVE_DTYPE, relative
@@ -154,7 +154,7 @@ class ValueOutput:
         last.part = stored_linear(
             output, columns.float(), own, evidence, output_of, inverse[kept].float()
         )
-        error = W.float() - output_of(last.part.weight.detach())
+        error = W.float() - output_of(weight_of(last.part))
         evidence.lost(output, relative(norm.loss(error), norm.loss(W.float())))
         return {values.name: first, output.name: last}
 

@@ -64,6 +64,11 @@ class Masked:
     def parts(self, unit: Unit, size: Any, grid: GridSpec | None = None) -> Mapping[str, Part]:
         """m k numbers, and a bit for each of the m n."""
         (linear,) = unit.linears
+        if grid is not None and grid.group_size is None and not self._by_row:
+            raise UserError(
+                "method.packing.compare=matrix keeps numbers that belong to no row, and"
+                " quantizer.group_size=null is one scale a row: set either otherwise."
+            )
         m, n = linear.m, linear.n
         shape = (m, size) if self._by_row else (1, m * size)
         mask = Part((m, -(-n // PER_BYTE)), index_bits=PER_BYTE)
@@ -114,8 +119,8 @@ class Masked:
         impossible.
         """
         gram = weight.new_ones(weight.shape[1]) if norm.gram is None else norm.gram
-        gram = gram.diag() if gram.ndim == 1 else gram
         if self.score == "sparsegpt":
+            gram = gram.diag() if gram.ndim == 1 else gram
             try:
                 return sparsegpt(
                     weight,
@@ -132,7 +137,7 @@ class Masked:
                 ) from error
         scores = weight.float().abs()
         if self.score == "wanda":
-            scores = wanda(weight, gram)
+            scores = wanda(weight, gram.diagonal() if gram.ndim == 2 else gram)
         mask = largest(scores, size, by_row=self._by_row, pattern=self.pattern)
         return weight.float() * mask, mask, 0.0
 
@@ -184,6 +189,7 @@ class MaskedLinear(Substitute):
 
     mask: Tensor
     kept: nn.Linear
+    unserved = "the numbers that its masks leave are read out of a linear, which engines rewrite"
 
     def __init__(
         self,

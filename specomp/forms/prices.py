@@ -17,7 +17,7 @@ from pydantic import Field
 from torch import nn
 
 from specomp.models.modules import CodedLinear, GridLinear
-from specomp.numerics.grid import CodeSpec, GridSpec
+from specomp.numerics.grid import SCALE_BYTES, CodeSpec, GridSpec
 from specomp.numerics.ratio import retained
 from specomp.settings import configurable
 
@@ -47,11 +47,16 @@ def bits(parts: Parts, dtype: torch.dtype) -> int:
 
 
 def held(parts: Parts, dtype: torch.dtype) -> int:
-    """Bits in memory while a model of this dtype is used."""
-    simulated = (
-        replace(x, grid=x.grid if x.grid and not x.grid.simulated else None) for x in parts.values()
-    )
-    return sum(_bits(x, dtype) for x in simulated)
+    """Bits in memory while a model of this dtype is used: the values of simulated grids."""
+    found = 0
+    for part in parts.values():
+        grid = part.grid
+        if grid is None or not grid.simulated:
+            found += _bits(part, dtype)
+        else:
+            found += _bits(replace(part, grid=None), dtype)
+            found += 8 * SCALE_BYTES * part.shape[1] * grid.scaled
+    return found
 
 
 def _bits(part: Part, dtype: torch.dtype) -> int:

@@ -25,7 +25,7 @@ from specomp.forms.heads import FLOOR, weighted_basis
 from specomp.forms.pivoted import INDEX_BITS
 from specomp.forms.prices import Part
 from specomp.models.family import LinearSpec, Unit
-from specomp.models.modules import Substitute
+from specomp.models.modules import Substitute, weight_of
 from specomp.numerics.elimination import tails
 from specomp.numerics.grid import GridSpec
 from specomp.numerics.linalg import SOLVE_DTYPE, relative
@@ -211,7 +211,7 @@ def _with_outputs(
     order = torch.where(kept, kept.cumsum(0) - 1, kept.sum())
     made.order = order.to(device=place["device"], dtype=torch.int32)
     norm = evidence.norm(linear)
-    error = W.float() - assembled(made.part.weight.detach())
+    error = W.float() - assembled(weight_of(made.part))
     evidence.lost(linear, relative(norm.loss(error), norm.loss(W.float())))
     return made
 

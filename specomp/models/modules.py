@@ -23,6 +23,7 @@ class Substitute(nn.Module):
     in_features: int
     out_features: int
     bias: Tensor | None
+    unserved: str = ""  # why an engine, which rewrites linears, cannot run it
 
     def arguments(self) -> dict:
         """What makes an empty module of the same shapes, JSON-able."""
@@ -50,7 +51,17 @@ class Substitute(nn.Module):
 
     def macs(self) -> int:
         """Multiply-adds a token."""
-        return sum(x.weight.numel() for x in self.modules() if isinstance(x, nn.Linear))
+        inner = [x for x in self.children() if isinstance(x, Substitute)]
+        linears = [x for x in self.children() if isinstance(x, nn.Linear)]
+        return sum(x.macs() for x in inner) + sum(x.weight.numel() for x in linears)
+
+    def split(self, part: str, style: str) -> dict[str, str] | None:
+        """`shards` where one part is split as a linear would be."""
+        inner = self.get_submodule(part)
+        if not isinstance(inner, Substitute):
+            return {part: style}
+        found = inner.shards(style)
+        return None if found is None else {f"{part}.{x}": y for x, y in found.items()}
 
     def extra_repr(self) -> str:
         """Sizes, as nn.Linear prints them, and what else it is made of."""

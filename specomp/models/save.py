@@ -229,8 +229,9 @@ class Export:
         if form in TYPES:
             config, state = prepared(target, folder.name), merged_state(model)
             self.told["gguf"] = write_gguf(target, folder.name, config, state, tokenizer, form)
-        if packed and not plain:
-            self.withhold(INTEGERS)
+        unserved = {x.unserved for x in substitutes(model).values() if x.unserved}
+        if form == "factors" and (unserved or (packed and not plain)):
+            self.withhold("; ".join(sorted(unserved)) or INTEGERS)
         else:
             self._tell()
 

@@ -99,7 +99,11 @@ def inputs_of(gram: Float[Tensor, "n n"], *, act_order: bool, damping: float) ->
     alive = [x for x in _last.found if x[0]() is not None]
     known = next((x for x in alive if x[0]() is gram and x[1:4] == said), None)
     if known is None:
-        made = Inputs(gram, act_order=act_order, damping=damping)
-        known = (weakref.ref(gram), *said, made)
-    _last.found = [known, *(x for x in alive if x is not known)][:2]
+        made, found = Inputs(gram, act_order=act_order, damping=damping), _last.found
+
+        def forget(gone: weakref.ref[Tensor]) -> None:
+            found[:] = [x for x in found if x[0] is not gone]
+
+        known = (weakref.ref(gram, forget), *said, made)
+    _last.found[:] = [known, *(x for x in alive if x is not known)][:2]
     return known[4]

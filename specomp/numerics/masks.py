@@ -33,9 +33,9 @@ def largest(
     return mask.scatter_(1, scores.topk(count).indices, True).view(m, n)
 
 
-def wanda(weight: Float[Tensor, "m n"], gram: Float[Tensor, "n n"]) -> Float[Tensor, "m n"]:
-    """|W_ij| ||x_j||: what leaving out a weight alone costs, squared once less."""
-    return weight.float().abs() * gram.diagonal().clamp_min(0).sqrt().to(weight.device).float()
+def wanda(weight: Float[Tensor, "m n"], energy: Float[Tensor, " n"]) -> Float[Tensor, "m n"]:
+    """|W_ij| ||x_j||, the root of what leaving out a weight alone costs; energy: ||x_j||^2."""
+    return weight.float().abs() * energy.clamp_min(0).sqrt().to(weight.device).float()
 
 
 def sparsegpt(

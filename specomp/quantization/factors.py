@@ -102,7 +102,7 @@ class FactorQuantizer:
             for x in rules
         ]
         if self.scaling:
-            return [self._scaled(chain, stats, x) for x in spacings]
+            return [self._scaled(matrices, stats, x) for x in spacings]
         found: list[list[OnGrid]]
         if self.algorithm == "rtn":
             found = [[round_to_nearest(x, s) for x in matrices] for s in spacings]
@@ -122,13 +122,15 @@ class FactorQuantizer:
                     G = congruence(mine[-1].values().to(SOLVE_DTYPE), G)
         return [tuple(Rounded(x.values(), x.grid, x.damping) for x in mine) for mine in found]
 
-    def _scaled(self, chain: Chain, stats: Stats, spacing: Spacing) -> tuple[Rounded, ...]:
+    def _scaled(
+        self, matrices: Sequence[Tensor], stats: Stats, spacing: Spacing
+    ) -> tuple[Rounded, ...]:
         """Every matrix with scales of its own, each on what the unrounded ones before put out, or
         the rounded ones.
         """
         found, G = list[Rounded](), stats[Gram()]
         size = stats.get(AbsMean())  # of the linear's own inputs; else the root of their energy
-        for matrix in chain.matrices:
+        for matrix in matrices:
             weight = matrix.float()
             size = G.diagonal().clamp_min(0).sqrt() if size is None else size
             scale = scales_for(weight, G, size, self.scaling, spacing)

@@ -1,5 +1,6 @@
 """Masks against the published algorithms as a reader would write them down, and what is stored."""
 
+import json
 from dataclasses import replace
 
 import pytest
@@ -69,7 +70,7 @@ def test_as_many_stay_as_are_paid(kept, by_row):
     W, G = problem()
     for mask in (
         sparsegpt(W, G, kept, damping=0.01, by_row=by_row)[1],
-        largest(wanda(W, G), kept, by_row=by_row),
+        largest(wanda(W, G.diagonal()), kept, by_row=by_row),
     ):
         assert int(mask.sum()) == 12 * kept
         assert not by_row or (mask.sum(1) == kept).all()
@@ -79,7 +80,7 @@ def test_wanda_compares_in_every_row():
     """arXiv:2306.11695, Eq. 1 and Sec. 3: |W_ij| ||X_j||_2, the smallest half of each row."""
     W, G = problem()
     X = torch.linalg.cholesky(G).T  # any inputs with this Gram
-    for row, kept in zip(W, largest(wanda(W, G), 80, by_row=True), strict=True):
+    for row, kept in zip(W, largest(wanda(W, G.diagonal()), 80, by_row=True), strict=True):
         scores = [abs(float(w)) * float(x.norm()) for w, x in zip(row, X.T, strict=True)]
         order = sorted(range(160), key=lambda j: scores[j])
         assert set(order[80:]) == set(kept.nonzero().flatten().tolist())
@@ -88,7 +89,7 @@ def test_wanda_compares_in_every_row():
 def test_two_of_four_stay_everywhere():
     W, G = problem()
     for mask in (
-        largest(wanda(W, G), 0, by_row=True, pattern=(2, 4)),
+        largest(wanda(W, G.diagonal()), 0, by_row=True, pattern=(2, 4)),
         sparsegpt(W, G, 80, damping=0.01, pattern=(2, 4))[1],
     ):
         assert (mask.view(12, 40, 4).sum(2) == 2).all()
@@ -129,7 +130,7 @@ def test_gptq_of_all_numbers_is_gptq(act_order):
 @pytest.mark.parametrize("shape", ["row", "matrix"])
 def test_zeros_stay_zeros_and_errors_are_made_up_for(shape):
     W, G = problem()
-    mask = largest(wanda(W, G), 81, by_row=shape == "row")
+    mask = largest(wanda(W, G.diagonal()), 81, by_row=shape == "row")
     numbers = W[mask].view(12 if shape == "row" else 1, -1)
     norm = GramNorm(G)
 
@@ -215,3 +216,17 @@ def test_what_a_mask_cannot_be():
         specomp.compress(
             tiny_model("llama"), TOKENS, specomp.method("adasvd", packing="masked"), 0.5
         )
+    trained = specomp.method("wanda", training="lora")
+    with pytest.raises(UserError, match="LoRA adds to products.*Masked.*method/training=none"):
+        specomp.compress(tiny_model("llama"), TOKENS, trained, 0.5)
+    with pytest.raises(UserError, match="compare=matrix.*one scale a row"):
+        specomp.compress(
+            tiny_model("llama"), TOKENS, "sparsegpt", 0.5, quantizer="gptq_int4_perrow"
+        )
+
+
+def test_engines_are_kept_from_masks(tmp_path):
+    model = tiny_model("llama")
+    specomp.compress(model, TOKENS, "wanda", 0.5)
+    folder = specomp.save(model, tmp_path / "out")
+    assert "engines rewrite" in json.loads((folder / "specomp.json").read_text())["unserved"]

@@ -129,6 +129,31 @@ def test_what_is_stored_is_priced_and_comes_back(tmp_path, row, ratio, export):
     assert lost == 0 if export == "factors" else lost < 1e-5
 
 
+def test_a_free_basis_is_rebalanced_before_it_is_scaled():
+    W, X = problem()
+    stats = Stats({Gram(): (X.T @ X).double(), AbsMean(): X.abs().mean(0)})
+    chain = Chain((torch.randn(12, 96), torch.randn(24, 12)), lambda a, b: b @ a, free_basis=True)
+    found = [
+        rows.slot("quantizer", "awq_int4", group_size=8, rebalance=x)(chain, stats, torch.float32)
+        for x in (True, False)
+    ]
+    assert not torch.equal(found[0][0].values, found[1][0].values)
+
+
+@pytest.mark.parametrize("quantizer", ["awq_int4", "nf4"])
+def test_cut_attention_and_what_is_counted_and_split(quantizer):
+    model = tiny_model("llama")
+    method = specomp.method("specomp", units="cut_all", quantizer=quantizer)
+    report = specomp.compress(model, TOKENS, method, 0.8)
+    small, dense = report.ledger.compressed, report.ledger.dense
+    assert small.macs_per_token - small.linear_params == dense.macs_per_token - dense.linear_params
+    low = tiny_model("llama")
+    specomp.compress(low, TOKENS, "svd_llm", 0.2, quantizer=quantizer)
+    module = low.get_submodule(report.linears[0].name)
+    split = module.shards("colwise")
+    assert split == ({"u_proj.inner": "colwise"} if quantizer == "awq_int4" else None)
+
+
 def test_masks_have_no_columns_to_scale():
     method = specomp.method("wanda", quantizer="awq_int4")
     with pytest.raises(
