@@ -3,6 +3,8 @@ text, whatever made it, and the front of those that nothing smaller beats.
 
     python experiments/pareto/pareto.py [--records FOLDER ...] [--model NAME] [--write FOLDER]
 
+front.md; pareto.svg, all texts; wikitext-2.svg, the first alone.
+
 Bits are what is stored: values on their grids, scales, zeros, indices. Numbers on no grid count 16
 bits each, whatever the evaluation held them in. Trained rows are left out.
 """
@@ -136,6 +138,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     asked.write.mkdir(parents=True, exist_ok=True)
     (asked.write / "front.md").write_text(table(by_text))
     draw(by_text).savefig(asked.write / "pareto.svg")
+    first = next(iter(TEXTS))
+    draw({first: by_text[first]}).savefig(asked.write / f"{first.lower()}.svg")
     print(table(by_text))
 
 

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from specomp.forms.menu import Alike
+from specomp.forms.options import read_off
 from specomp.forms.prices import Part, bits
 from specomp.forms.whole import Whole
 from specomp.models.family import LinearSpec, Unit
@@ -205,9 +206,4 @@ def between(at: Tensor, values: Tensor, sizes: Tensor) -> Tensor:
     """values (points) at ascending sizes `at`, read at others, in float64: straight lines over the
     logarithm of the size, level outside.
     """
-    x, y, wanted = at.double().log(), values.double(), sizes.double().clamp_min(1).log()
-    if len(x) == 1:
-        return y.expand(len(sizes)).clone()
-    right = torch.searchsorted(x, wanted).clamp(1, len(x) - 1)
-    share = ((wanted - x[right - 1]) / (x[right] - x[right - 1])).clamp(0, 1)
-    return y[right - 1] + share * (y[right] - y[right - 1])
+    return read_off(at.double().log(), values, sizes.double().clamp_min(1).log())

@@ -15,6 +15,7 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from specomp.errors import UserError
+from specomp.forms.options import read_off
 from specomp.forms.prices import Part
 from specomp.models.family import Unit
 from specomp.models.modules import Substitute
@@ -170,16 +171,6 @@ class Masked:
             f"{len(facts)} of {count} linears store {' to '.join(shares)} of their weights and one"
             " bit for each of all; their products are made of the whole weight, zeros included"
         ]
-
-
-def read_off(at: Tensor, values: Tensor, sizes: Tensor) -> Tensor:
-    """values (points) at ascending sizes `at`, read at others between them, in float64: straight
-    lines.
-    """
-    x, y, wanted = at.double(), values.double(), sizes.double()
-    right = torch.searchsorted(x, wanted).clamp(1, len(x) - 1)
-    share = (wanted - x[right - 1]) / (x[right] - x[right - 1])
-    return y[right - 1] + share.clamp(0, 1) * (y[right] - y[right - 1])
 
 
 class MaskedLinear(Substitute):

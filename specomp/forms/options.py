@@ -134,6 +134,18 @@ class Options(Sequence[Option]):
         return int(torch.searchsorted(self.prices, paid, right=True)) - 1
 
 
+def read_off(at: Tensor, values: Tensor, wanted: Tensor) -> Tensor:
+    """values (points) at ascending places `at`, read at others (k) between them in float64:
+    straight lines, level outside.
+    """
+    x, y, wanted = at.double(), values.double(), wanted.double()
+    if len(x) == 1:
+        return y.expand(len(wanted)).clone()
+    right = torch.searchsorted(x, wanted).clamp(1, len(x) - 1)
+    share = ((wanted - x[right - 1]) / (x[right] - x[right - 1])).clamp(0, 1)
+    return y[right - 1] + share * (y[right] - y[right - 1])
+
+
 def hull(prices: Tensor, losses: Tensor) -> list[int]:
     """Indices on the lower convex hull of losses over ascending prices, the first and the last
     among them.

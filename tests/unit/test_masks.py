@@ -11,7 +11,8 @@ from units import unit
 import specomp
 from specomp import rows
 from specomp.errors import UserError
-from specomp.forms.masked import MaskedLinear, read_off
+from specomp.forms.masked import MaskedLinear
+from specomp.forms.options import read_off
 from specomp.forms.prices import bits, numbers, parts_of
 from specomp.numerics.factors import GramNorm
 from specomp.numerics.masks import largest, sparsegpt, wanda
