@@ -26,6 +26,7 @@ from specomp.compression.loop import SMALL as SIDE_BY_SIDE
 from specomp.compression.loop import store_unit
 from specomp.compression.observe import place_of, stats_of
 from specomp.compression.run import Run
+from specomp.compression.search import apart
 from specomp.compression.spectra import decompose, kept_components, stores_more
 from specomp.data.calibration import CalibrationSet
 from specomp.errors import UserError
@@ -634,7 +635,8 @@ class Plan:
         """Decomposing what is not decomposed yet, storing, and the hidden states that travel."""
         run, training = self.run, self.method.training
         decomposing, storing = self.per_linear
-        total = storing * (1 + (training.chooses and self.method.repairs))
+        tries = run.budget.tries if self.method.spends else 1
+        total = storing * (1 + (training.chooses and self.method.repairs)) * tries
         if not self.route.caches_spectra:
             total += decomposing
         elif not (training.chooses and not self.method.repairs) and self.asked not in (
@@ -646,7 +648,7 @@ class Plan:
         held = self.workspace + self.statistics_of(self.route.dense)
         if self.route.streams:
             tokens = self.route.stream_samples * run.samples.length
-            total += self.stream(tokens)
+            total += self.stream(tokens) * tries
             carried = self.route.whitening.streamed | self.route.compensation.streamed
             held += (
                 self.hidden_carried
@@ -659,9 +661,9 @@ class Plan:
             )
             if self.route.refines:
                 detail += f"; {self.method.refinement.steps} steps each"
-        if (tries := run.budget.tries) > 1:  # the dense model's states and linears stay beside it
+        if tries > 1:  # the dense model's states, its linears and those of the best stay beside it
             length, count = run.samples.length, run.budget.held_out * run.samples.length
-            total, held = total * tries, held + self.size.linear_bits // 8
+            held += self.size.linear_bits // 8 + self.compressed.held_bytes
             held += count * self.hidden * run.model.dtype.itemsize
             macs = self.size.linear_params
             total += self.forward(count, length, self.dtype, linears=macs, head=True) * (tries + 1)
@@ -845,6 +847,9 @@ def plan(
     kind = dtype or str(
         model.dtype if isinstance(model, PreTrainedModel) else config.dtype or torch.float32
     ).removeprefix("torch.")
+    if chosen.spends:  # as compress holds some out
+        given = CalibrationSet.of_shape(num_samples, length, settings.batch_size)
+        num_samples = apart(given, budget)[0].num_samples
     return planned(config, kind, chosen, budget, settings, num_samples, length)
 
 

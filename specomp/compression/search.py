@@ -7,7 +7,7 @@ bits (methods.md 9), so few tries are needed. The menu is made once.
 """
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -32,6 +32,9 @@ from specomp.slots import Choice
 # specomp_bits); a try within this share below what is asked for, or this close to one above, ends
 # the search.
 SLOPE, NEAR, CLOSE = -1.2, 0.93, 0.02
+# Of what is left between too few bits and enough, the share at either end that no line may ask for.
+EDGE = 0.05
+TINY = 1e-12
 # Budgets that are asked for at most, for each model that may be stored: most buy something new.
 GUESSES = 8
 
@@ -84,13 +87,13 @@ def besides(samples: CalibrationSet, more: CalibrationSet, count: int) -> Calibr
 
 @dataclass(frozen=True)
 class Try:
-    """One model: bits a weight that are stored of its linears, and the KL that was measured."""
+    """One model: the bits a weight that were asked for and are stored, the KL that was measured."""
 
+    asked: float
     bits: float
     kl: float
-    modules: Mapping[str, nn.Module]
-    reports: list[LinearReport]
     choices: Mapping[Unit, Choice]
+    reports: list[LinearReport]
 
 
 class Close:
@@ -99,25 +102,28 @@ class Close:
     def __init__(self, run: Run) -> None:
         assert run.held_out is not None, "a budget that measures"
         self.run, self.held = run, run.held_out
-        self.dense = self._modules()
+        self.dense = self.modules()
         self.states = [x.cpu() for x in self._hidden("dense model")]
 
-    def put_back(self, found: Try | None = None) -> None:
-        """As it was, or as a try left it."""
-        for name, module in (self.dense if found is None else found.modules).items():
+    def put_back(self, modules: Mapping[str, nn.Module] | None = None) -> None:
+        """As it was, or with these modules."""
+        for name, module in (self.dense if modules is None else modules).items():
             replace_linear(self.run.model, name, module)
 
-    def tried(self, choices: Mapping[Unit, Choice], reports: list[LinearReport]) -> Try:
-        """What the model is now, measured."""
+    def tried(
+        self, asked: float, choices: Mapping[Unit, Choice], reports: list[LinearReport]
+    ) -> Try:
+        """What the model is now, measured; a KL that is no number is infinite."""
         counted = measure(self.run.model, self.run.linears)
         bits = counted.linear_bits / sum(x.params for x in self.run.linears)
         head, total = partial(logits_of, self.run.model), 0.0
         for dense, own in zip(self.states, self._hidden(f"KL at {bits:.2f} bits"), strict=True):
             total += compared(head, dense.to(own.device), own)[0]
         kl = total / self.held.tokens.numel()
-        return Try(bits, kl, self._modules(), reports, choices)
+        return Try(asked, bits, kl if math.isfinite(kl) else math.inf, choices, reports)
 
-    def _modules(self) -> dict[str, nn.Module]:
+    def modules(self) -> dict[str, nn.Module]:
+        """What stands where linears are."""
         return {x.name: self.run.model.get_submodule(x.name) for x in self.run.linears}
 
     @torch.no_grad()
@@ -134,15 +140,26 @@ class Close:
 
 def searched(run: Run, menu: Menu, choose: Choose, store: Store) -> tuple[Try, Bits]:
     """The smallest try whose KL is below what the budget asks for, in the model; and its budget.
-    Raises UserError where no try is, with the model as it was.
+    Raises UserError where no try is, with the model as it was, as any other error leaves it.
     """
+    close = Close(run)
+    try:
+        best = _searched(run, menu, choose, store, close)
+    except BaseException:
+        close.put_back()
+        raise
+    return best, Bits(bits=best.bits)
+
+
+def _searched(run: Run, menu: Menu, choose: Choose, store: Store, close: Close) -> Try:
     asked, most = run.budget.most, 8.0 * run.model.dtype.itemsize
     weights = sum(x.params for unit in menu for x in unit.linears)
     low = sum(float(x.prices[0]) for x in menu.values()) / weights  # nothing is smaller
     high = most  # dense, whose KL is 0
-    close, tries, best = Close(run), list[Try](), None
-    bits, refused = max(low * 1.02, run.budget.share(run.model.dtype) * most), ""
+    tries, best, kept, refused = list[Try](), None, {}, ""
+    bits = max(low * 1.02, run.budget.share(run.model.dtype) * most)
     for _ in range(GUESSES * run.budget.tries):
+        close.put_back()  # what an allocation measures is of the dense model
         found = None
         try:
             choices = choose(bits / most)
@@ -151,47 +168,58 @@ def searched(run: Run, menu: Menu, choose: Choose, store: Store) -> tuple[Try, B
         except UserError as error:  # an allocation that cannot pay every unit
             new, refused = False, str(error)
         if new:
-            close.put_back()
-            found = close.tried(choices, store(choices))
+            found = close.tried(bits, choices, store(choices))
             tries.append(found)
+            if found.kl <= asked and (best is None or found.bits < best.bits):
+                best, kept = found, close.modules()
         if found is not None and found.kl <= asked:
-            best = found if best is None or found.bits < best.bits else best
             high = min(high, bits)
         else:
             low = max(low, bits)
-        if high - low <= CLOSE or (best is not None and best.kl >= NEAR * asked):
+        done = best is not None and best.kl >= NEAR * asked
+        if done or high - low <= CLOSE or len(tries) == run.budget.tries:
             break
-        if new and len(tries) == run.budget.tries:
-            break
-        # a budget that buys what another bought says nothing about the line
-        guess = following([(x.bits, x.kl) for x in tries], asked) if new else (low + high) / 2
-        edge = min(CLOSE / 2, (high - low) / 4)
-        bits = min(max(guess, low + edge), high - edge)
+        # a budget that buys what another bought says nothing new about the line
+        bits = following(tries, asked, low, high) if new else (low + high) / 2
     said = ", ".join(f"{x.bits:.2f} bits {x.kl:.4g}" for x in tries)
-    close.put_back(best)
     if best is None:
         raise UserError(
             f"{run.budget.setting}: no model that was tried stays below it ({said or refused}): ask"
             " for more, raise ratio.tries, or use a quantizer of more bits."
         )
+    close.put_back(kept)
     run.progress.note(
         f"a KL of {asked:g} to the dense model was asked for, measured on"
         f" {close.held.num_samples} x {close.held.length} held-out tokens of the calibration text:"
         f" {said}; taken: {best.bits:.2f} bits"
     )
-    return best, Bits(bits=best.bits)
+    return best
 
 
-def following(tries: list[tuple[float, float]], asked: float) -> float:
-    """Bits at which ln KL should be a little below what is asked for: on the line through the two
-    tries nearest to it, or of the usual slope through the only one.
+def following(tries: Sequence[Try], asked: float, low: float, high: float) -> float:
+    """Bits to ask for next, between too few and enough, where ln KL should be a bit below what is
+    asked for: on the line between the nearest try of either kind; or through the last two of one
+    kind, or of the usual slope through the only one, at most half way to the other end. Half way
+    where a line says nothing, a quarter where it asks for an end.
     """
-    wanted = math.log(asked * (1 + NEAR) / 2)
-    known = [(x, math.log(max(y, 1e-12))) for x, y in tries if math.isfinite(y)]
-    if not known:
-        return tries[-1][0] + 1
-    near = sorted(known, key=lambda x: abs(x[1] - wanted))[:2]
-    (x0, y0), slope = near[0], SLOPE
-    if len(near) == 2 and near[1][0] != x0:
-        slope = min((near[1][1] - y0) / (near[1][0] - x0), SLOPE / 4)
-    return x0 + (wanted - y0) / slope
+    wanted, middle = math.log(asked * (1 + NEAR) / 2), (low + high) / 2
+    ordered = sorted((x.asked, math.log(max(x.kl, TINY))) for x in tries)
+    bad = [x for x in ordered if x[1] > math.log(asked)]
+    good = ordered[len(bad) :] if bad else ordered
+    first, last, quarter = low, high, (high - low) / 4
+    if bad and good:
+        (x0, y0), (x1, y1) = bad[-1], good[0]
+    elif len(ordered) > 2:
+        return middle
+    else:
+        (x0, y0), *other = bad[::-1] or good
+        slope = (other[0][1] - y0) / (other[0][0] - x0) if other else SLOPE
+        x1, y1 = x0 + 1, y0 + min(slope, SLOPE / 4)
+        first, last = (low, middle) if bad else (middle, high)
+    if not (math.isfinite(y0) and math.isfinite(y1)) or y0 == y1:
+        return middle
+    guess = x0 + (wanted - y0) * (x1 - x0) / (y1 - y0)
+    if bad and good and not low + EDGE * 4 * quarter < guess < high - EDGE * 4 * quarter:
+        return low + quarter if guess < middle else high - quarter
+    edge = min(CLOSE / 2, quarter)
+    return min(max(guess, first + edge), last - edge)

@@ -51,7 +51,7 @@ def check_streamed(
             f"method={method.name} trains, which needs the whole model in memory: set"
             " model.stream=false"
         )
-    if reason is None and budget.tries > 1:
+    if reason is None and budget.tries > 1 and method.spends:
         reason = f"{budget.setting} is met by a search, which needs the dense model in memory"
     if reason is None and (gradients := sorted(x.name for x in route.gradients)):
         reason = (

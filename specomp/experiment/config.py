@@ -82,7 +82,7 @@ class Experiment(Request):
             else {"training_samples": self.training_samples.hash}
         )
         if self.held_out is not None:
-            more["held_out"] = self.held_out.hash
+            more["held_out_samples"] = self.held_out.hash
         return more | {
             "model": model,
             "method": method_identity(self.method),
@@ -188,7 +188,7 @@ def build(cfg: DictConfig) -> Experiment:
     more = request.ratio.held_out if method.spends else 0
     if more and request.calibration.num_samples:
         # more of the same text, so that statistics and options serve budgets of bits too
-        wider = replace(request.calibration, num_samples=samples.num_samples + more)
+        wider = replace(request.calibration, num_samples=request.calibration.num_samples + 2 * more)
         held = besides(samples, wider.build(tokenizer, **drawing), more)
     elif more:  # all that a file has
         samples, held = apart(samples, request.ratio)

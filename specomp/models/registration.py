@@ -95,7 +95,10 @@ def _save_with_code(model_class: Any) -> None:
 
         if (folder / "config.json").is_file():  # of several processes one writes
             write_identity(folder, self, "factors")
-            if "AutoModel" not in (getattr(self.config, "auto_map", None) or {"AutoModel": ""}):
+            before_too = getattr(self.config, "auto_map", None) or {"AutoModel": ""}
+            if "AutoModel" not in before_too or any(
+                getattr(x, "unserved", "") for x in self.modules()
+            ):
                 hide_from_engines(folder)
         # of another model in this place, in another number of files: two sets would be refused
         old = {x for x, stat in before.items() if x.exists() and x.stat() == stat}

@@ -11,7 +11,7 @@ from tiny import tiny_model
 
 import specomp
 from specomp import rows
-from specomp.compression.search import apart, besides, following
+from specomp.compression.search import Try, apart, besides, following
 from specomp.data.calibration import CalibrationSet
 from specomp.errors import UserError
 from specomp.forms.prices import Divergence
@@ -90,13 +90,58 @@ def test_steps_between_budgets_do_not_stop_a_search(kl):
     assert kl_to(dense, again, TOKENS[4:]) > kl
 
 
+def trials(pairs):
+    return [Try(bits, bits, kl, {}, []) for bits, kl in pairs]
+
+
 def test_the_next_try_is_on_the_line():
     wanted = math.log(0.05 * 1.93 / 2)
-    line = [(x, math.exp(2.0 - 1.5 * x)) for x in (3.0, 4.0)]
-    assert following(line, 0.05) == pytest.approx((2.0 - wanted) / 1.5)
-    assert following(line[:1], 0.05) > 3.0
-    assert following([(4.0, 0.0)], 0.05) < 4.0  # nothing lost: fewer
-    assert following([(4.0, math.inf)], 0.05) == 5.0
+    line = trials([(x, math.exp(2.0 - 1.5 * x)) for x in (3.0, 4.0)])  # 0.083 and 0.018
+    assert following(line, 0.05, 3.0, 4.0) == pytest.approx((2.0 - wanted) / 1.5)
+    assert 3.0 < following(line[:1], 0.05, 3.0, 16.0) < 4.5
+    assert 2.0 < following(trials([(4.0, 0.0)]), 0.05, 2.0, 4.0) < 4.0  # nothing lost: fewer
+    bad = trials([(4.0, math.inf)])
+    assert following(bad, 0.05, 4.0, 16.0) == 10.0
+    three = trials([(4.0, 0.2), (4.2, 0.19), (4.4, 0.18)])
+    assert following(three, 0.05, 4.4, 16.0) == pytest.approx(10.2), "no creeping"
+    edge = trials([(4.0, 0.0501), (8.0, 1e-9)])
+    assert following(edge, 0.05, 4.0, 8.0) == pytest.approx(5.0), "nor at an edge"
+
+
+@pytest.mark.parametrize("curve", [lambda b: 10 * (1 - b / 16) ** 3, lambda b: math.exp(3 - b)])
+@pytest.mark.parametrize("asked_for", [0.02, 0.1, 1.0])
+def test_a_search_ends_near_the_smallest(curve, asked_for):
+    """Of any falling curve, after eight models."""
+    low, high, tries, bits = 1.0, 16.0, [], 4.0
+    for _ in range(8):
+        tries.append(Try(bits, bits, curve(bits), {}, []))
+        low, high = (low, bits) if curve(bits) <= asked_for else (bits, high)
+        bits = following(tries, asked_for, low, high)
+    best = min(x.bits for x in tries if x.kl <= asked_for)
+    ideal = next(b / 100 for b in range(1601) if curve(b / 100) <= asked_for)
+    assert best - ideal < 0.35
+
+
+def test_a_search_that_is_stopped_leaves_the_model_as_it_was(monkeypatch):
+    from specomp.compression import search
+
+    model, dense = tiny_model("llama"), tiny_model("llama")
+
+    def stopped(*args):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(search.Close, "tried", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        specomp.compress(model, TOKENS, "svd_llm", asked(0.1), quantizer="gptq_int4")
+    assert torch.equal(model(TOKENS).logits, dense(TOKENS).logits)
+
+
+def test_an_allocation_that_measures_sees_the_dense_model():
+    method = specomp.method("asvd_strs", quantizer="none")
+    report = specomp.compress(
+        tiny_model("llama"), TOKENS, method, asked(0.15, start=20.0), quantizer="none"
+    )
+    assert report.ledger.measured_kl <= 0.15
 
 
 def test_what_cannot_be_searched_for():
