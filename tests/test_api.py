@@ -144,7 +144,7 @@ REFUSALS = [
     ({"calibration": {"precision": "half"}}, "calibration.precision"),
     ({"method": "soco", "ratio": specomp.Bits(bits=4.0)}, "parameters"),
     (
-        {"method": "specomp", "calibration": {"upstream": "compressed"}, "quantizer": "nf4"},
+        {"method": "specomp", "calibration": {"upstream": "compressed"}, "quantizer": "int4"},
         "quantizer",
     ),
 ]

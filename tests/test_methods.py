@@ -16,6 +16,7 @@ from specomp.experiment.config import build
 from specomp.experiment.pipeline import produce, resume
 from specomp.experiment.record import record_key
 from specomp.forms.factors import LowRankLinear
+from specomp.forms.masked import MaskedLinear
 from specomp.forms.pivoted import PivotedLinear
 from specomp.forms.prices import numbers
 from specomp.models.modules import PartLinear
@@ -107,8 +108,12 @@ def test_contract(folder, model_name, method, ratio):
     assert measured <= target + one_rank_each
     assert method in COARSE or measured >= target - one_rank_each
     packing = experiment.method.packing
-    kind = {"factors": LowRankLinear, "pivoted": PivotedLinear}[record.counted.packing]
-    assert record.counted.packing == ("pivoted" if method.startswith("specomp") else "factors")
+    kind = {"factors": LowRankLinear, "pivoted": PivotedLinear, "masked": MaskedLinear}[
+        record.counted.packing
+    ]
+    packings = dict.fromkeys(("specomp", "specomp_low_rank"), "pivoted")
+    packings |= dict.fromkeys(("magnitude", "wanda", "sparsegpt"), "masked")
+    assert record.counted.packing == packings.get(method, "factors")
     held = sum(
         p.numel()
         for name in specs
@@ -127,11 +132,12 @@ def test_contract(folder, model_name, method, ratio):
             assert report.stored == module.weight.numel() < spec.params
             continue
         assert type(module) is (torch.nn.Linear if report.dense else kind)
-        assert report.dense or module.rank == report.rank
+        assert report.dense or kind is MaskedLinear or module.rank == report.rank
         price = spec.params if report.dense else numbers(packing.parts(unit, report.rank))
         assert report.stored == price <= spec.params
         assert report.dense is (report.stored == spec.params)
-        assert set(report.facts) == ({"growth"} if type(module) is PivotedLinear else set())
+        said = {PivotedLinear: {"growth"}, MaskedLinear: {"density"}}
+        assert set(report.facts) == said.get(type(module), set())
         assert report.dense or 0 < report.weight_error < 1.5
     assert not torch.equal(found, dense)
     assert not any(p.requires_grad for p in model.parameters())

@@ -14,14 +14,17 @@ from safetensors import safe_open
 from test_methods import IDS, MODELS, compressed, logits
 
 import specomp
+from specomp import rows
 from specomp.compression.route import Route
 from specomp.errors import UserError, find_spec
 from specomp.experiment.config import build
 from specomp.methods.adasvd import AdaComp
+from specomp.models.modules import CodedLinear, GridLinear
 from specomp.models.packed import grid_linears
 from specomp.models.save import substitutes
 from specomp.numerics.statistics import Gram
 from specomp.quantization.factors import FactorQuantizer
+from specomp.quantization.scaled import ScaledLinear
 
 QUANTIZERS = sorted(
     path.stem
@@ -51,18 +54,22 @@ def test_contract(tmp_path, model_name, quantizer, packing):
     assert record.key != plain_record.key
     assert [x.rank for x in linears] == [x.rank for x in plain_linears]
     assert sizes.linear_params == before.linear_params
-    assert sizes.held_bytes == before.model_bytes
+    grid = rows.slot("quantizer", quantizer).grid
+    scales = [x.scale for x in model.modules() if isinstance(x, ScaledLinear)]
+    held = before.model_bytes + sum(x.nbytes for x in scales)
+    assert sizes.held_bytes == (held if grid.simulated else sizes.model_bytes)
     assert sizes.model_bytes == bytes_on_disk(record.model_folder) < sizes.held_bytes
     assert sizes.linear_bits < before.linear_bits
     assert before.linear_bits - sizes.linear_bits == 8 * (before.model_bytes - sizes.model_bytes)
     assert torch.equal(logits(specomp.load(record.model_folder).model), found)
     low = [x for x in linears if not x.dense]
-    assert len(grid_linears(model)) == 2 * len(low) > 0
+    on_grid = (GridLinear, CodedLinear)
+    assert sum(isinstance(x, on_grid) for x in model.modules()) == 2 * len(low) > 0
     assert all(0 < x.quantization_error < 0.5 for x in low)
     asked = 0.01 if "gptq" in quantizer else 0.0
     assert all(x.quantization_damping == asked for x in low)
-    bits = next(iter(grid_linears(model).values())).grid.bits
-    assert any(f"{bits} bits" in note and "simulated" in note for note in record.notes)
+    said = "simulated" if grid.simulated else "held as they are stored"
+    assert any(f"{grid.bits} bits" in note and said in note for note in record.notes)
 
 
 @pytest.mark.parametrize("method", ["svd", "svd_llm_update", "adasvd", "fwsvd", "asvd"])

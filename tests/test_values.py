@@ -54,7 +54,7 @@ VALUES: list[tuple[list[str], list[str]]] = [
     (["-m", "hydra/launcher=nope"], ["hydra/launcher has no choice nope", "basic"]),
     (["-m", "hydra/sweeper=optuna"], ["hydra/sweeper has no choice optuna", "specomp[optuna]"]),
     (["-m", "hydra/launcher=ray_cluster"], ["RayLauncher is not installed", "specomp[ray]"]),
-    (["quantizer="], ["quantizer has no choice '': there are gptq_int2, "]),
+    (["quantizer="], ["quantizer has no choice '': there are awq_int4, gptq_int2, "]),
     (["model=hub", "model.repo=x/y", "model.revision="], ["model.revision is empty"]),
     (["nosuch=x"], ["The config has no setting nosuch"]),
     (["method=adasdv"], ["method has no choice adasdv; did you mean adasvd?"]),
