@@ -7,6 +7,7 @@ the hidden states of all samples wait for the next one.
 """
 
 import logging
+import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -117,6 +118,7 @@ class Statistics:
         self.run, self.statistics = run, sorted(set(statistics), key=lambda x: x.name)
         self._layer = -1
         self._values: dict[str, Tensor] = {}
+        self._reading = threading.Lock()  # linears of a decoder layer are worked on side by side
 
     def __call__(self, linear: LinearSpec) -> Stats:
         """All statistics of one linear."""
@@ -129,23 +131,27 @@ class Statistics:
         Raises UserError when they are lost after the first linear was replaced: what the model sees
         now is not what the dense one saw.
         """
-        if index != self._layer:
-            self._values = {}
-            for statistic in self.statistics:
+        with self._reading:
+            if index != self._layer:
+                self._read(index)
+            return self._values
+
+    def _read(self, index: int) -> None:
+        self._values = {}
+        for statistic in self.statistics:
+            part = self._load(statistic, index)
+            if part is None:
+                if not self.run.is_dense:
+                    raise UserError(
+                        f"The cache in {self.run.cache.root} lost the statistics of decoder layer"
+                        f" {index} while the model was being compressed: run the same command"
+                        " again, which computes them anew."
+                    )
+                collect(self.run, self.statistics, in_this_process)
                 part = self._load(statistic, index)
-                if part is None:
-                    if not self.run.is_dense:
-                        raise UserError(
-                            f"The cache in {self.run.cache.root} lost the statistics of decoder"
-                            f" layer {index} while the model was being compressed: run the same"
-                            " command again, which computes them anew."
-                        )
-                    collect(self.run, self.statistics, in_this_process)
-                    part = self._load(statistic, index)
-                    assert part is not None, "just computed"
-                self._values |= part
-            self._layer = index
-        return self._values
+                assert part is not None, "just computed"
+            self._values |= part
+        self._layer = index
 
     def forget(self) -> None:
         """Free what was read; it can be read again."""

@@ -56,7 +56,7 @@ def compress(run: Run, statistics: Statistics) -> Report:
             method.rounding.grid,
             run.wide_units,
             comparable=method.comparable,
-            each=by_layer(run, spectra),
+            each=by_layer(run),
         )
         reads = Probe(run, statistics, evidence)
 
@@ -209,8 +209,6 @@ def _compress_layer(
     refinement: str | None,
 ) -> list[LinearReport]:
     whitening, repair = streams.observe(index) if streams is not None else ({}, {})
-    if statistics.statistics:
-        statistics.layer(index)  # read once, before several workers ask for it
     sizes = {x.name: choice.size for unit, choice in choices.items() for x in unit.linears}
     evidence = LayerEvidence(run, spectra, statistics, whitening, repair, trained, sizes)
     with one_thread_each(list(choices), run.device(index)) as side_by_side:
@@ -270,7 +268,7 @@ def store_unit(run: Run, unit: Unit, choice: Choice, evidence: LayerEvidence) ->
     return reports
 
 
-def by_layer(run: Run, spectra: Spectra) -> Callable[..., Iterable[Any]]:
+def by_layer(run: Run) -> Callable[..., Iterable[Any]]:
     """A `map` over units in the order of the model: decoder layer by decoder layer, those of one
     side by side where they are in memory and small.
     """
@@ -280,8 +278,6 @@ def by_layer(run: Run, spectra: Spectra) -> Callable[..., Iterable[Any]]:
     def each(work: Callable[[Unit], Any], units: Sequence[Unit]) -> Iterator[Any]:
         for index, group in groupby(units, key=lambda x: x.decoder_layer):
             here = list(group)
-            if spectra.statistics.statistics:
-                spectra.statistics.layer(index)  # read once, before several workers ask for it
             with one_thread_each(here, run.device(index)) as side_by_side:
                 yield from side_by_side(work, here)
 

@@ -82,7 +82,7 @@ class Run:
     calibration: Calibration
     samples: CalibrationSet
     training_samples: CalibrationSet
-    held_out: CalibrationSet | None = field(default=None, kw_only=True)  # a search measures on it
+    held_out: CalibrationSet | None = None  # a search measures on it
     cache: Cache
     model_key: str  # what the model's numbers are known by in the cache
     seed: int = 0
