@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from specomp.api import (
         Bits,
         Calibration,
+        Divergence,
         Method,
         Numbers,
         Progress,
@@ -30,7 +31,7 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 __all__ = [
-    "Bits", "Calibration", "Method", "Numbers", "Progress", "Report", "UserError",
+    "Bits", "Calibration", "Divergence", "Method", "Numbers", "Progress", "Report", "UserError",
     "compress", "convert", "load", "method", "method_names", "perplexity", "plan", "save",
 ]  # fmt: skip
 ELSEWHERE = {

@@ -32,7 +32,7 @@ from specomp.compression.search import apart
 from specomp.data.calibration import Calibration, CalibrationSet
 from specomp.errors import UserError
 from specomp.evaluation.perplexity import mean_perplexity
-from specomp.forms.prices import Bits, Budget, Numbers
+from specomp.forms.prices import Bits, Budget, Divergence, Numbers
 from specomp.models.families import family_of
 from specomp.models.identity import Form
 from specomp.models.load import LoadedModel
@@ -64,8 +64,9 @@ def compress(
     row's name (see `method_names`), `specomp.method(...)`, or a `Method` of your own slots. ratio:
     the fraction of the decoder layers' linear weights to remove, in [0, 1), a choice of conf/ratio,
     or
-    `Numbers(compression=...)`, or `Bits(bits=...)`: stored bits a weight; "kl0_05" is the fewest
-    bits at which the model stays that close. calibration: settings
+    `Numbers(compression=...)`, or `Bits(bits=...)`: stored bits a weight; "kl0_05" or
+    `Divergence(kl=0.05)` is the fewest bits at which the model stays that close, measured on the
+    last 8 of the tokens. calibration: settings
     other than those of conf/calibration/_base.yaml (batch_size, upstream, layers_at_once,
     accumulate, precision). training_tokens: what a row that trains reads, where that is not
     `tokens`. quantizer: a choice of conf/quantizer; None: the method's own, and under a budget of
@@ -279,6 +280,7 @@ def _samples(
 __all__ = [
     "Bits",
     "Calibration",
+    "Divergence",
     "Method",
     "Numbers",
     "Progress",

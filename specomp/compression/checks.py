@@ -53,8 +53,8 @@ def _check_search(method: Method, budget: Budget) -> None:
         )
     if method.training.active:
         raise UserError(
-            f"{budget.setting} is met by a search, which would train {budget.tries} times: use"
-            " method/training=none, or the bits that a search without it ends with."
+            f"{budget.setting} is met by a search, which would train {budget.tries} times: use a"
+            " method that does not train, such as specomp, or a budget of bits, ratio=bits3."
         )
     if method.refinement.active:
         raise UserError(
@@ -89,9 +89,8 @@ def _check_grids(method: Method, budget: Budget) -> None:
     """
     if method.packing.size_of == "weights" and any(x.scaled for x in method.rounding.grids):
         raise UserError(
-            f"{type(method.rounding).__name__} scales columns, and what"
-            f" {type(method.packing).__name__} stores has none: use quantizer.scaling=0"
-            " (quantizer.rule.scaling=0 of several grids)."
+            f"This quantizer scales columns (AWQ), and what {type(method.packing).__name__} stores"
+            " has none: use gptq_int4, rtn_int4 or nf4."
         )
     if not method.spends:
         return

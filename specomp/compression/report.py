@@ -24,6 +24,13 @@ from specomp.slots import Choice, Trained, describe
 
 # Points of a spectrum that a report keeps.
 SPECTRUM_POINTS = 13
+# What a note calls linears by what the sizes of their form count.
+WORDS = {
+    "whole": "are in full",
+    "rank": "of low rank",
+    "dimensions": "of units that are cut",
+    "weights": "masked",
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -139,8 +146,12 @@ def size_rows(found: Ledger) -> list[tuple[str, str, str, str]]:
         asked, kl = found.target_kl or 0.0, found.measured_kl
         name = "KL to the dense model, held-out tokens (at most)"
         rows.append((name, f"({asked:.4g})", f"{kl:.4g}", f"{kl / asked - 1:+.1%}"))
-    if found.target_bits is not None:
-        bits = f"{found.measured_bits:.4f}"
+    bits = f"{found.measured_bits:.4f}"
+    if found.measured_kl is not None:  # nobody asked for these
+        dense_bits = dense.linear_bits / dense.linear_params
+        share = f"{found.measured_bits / dense_bits:.3f}"
+        rows.append(("stored bits a weight of the linears", f"{dense_bits:g}", bits, share))
+    elif found.target_bits is not None:
         rows.append(
             (
                 "stored bits a weight of the linears (target)",
@@ -187,7 +198,10 @@ def explained(
         norm_error=fmean(errors) if errors else None,
         compensation_gain=fmean(gains) if gains else None,
     )
-    steps = "steps between grids and ranks" if run.method.chooses_grids else "whole ranks"
+    sizes = {"rank": "whole ranks", "weights": "the sizes that masks come in"}
+    steps = sizes.get(run.method.packing.size_of, "the sizes that there are")
+    if run.method.chooses_grids:
+        steps = "steps between grids and ranks"
     by = (
         trained.by
         if trained is not None
@@ -235,6 +249,12 @@ def linear_notes(
         notes.append(
             "errors of single linears, and growth of pivots, are those before the recovery"
         )
+    if method.chooses_grids:
+        kinds = Counter({method.packing.size_of: 0})  # that nothing took the row's own form is news
+        for unit, choice in chosen.items():
+            kinds[choice.form.size_of] += len(unit.linears)
+        said = ", ".join(f"{count} {WORDS[kind]}" for kind, count in sorted(kinds.items()))
+        notes.append(f"of {len(linears)} linears {said}")
     for form in dict.fromkeys(x.form for x in chosen.values()):
         own = {
             x.name for unit, choice in chosen.items() if choice.form == form for x in unit.linears

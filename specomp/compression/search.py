@@ -176,8 +176,8 @@ def _searched(run: Run, menu: Menu, choose: Choose, store: Store, close: Close) 
             high = min(high, bits)
         else:
             low = max(low, bits)
-        done = best is not None and best.kl >= NEAR * asked
-        if done or high - low <= CLOSE or len(tries) == run.budget.tries:
+        done = high - low <= CLOSE or (best is not None and best.kl >= NEAR * asked)
+        if done or len(tries) == run.budget.tries:
             break
         # a budget that buys what another bought says nothing new about the line
         bits = following(tries, asked, low, high) if new else (low + high) / 2
@@ -188,10 +188,11 @@ def _searched(run: Run, menu: Menu, choose: Choose, store: Store, close: Close) 
             " for more, raise ratio.tries, or use a quantizer of more bits."
         )
     close.put_back(kept)
+    open_ = "" if done else f"; {low:.2f} to {high:.2f} bits are still open: raise ratio.tries"
     run.progress.note(
         f"a KL of {asked:g} to the dense model was asked for, measured on"
         f" {close.held.num_samples} x {close.held.length} held-out tokens of the calibration text:"
-        f" {said}; taken: {best.bits:.2f} bits"
+        f" {said}; taken: {best.bits:.2f} bits{open_}"
     )
     return best
 

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar, Literal, cast
 
 import torch
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator
 from torch import Tensor, nn
 
 from specomp.errors import UserError
@@ -21,7 +21,7 @@ from specomp.models.family import Unit
 from specomp.models.modules import Substitute
 from specomp.numerics.factors import Norm
 from specomp.numerics.grid import GridSpec
-from specomp.numerics.masks import largest, sparsegpt, wanda
+from specomp.numerics.masks import Pattern, largest, sparsegpt, wanda
 from specomp.settings import configurable
 from specomp.slots import Chain, Evidence, SizeOf
 
@@ -40,13 +40,12 @@ class Masked:
     damping: Annotated[float, Field(ge=0, le=1)]
     size_of: ClassVar[SizeOf] = "weights"
 
-    @model_validator(mode="after")
-    def _some_stay(self) -> "Masked":
-        if self.pattern is not None and self.pattern[0] >= self.pattern[1]:
-            raise ValueError(
-                "pattern=[N,M] keeps N of every M weights, N smaller than M, such as [2,4]"
-            )
-        return self
+    @field_validator("pattern")
+    @classmethod
+    def _some_stay(cls, pattern: Pattern | None) -> Pattern | None:
+        if pattern is not None and pattern[0] >= pattern[1]:
+            raise ValueError("[N,M] keeps N of every M weights, N smaller than M, such as [2,4]")
+        return pattern
 
     def sizes(self, unit: Unit) -> range:
         """Weights kept of a row, on average. Raises UserError where a pattern does not fit."""

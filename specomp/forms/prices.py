@@ -230,9 +230,10 @@ class Divergence:
     """
 
     kl: Annotated[float, Field(gt=0)]
-    held_out: Annotated[int, Field(ge=1)]
-    tries: Annotated[int, Field(ge=2)]
-    start: Annotated[float, Field(gt=0)]
+    # as in the yaml: it is typed in notebooks too
+    held_out: Annotated[int, Field(ge=1)] = 8
+    tries: Annotated[int, Field(ge=2)] = 6
+    start: Annotated[float, Field(gt=0)] = 4.0
     currency: ClassVar[str] = "bits"
     counts_bits: ClassVar[bool] = True
     quantizer: ClassVar[str] = "grids"

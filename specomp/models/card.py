@@ -227,6 +227,11 @@ def _sizes(info: Mapping[str, Any]) -> list[str]:
 
 
 def _budget(info: Mapping[str, Any]) -> str:
+    if info.get("kl") is not None:
+        found = info.get("ledger") or {}
+        measured = found.get("measured_kl")
+        told = "" if measured is None else f", measured {measured:.4g} on held-out calibration text"
+        return f"a KL of at most {info['kl']:g} to the dense model{told}"
     if info.get("bits") is not None:
         return f"{info['bits']:g} stored bits a weight"
     if (removed := info.get("compression")) is not None:
@@ -259,7 +264,7 @@ def _snippet(info: Mapping[str, Any], *, tokenizer: bool) -> str:
         how = f'gguf_file="{GGUF}", config=config'
     lines.append(f'model = AutoModelForCausalLM.from_pretrained("{PLACE}", {how}{trust})')
     if tokenizer:
-        lines.append(f'tokenizer = AutoTokenizer.from_pretrained("{PLACE}")')
+        lines.append(f'tokenizer = AutoTokenizer.from_pretrained("{PLACE}"{trust})')
     return "\n".join([*lines, "```"])
 
 
