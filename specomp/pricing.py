@@ -22,8 +22,7 @@ from specomp.cache import Cache
 from specomp.compression.calibrate import passes
 from specomp.compression.evidence import LayerEvidence
 from specomp.compression.ledger import Size, measure
-from specomp.compression.loop import SMALL as SIDE_BY_SIDE
-from specomp.compression.loop import store_unit
+from specomp.compression.loop import small, store_unit
 from specomp.compression.observe import place_of, stats_of
 from specomp.compression.run import Run
 from specomp.compression.search import apart
@@ -617,8 +616,7 @@ class Plan:
             held += max(8 * (4 * x.n**2 + 3 * x.m * x.n) for x in last)
             detail += f"; {len(last)} functional units put in order"
         if tried := self.tried:
-            small = max(min(x.m, x.n) for x in self.layer) <= SIDE_BY_SIDE
-            beside = min(torch.get_num_threads(), len(self.layer)) if small else 1
+            beside = min(torch.get_num_threads(), len(self.layer)) if small(self.layer) else 1
             held += 3 * SWEPT_BYTES * beside  # rows, integers, and what is tried of a grid
             total += sum((self.trying(form, unit) * count for (form, unit), count in tried), Work())
             detail += f"; {sum(count for _, count in tried)} forms tried on several grids"

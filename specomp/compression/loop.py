@@ -28,7 +28,7 @@ from specomp.compression.stream import HiddenStream
 from specomp.forms.menu import options, settled
 from specomp.forms.options import DENSE
 from specomp.forms.prices import Budget, numbers, parts_of
-from specomp.models.family import Unit
+from specomp.models.family import LinearSpec, Unit
 from specomp.models.modules import replace_linear, weight_of
 from specomp.numerics.statistics import Statistic
 from specomp.progress import track
@@ -284,6 +284,11 @@ def by_layer(run: Run) -> Callable[..., Iterable[Any]]:
     return each
 
 
+def small(linears: Iterable[LinearSpec]) -> bool:
+    """Whether linears of a decoder layer are worked on side by side."""
+    return max(min(x.m, x.n) for x in linears) <= SMALL
+
+
 @contextmanager
 def one_thread_each(
     units: Sequence[Unit], device: torch.device
@@ -298,11 +303,7 @@ def one_thread_each(
     units.
     """
     threads = torch.get_num_threads()
-    if (
-        device.type != "cpu"
-        or threads == 1
-        or max(min(x.m, x.n) for unit in units for x in unit.linears) > SMALL
-    ):
+    if device.type != "cpu" or threads == 1 or not small(x for y in units for x in y.linears):
         yield map
         return
     try:

@@ -46,7 +46,9 @@ def options(
     def made_of(unit: Unit) -> Options:
         return kind(unit, forms, budget, dtype, evidence, grid)
 
-    found = map(made_of, units) if kind is Options else shown(each(made_of, units), len(units))
+    found: Iterable[Options] = map(made_of, units)
+    if kind is Best:  # the first time each takes trials of every grid
+        found = track(each(made_of, units), "try grids", len(units))
     single = dict(zip(units, found, strict=True))
     by_linear = {unit.linears[0].name: found for unit, found in single.items()}
     made: dict[Unit, Options] = {}
@@ -56,11 +58,6 @@ def options(
     made |= {x.unit: x for x in by_linear.values()}
     place = {unit.linears[0].name: i for i, unit in enumerate(units)}
     return dict(sorted(made.items(), key=lambda item: place[item[0].linears[0].name]))
-
-
-def shown(found: Iterable[Options], count: int) -> Iterable[Options]:
-    """With a bar: the first time each takes trials of every grid."""
-    return track(found, "try grids", count)
 
 
 def track_wide(

@@ -140,16 +140,33 @@ class Budget(Protocol):
         """The target as a ledger states it; dense_bits: a weight of the dense model."""
 
 
+class Counted:
+    """What is met by counting: nothing is held out, stored once."""
+
+    held_out: ClassVar[int] = 0
+    tries: ClassVar[int] = 1
+    most: ClassVar[float] = math.inf
+
+
+class InBits:
+    """What is spent in stored bits, on grids."""
+
+    currency: ClassVar[str] = "bits"
+    counts_bits: ClassVar[bool] = True
+    quantizer: ClassVar[str] = "grids"
+
+    def price(self, parts: Parts, dtype: torch.dtype) -> int:
+        """Stored bits."""
+        return bits(parts, dtype)
+
+
 @configurable
-class Numbers:
+class Numbers(Counted):
     """A budget of parameters: the papers' ratio. Papers quote compression, the mathematics uses
     retention.
     """
 
     compression: Annotated[float, Field(ge=0, lt=1)]
-    held_out: ClassVar[int] = 0
-    tries: ClassVar[int] = 1
-    most: ClassVar[float] = math.inf
     currency: ClassVar[str] = "parameters"
     counts_bits: ClassVar[bool] = False
     quantizer: ClassVar[str] = "none"
@@ -186,26 +203,16 @@ class Numbers:
 
 
 @configurable
-class Bits:
+class Bits(Counted, InBits):
     """A budget of stored bits a weight of the units, everything counted."""
 
     bits: Annotated[float, Field(gt=0)]
-    held_out: ClassVar[int] = 0
-    tries: ClassVar[int] = 1
-    most: ClassVar[float] = math.inf
-    currency: ClassVar[str] = "bits"
-    counts_bits: ClassVar[bool] = True
-    quantizer: ClassVar[str] = "grids"
     remedy: ClassVar[str] = "raise ratio.bits, or use a quantizer of fewer bits"
 
     @property
     def setting(self) -> str:
         """As it is typed."""
         return f"ratio.bits={self.bits:.6g}"
-
-    def price(self, parts: Parts, dtype: torch.dtype) -> int:
-        """Stored bits."""
-        return bits(parts, dtype)
 
     def share(self, dtype: torch.dtype) -> float:
         """Bits a weight over those of the dense model; at most all of it."""
@@ -224,7 +231,7 @@ class Bits:
 
 
 @configurable
-class Divergence:
+class Divergence(InBits):
     """A budget by quality: the fewest stored bits at which the KL to the dense model, measured on
     held-out samples, stays below. Every setting is explained in conf/ratio/kl.yaml.
     """
@@ -234,9 +241,6 @@ class Divergence:
     held_out: Annotated[int, Field(ge=1)] = 8
     tries: Annotated[int, Field(ge=2)] = 6
     start: Annotated[float, Field(gt=0)] = 4.0
-    currency: ClassVar[str] = "bits"
-    counts_bits: ClassVar[bool] = True
-    quantizer: ClassVar[str] = "grids"
     remedy: ClassVar[str] = "raise ratio.start, or use a quantizer of fewer bits"
 
     @property
@@ -249,13 +253,9 @@ class Divergence:
         """The KL, in nats a token."""
         return self.kl
 
-    def price(self, parts: Parts, dtype: torch.dtype) -> int:
-        """Stored bits."""
-        return bits(parts, dtype)
-
     def share(self, dtype: torch.dtype) -> float:
         """What a search begins with, and a plan assumes."""
-        return min(1.0, self.start / (8 * dtype.itemsize))
+        return Bits(bits=self.start).share(dtype)
 
     def identity(self) -> dict[str, float]:
         """What was asked for and measured on; where a search begins moves its end a little too."""
@@ -267,8 +267,8 @@ class Divergence:
         }
 
     def ledger(self, dense_bits: float) -> dict[str, float]:
-        """Bits a weight where the search begins: those that it ends with are the ledger's."""
-        return {"target_retention": min(1.0, self.start / dense_bits), "target_bits": self.start}
+        """Where the search begins: the bits that it ends with are the ledger's."""
+        return Bits(bits=self.start).ledger(dense_bits)
 
     def __str__(self) -> str:
         return f"KL {self.kl:g}"
