@@ -507,7 +507,7 @@ def _fields(made: Any) -> set[str]:
 # Files whose formulas are pinned by tests; one beside them is somebody's own.
 OURS = {
     "methods": (
-        "adasvd anchored asvd block_refine functional fwsvd global_loss kronecker lora soco"
+        "adasvd anchored asvd block_refine functional fwsvd global_loss kronecker lora scales soco"
         " spectrum svd svd_llm"
     ),
     "forms": "cut dense factors gridded heads masked pivoted ranked scores whole",

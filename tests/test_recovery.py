@@ -28,7 +28,8 @@ from specomp.forms.factors import Factors, LowRankLinear
 from specomp.forms.pivoted import Pivoted, PivotedLinear
 from specomp.methods.lora import LoRA
 from specomp.tables.charts import read_csv, training_curve
-from specomp.training.adapters import AdapterModule, recover, stored_matrices
+from specomp.training.adapters import adapted, stored_matrices
+from specomp.training.recovery import RecoveryModule
 from specomp.training.teacher import TeacherStates
 
 PINNED = {
@@ -78,7 +79,7 @@ def compressed(folder: Path, family_name: str = "llama", packing=None, *, seed: 
 def recovered(folder: Path, training: LoRA, *args, seed: int = 0):
     """(run, report) after a recovery."""
     run, teacher = compressed(folder, *args, seed=seed)
-    return run, recover(run, training, teacher)
+    return run, adapted(run, training, teacher)
 
 
 def weights(run: Run) -> dict[str, torch.Tensor]:
@@ -128,7 +129,7 @@ def test_linears_that_stay_dense_are_trained_too(tmp_path):
     run_method(run, method(), ranks=ranks_of(run, 6) | {dense.name: min(dense.m, dense.n)})
     assert isinstance(run.model.get_submodule(dense.name), nn.Linear)
     before = run.model.get_submodule(dense.name).weight.clone()
-    recover(run, settings(steps=2), teacher)
+    adapted(run, settings(steps=2), teacher)
     assert not torch.equal(before, run.model.get_submodule(dense.name).weight)
 
 
@@ -150,7 +151,7 @@ def test_the_cache_has_the_result(tmp_path):
 def test_a_killed_recovery_goes_on_to_the_same_bits(tmp_path, monkeypatch, step):
     training = settings(steps=6, checkpoint_every=2)
     expected = weights(recovered(tmp_path / "whole", training)[0])
-    with dies(monkeypatch, "training_step", at_step(step), AdapterModule):
+    with dies(monkeypatch, "training_step", at_step(step), RecoveryModule):
         recovered(tmp_path / "killed", training)
     torch.manual_seed(99)  # nothing depends on what was drawn before
     run, report = recovered(tmp_path / "killed", training)
@@ -225,8 +226,8 @@ def test_it_may_train_on_more_of_the_text_than_the_method_calibrates_on(tmp_path
         ids.update({i: module._context[0].training_samples.tokens[i] for i in indices})
         return original(module, indices)
 
-    original = AdapterModule.performance_of
-    monkeypatch.setattr(AdapterModule, "performance_of", watched)
+    original = RecoveryModule.performance_of
+    monkeypatch.setattr(RecoveryModule, "performance_of", watched)
     common = ["method=svd_llm", *OVERRIDES, "calibration.num_samples=8"]
     plain = compose_run(tmp_path, *common)
     assert (

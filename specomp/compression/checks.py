@@ -67,7 +67,7 @@ def _check_search(method: Method, budget: Budget) -> None:
 def _check_packing(method: Method) -> None:
     """Whether what works on components of a spectrum finds any in what is stored."""
     packing, size_of = type(method.packing).__name__, method.packing.size_of
-    if size_of == "weights" and method.training.active and not method.training.chooses:
+    if size_of == "weights" and method.training.moves_stored:
         raise UserError(
             f"{type(method.training).__name__} adds to products, and {packing} makes its product of"
             " the whole weight: use method/training=none, or another method/packing."

@@ -16,18 +16,19 @@ from typing import Any, ClassVar
 
 from specomp.errors import needed
 from specomp.settings import configurable
-from specomp.slots import Choice, Method
-from specomp.training.phases import LoRASettings
+from specomp.slots import Method
+from specomp.training.phases import Count, Positive, Recovery
 from specomp.training.teacher import TeacherStates
 
 
 @configurable
-class LoRA(LoRASettings):
-    """Recovery of what is stored."""
+class LoRA(Recovery):
+    """Adapters on what is stored. Every setting is explained in conf/method/training/lora.yaml."""
 
-    chooses: ClassVar[bool] = False
     moves_stored: ClassVar[bool] = True
-    adds_bias: ClassVar[bool] = False
+
+    rank: Count
+    alpha: Positive
 
     def check(
         self, method: Method, budget: Any, num_samples: int, processes: int, dtype: str
@@ -36,23 +37,8 @@ class LoRA(LoRASettings):
         needed("peft", "lora", "method/training=lora")
         super().check(method, budget, num_samples, processes, dtype)
 
-    def forms(
-        self,
-        run: Any,
-        prepared: TeacherStates,
-        choices: dict[Any, Choice],
-        statistics: Any,
-        spectra: Any,
-    ) -> None:
-        """The allocation's."""
-
-    def after(self, run: Any, prepared: TeacherStates) -> dict[str, Any]:
+    def recover(self, run: Any, teacher: TeacherStates) -> dict[str, Any]:
         """Train and merge."""
-        from specomp.training.adapters import recover  # here: it imports Lightning and peft
+        from specomp.training.adapters import adapted  # here: it imports Lightning and peft
 
-        with run.progress.stage("train"):
-            report = recover(run, self, prepared)
-        run.progress.trained(report)
-        samples = run.training_samples
-        kept = {name: value for name, value in report.items() if name != "curve"}
-        return kept | {"samples": samples.num_samples, "samples_hash": samples.hash}
+        return adapted(run, self, teacher)

@@ -219,17 +219,38 @@ class SpectrumSettings(Distillation):
 
 
 @configurable
-class LoRASettings(Distillation):
-    """Of the adapters and of their training; see conf/method/training/lora.yaml."""
+class Recovery(Distillation):
+    """The settings of a training that comes last and chooses nothing: one phase, after everything
+    is stored.
+    """
+
+    chooses: ClassVar[bool] = False
+    adds_bias: ClassVar[bool] = False
 
     steps: Count
-    rank: Count
-    alpha: Positive
 
     @property
     def schedule(self) -> Mapping[str, Phase]:
         """One phase."""
         return {"recover": Phase(steps=self.steps, until=None, prune_margin=None)}
+
+    def forms(
+        self, run: Run, prepared: TeacherStates, choices: Any, statistics: Any, spectra: Any
+    ) -> None:
+        """The allocation's."""
+
+    def after(self, run: Run, prepared: TeacherStates) -> dict[str, Any]:
+        """Train, and report without the curve."""
+        with run.progress.stage("train"):
+            report = self.recover(run, prepared)
+        run.progress.trained(report)
+        samples = run.training_samples
+        kept = {name: value for name, value in report.items() if name != "curve"}
+        return kept | {"samples": samples.num_samples, "samples_hash": samples.hash}
+
+    @abstractmethod
+    def recover(self, run: Run, teacher: TeacherStates) -> dict[str, Any]:
+        """Train what is stored in place; returns how it went, `curve` included."""
 
 
 @dataclass(frozen=True)
