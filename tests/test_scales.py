@@ -40,9 +40,9 @@ def trained(folder: Path, quantizer: str, packing=None, *, half=None, **changes)
     run = make_run("opt", Cache(folder), progress=Curve(folder / "curve.csv"), **sizes)
     if half is not None:
         run.model.to(half)
-    run = replace(run, seed=0)
-    teacher = TeacherStates(run)
     chosen = method(packing=packing or Factors(), rounding=rows.slot("quantizer", quantizer))
+    run = replace(run, seed=0, method=chosen)
+    teacher = TeacherStates(run)
     run_method(run, chosen, ranks=ranks_of(run, 6))
     before = {name: (x, held(x)) for name, x in run.model.named_modules() if held(x) is not None}
     size = sum(bits(parts_of(run.model.get_submodule(x.name)), torch.float32) for x in run.linears)
@@ -153,7 +153,7 @@ def test_any_row_may_be_trained_so_and_its_folder_is_the_model(tmp_path, row, ra
     model = tiny_model("llama")
     report = specomp.compress(model, TOKENS, chosen, ratio)
     assert report.training["steps"] == 2
-    again = specomp.load(specomp.save(model, tmp_path / "out"))
+    again = specomp.load(specomp.save(model, tmp_path / "out")).model
     for name, value in model.state_dict().items():
         assert torch.equal(again.state_dict()[name], value), name
 

@@ -11,7 +11,7 @@ from specomp.settings import CONF
 
 SETTINGS = ("method.", "calibration.", "quantizer.", "seed=")
 SLOT = "method/"
-UNSAFE = re.compile(r"[^A-Za-z0-9_.+=-]+")
+UNSAFE = re.compile(r"[^A-Za-z0-9_.+-]+")  # no =: Hydra would take model.path=FOLDER apart
 
 
 def first_line(hydra: Any, cfg: Any) -> str:
@@ -99,7 +99,7 @@ def run_name(choices: Mapping[str, str], config: Mapping[str, Any]) -> str:
 
 
 def folder_name(choices: Mapping[str, str], config: Mapping[str, Any]) -> str:
-    """Model, method and ratio for the name of a folder: letters, digits and .+=- only, at most 100
+    """Model, method and ratio for the name of a folder: letters, digits and _.+- only, at most 100
     characters. A key has to follow: what differs beyond these three is not in it.
     """
     amount = (

@@ -310,6 +310,12 @@ def produce(experiment: Experiment, record: Record) -> tuple[Any, Any, list[Line
     if experiment.method.is_dense:
         size = measure(loaded.model, loaded.family.linears(loaded.model))
         record.ledger = dense_ledger(size, loaded)
+        if experiment.ratio.counts_bits:
+            log.info(
+                "The dense model, as it is: %s is spent by another method, such as specomp, or met"
+                " by a quantizer of as many bits, such as quantizer=gptq_int4.",
+                experiment.ratio.setting,
+            )
         return loaded.model, loaded.tokenizer, []
     progress = RecordProgress(experiment, record)
     run = run_of(experiment, loaded, progress)

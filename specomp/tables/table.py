@@ -1,7 +1,7 @@
 """specomp table EXPERIMENT [overrides ...]: the table of a sweep, with the paper's numbers beside
 it; without an experiment, of any sweep, by what was typed after -m. specomp table [FOLDER] [--where
-key=value ...] [--columns ...]: every record of a folder as a row, sorted by model, ratio and
-method. Both: --format markdown|csv|latex. Only what was measured: a missing cell is --.
+key=value ...] [--columns ...]: every record of a folder as a row, sorted by model, ratio,
+bits and method. Both: --format markdown|csv|latex. Only what was measured: a missing cell is --.
 """
 
 import argparse
@@ -10,6 +10,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from specomp.compression.ledger import Ledger
 from specomp.errors import UserError
 from specomp.evaluation.metric import digits, is_quoted
 from specomp.experiment.label import method_name, model_name, text_name
@@ -28,6 +29,11 @@ from specomp.tables.render import FORMS, MISSING, Form, render
 from specomp.tables.sweep import load_sweep
 
 COSTS = ("calibrate", "allocate", "train", "compress")  # stages that a method is priced by
+# Budgets and what was measured of them, those that any row has.
+SIZES = (
+    *("compression", "target", "measured"),
+    *("target KL", "measured KL", "target bits", "bits"),
+)
 Row = Mapping[str, Any]
 
 
@@ -42,6 +48,7 @@ def flatten(record: Record) -> dict[str, Any]:
         "compression": ledger and ledger.target_compression,
         "target": ledger and ledger.target_retention,
         "measured": ledger and ledger.measured_retention,
+        **bits_of(ledger),
         "bytes": ledger and ledger.compressed.model_bytes,
         "calibration": text_name(record.choices, record.config),
         "status": record.status,
@@ -58,14 +65,27 @@ def flatten(record: Record) -> dict[str, Any]:
     return row
 
 
+def bits_of(ledger: Ledger | None) -> dict[str, float | None]:
+    """Bits a weight and KL, of what was asked for in them or is rounded."""
+    if ledger is None or not ledger.in_bits:
+        return {}
+    found = {
+        "target KL": ledger.target_kl,
+        "measured KL": ledger.measured_kl,
+        "target bits": ledger.target_bits,
+    }
+    asked = {name: value for name, value in found.items() if value is not None}
+    return asked | {"bits": ledger.measured_bits}
+
+
 def select(rows: Sequence[Row], where: Mapping[str, str]) -> list[Row]:
     """Rows whose columns equal the given texts, sorted. Raises UserError for an unknown column."""
     check("--where", where, rows)
     kept = [row for row in rows if all(str(row.get(k)) == v for k, v in where.items())]
 
-    def order(row: Row) -> tuple[str, float, str, str]:
+    def order(row: Row) -> tuple[str, float, float, str, str]:
         name, method, changed = (str(row[x]) for x in ("model", "method", "variant"))
-        return name, row["compression"] or 0.0, method, changed
+        return name, row["compression"] or 0.0, -(row.get("bits") or 0.0), method, changed
 
     return sorted(kept, key=order)
 
@@ -98,7 +118,9 @@ def default_columns(rows: Sequence[Row]) -> list[str]:
         leading.append("calibration")
     training = ("train seconds", "train tokens")
     costs = ["seconds", *(c for c in training if any(row.get(c) is not None for row in rows))]
-    return [*leading, "compression", "target", "measured", *metrics, *costs, "status", "record"]
+    there = columns_of([{k: v for k, v in row.items() if v is not None} for row in rows])
+    sizes = [x for x in SIZES if x in there]
+    return [*leading, *sizes, *metrics, *costs, "status", "record"]
 
 
 def cell(row: Row, column: str) -> str:
@@ -114,7 +136,7 @@ def cell(row: Row, column: str) -> str:
             return f"{value:.3g} (collapsed)"
     if column == "compression":
         return f"{100 * value:.6g}%"
-    share = column in {"target", "measured"}
+    share = column in {"target", "measured", "target KL", "measured KL"}
     return f"{value:.{4 if share else digits(column.rpartition(' ')[2])}f}"
 
 

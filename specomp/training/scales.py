@@ -59,7 +59,7 @@ def rescaled(run: Run, settings: Any, teacher: TeacherStates) -> dict[str, Any]:
         for part, module in run.model.get_submodule(x.name).named_modules()
         if isinstance(module, GridLinear | CodedLinear)
     ]
-    vectors = vectors_of(run.family.decoder(model)) if settings.vectors else []
+    vectors: list[tuple[nn.Module, str]] = []
 
     def put_in() -> None:
         for name, module in modules:
@@ -69,6 +69,8 @@ def rescaled(run: Run, settings: Any, teacher: TeacherStates) -> dict[str, Any]:
                 multiply(held, "weight", module.block_size, by_row=False)
             else:
                 multiply(module, "weight", module.grid.group_size, by_row=True)
+        # those of the linears that stand in for codes too
+        vectors.extend(vectors_of(run.family.decoder(model)) if settings.vectors else [])
         for owner, part in vectors:
             multiply(owner, part, 1, by_row=False)
 
@@ -82,17 +84,20 @@ def rescaled(run: Run, settings: Any, teacher: TeacherStates) -> dict[str, Any]:
         put_in,
         part="scales",
         trains=("gain",),
-        what=f"{groups} scales of {len(modules)} matrices, {len(vectors)} norms and biases",
+        what=f"{groups} scales of {len(modules)} matrices"
+        + ", and norms and biases" * settings.vectors,
         version=VERSION,
     )
+    for owner, part in vectors:
+        parametrize.remove_parametrizations(owner, part)
     for name, module in modules:
-        gain = taken_out(model.get_submodule(name), "weight")
+        trained: Any = model.get_submodule(name)
+        gain = taken_out(trained, "weight")
         if isinstance(module, CodedLinear):
+            module.bias = trained.bias
             replace_linear(model, name, with_largest(module, gain.flatten()))
         else:
             rescale(module, gain)
-    for owner, part in vectors:
-        parametrize.remove_parametrizations(owner, part)
     model.requires_grad_(False)
     return report
 

@@ -331,3 +331,28 @@ def test_as_a_command(folder, tmp_path):
     assert failed.returncode == 1
     assert "Traceback" not in failed.stderr
     assert typed(tmp_path, "tabel").stderr.startswith("specomp: no command tabel; did you mean ta")
+
+
+def test_budgets_of_bits_and_of_kl_have_columns(folder):
+    """Where any row has them; of numbers alone nothing changes."""
+    plain = record()
+    assert not {"bits", "target bits", "measured KL"} & {*flatten(plain)}
+    found = record("specomp", 0.0)
+    sizes = {"linear_bits": 300, "linear_params": 100}
+    asked = {"target_kl": 0.1, "measured_kl": 0.09512, "target_bits": 4.0}
+    found.ledger = made_ledger(
+        target_retention=1.0,
+        measured_retention=1.0,
+        dense={"linear_bits": 3200, "linear_params": 100},
+        compressed=sizes,
+        **asked,
+    )
+    rows = [flatten(x) for x in (plain, found)]
+    columns = default_columns(rows)
+    assert [x for x in columns if "KL" in x or "bits" in x] == [
+        *("target KL", "measured KL"),
+        *("target bits", "bits"),
+    ]
+    assert [cell(rows[1], x) for x in ("bits", "measured KL")] == ["3.00", "0.0951"]
+    assert cell(rows[0], "bits") == MISSING
+    assert not {"bits", "target KL"} & {*default_columns([flatten(plain)])}
