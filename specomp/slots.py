@@ -56,6 +56,9 @@ class Chain:
     inputs: Tensor | None = None
     # (m n): where in the weight the numbers of the only matrix stand, row by row; all others are 0
     mask: Tensor | None = None
+    # What turns the outputs of each of such matrices into the linear's: indices of those among
+    # these, a matrix (m rows), or None where they are the linear's; without it nobody knows.
+    lefts: Callable[[Sequence[Tensor]], Sequence[Tensor | None]] | None = None
 
 
 @dataclass(frozen=True, eq=False)

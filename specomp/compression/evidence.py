@@ -259,6 +259,9 @@ class LayerEvidence(DenseEvidence):
             if self.run.route.rounds == "compensation"
             else self.stats(linear)
         )
+        # of gradients, which only the dense model has
+        if missing := rounding.needs - stats.keys():
+            stats = Stats({**stats, **{x: self.statistics(linear)[x] for x in missing}})
         found = rounded_by(rounding, linear, chain, stats, self.place(linear)["dtype"])
         if all(x.exact for x in found):
             return found

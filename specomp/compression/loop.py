@@ -95,6 +95,7 @@ def reported(
     where that was asked for.
     """
     method, progress = run.method, run.progress
+    rounds = bool(method.rounding.grids)
     after = measure(run.model, run.linears)
     searched_for = {} if kl is None else {"target_kl": run.budget.most, "measured_kl": kl}
     found = Report(
@@ -105,6 +106,7 @@ def reported(
         notes=progress.notes,
         made={
             "method": method.name,
+            **({"grids": sorted({x.bits for x in method.rounding.grids})} if rounds else {}),
             **(run.budget.identity() if method.spends else {}),
             "calibration": run.samples.description | {"hash": run.samples.hash},
         },

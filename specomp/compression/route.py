@@ -88,7 +88,8 @@ class Route:
         _check(upstream, seen, gradients, method)
         # What GPTQ's scripts look at: inputs from compressed decoder layers where the method has
         # such. A training that chooses rounds after it, where there is no stream.
-        rounded = NOTHING if training.chooses else rounding.needs
+        slopes = frozenset(x for x in rounding.needs if x.scope in GRADIENT_SCOPES)
+        rounded = NOTHING if training.chooses else rounding.needs - slopes
         repaired = repair.upstream == "compressed" and bool(repair.needs)
         by_repair = upstream == "dense" and repaired and not training.chooses
         normed = seen - gradients if upstream == "compressed" else NOTHING
@@ -105,6 +106,7 @@ class Route:
             | (gradients if normed else seen)
             | (NOTHING if repaired else repair.needs)
         )
+        dense |= slopes
         if training.chooses or (upstream == "dense" and not by_repair):
             dense |= rounding.needs
         # of the dense model, whatever is seen later: trials of several grids, predicted losses

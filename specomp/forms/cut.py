@@ -213,7 +213,9 @@ def _stored(
     outputs: Tensor | None = None,
     inputs: Tensor | None = None,
 ) -> nn.Linear:
-    made = stored_linear(linear, weight, bias, evidence, assembled, inputs, kind=PartLinear)
+    made = stored_linear(
+        linear, weight, bias, evidence, assembled, inputs, left=outputs, kind=PartLinear
+    )
     if isinstance(made, PartLinear):
         made.outputs, made.inputs = outputs, inputs
     return made
@@ -227,12 +229,14 @@ def stored_linear(
     assembled: Callable[..., Tensor],
     inputs: Tensor | None,
     *,
+    left: Tensor | None = None,
     kind: type[nn.Linear] = nn.Linear,
 ) -> nn.Linear:
     """A linear of this weight and bias where `linear` is, rounded as the method rounds; assembled
-    and inputs: see Chain.
+    inputs and left, the only one of its lefts: see Chain.
     """
-    (found,) = evidence.rounded(linear, Chain((weight,), assembled, inputs=inputs))
+    chain = Chain((weight,), assembled, inputs=inputs, lefts=lambda _: (left,))
+    (found,) = evidence.rounded(linear, chain)
     m, n = weight.shape
     made = kind(n, m, bias=bias is not None, device="meta")
     place = evidence.place(linear)

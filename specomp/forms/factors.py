@@ -23,7 +23,12 @@ class Factors(RankForm):
     def module(self, linear: LinearSpec, rank: int, evidence: Evidence) -> nn.Module:
         """A LowRankLinear in the model's dtype."""
         factors = evidence.factors(linear, rank)
-        chain = Chain((factors.Vt, factors.U), lambda Vt, U: U @ Vt, free_basis=True)
+        chain = Chain(
+            (factors.Vt, factors.U),
+            lambda Vt, U: U @ Vt,
+            free_basis=True,
+            lefts=lambda x: (x[1], None),
+        )
         Vt, U = evidence.rounded(linear, chain)
         made = LowRankLinear.from_factors(
             U.values, Vt.values, evidence.bias(linear), **evidence.place(linear)

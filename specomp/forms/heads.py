@@ -149,7 +149,9 @@ class ValueOutput:
 
         own = evidence.bias(output)
         first = HeadsOut(values.n, values.m, counts, bias=bias is not None, device="meta")
-        first.part = stored_linear(values, torch.cat(rows).float(), bias, evidence, values_of, None)
+        reduced = torch.cat(rows).float()
+        left = values_of(torch.eye(len(reduced), device=reduced.device))
+        first.part = stored_linear(values, reduced, bias, evidence, values_of, None, left=left)
         last = HeadsIn(output.n, output.m, per_head, bias=own is not None, device="meta")
         last.part = stored_linear(
             output, columns.float(), own, evidence, output_of, inverse[kept].float()

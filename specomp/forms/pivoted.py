@@ -9,7 +9,7 @@ CHOICE), so that storing both parts in low precision stays safe.
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Annotated
 
 import torch
@@ -56,7 +56,12 @@ class Pivoted(RankForm):
             return torch.cat([P, C @ P])[place]
 
         rows = factors.U[pivots] @ factors.Vt
-        P, C = evidence.rounded(linear, Chain((rows, coefficients), assembled))
+
+        def lefts(matrices: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+            return assembled(torch.eye(rank).to(matrices[1]), matrices[1]), others
+
+        chain = Chain((rows, coefficients), assembled, lefts=lefts)
+        P, C = evidence.rounded(linear, chain)
         made = PivotedLinear.from_pivots(
             P.values, C.values, place, evidence.bias(linear), **evidence.place(linear)
         )

@@ -128,7 +128,7 @@ def _sections(
 ) -> list[str]:
     base, read = _base(info), info.get("calibration") or {}
     of = base.get("repo") or (info.get("base_model") or {}).get("name")
-    row = " ".join([str(info.get("method") or "a method of its own"), *(info.get("changes") or ())])
+    row = " ".join([str(info.get("method") or "a method of its own"), *_changes(info)])
     text = _text(read)
     other = info.get("converted") or {}  # made by somebody else (models/convert.py)
     files = [f"{_code(name)} sha256 `{found}`" for name, found in other.get("files", {}).items()]
@@ -182,6 +182,14 @@ def _sections(
     ]
 
 
+def _changes(info: Mapping[str, Any]) -> list[str]:
+    """What differs from the method's row; where nobody typed it, the bits of its grids."""
+    changes, grids = info.get("changes"), info.get("grids")
+    if changes or not grids:
+        return list(changes or ())
+    return [f"on {' or '.join(map(str, grids))} bits"]
+
+
 def _text(read: Mapping[str, Any]) -> str:
     """What was calibrated on; of a mixture all of it."""
     source = read.get("source")
@@ -218,6 +226,11 @@ def _sizes(info: Mapping[str, Any]) -> list[str]:
         for x, what in counted.items()
         if dense.get(x) and small.get(x)  # of older folders
     ]
+    if dense.get("linear_bits") and small.get("linear_bits"):
+        a, b = (x["linear_bits"] / dense["linear_params"] for x in (dense, small))
+        rows.insert(
+            1, ("stored bits a weight of these linears", f"{a:.2f}", f"{b:.2f}", f"{b / a:.3f}")
+        )
     return [
         "## Sizes",
         _table(["", "dense", "compressed", "compressed / dense"], rows),

@@ -82,8 +82,8 @@ class Inputs:
 
 
 class _Last(threading.local):
-    """The last two of a thread: matrices of many sizes are changed on the same inputs, each beside
-    a second one on inputs of its own.
+    """The last four of a thread: matrices of many sizes are changed on the same inputs (and for the
+    same outputs), each beside a second one on inputs of its own.
     """
 
     def __init__(self) -> None:
@@ -105,5 +105,5 @@ def inputs_of(gram: Float[Tensor, "n n"], *, act_order: bool, damping: float) ->
             found[:] = [x for x in found if x[0] is not gone]
 
         known = (weakref.ref(gram, forget), *said, made)
-    _last.found[:] = [known, *(x for x in alive if x is not known)][:2]
+    _last.found[:] = [known, *(x for x in alive if x is not known)][:4]
     return known[4]

@@ -385,12 +385,16 @@ class Stats(Mapping[Statistic, Tensor]):
         return Stats({x: _part(x, value, outputs, inputs) for x, value in self.items()})
 
     def through(self, T: Tensor) -> "Stats":
-        """Those of inputs that a matrix T (k n) makes of the linear's: of Gram matrices alone."""
+        """Those of inputs that a matrix T (k n) makes of the linear's: of Gram matrices alone, and
+        what is of the outputs.
+        """
         found = {}
         for x, value in self.items():
             if x.scope in ("site", "pair") and value.ndim == 2:
                 wide = T.to(value.dtype)
                 found[x] = wide @ value @ wide.T
+            elif x.scope == "output" and getattr(x, "side", "") == "out":
+                found[x] = value
         return Stats(found)
 
 

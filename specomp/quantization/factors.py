@@ -15,13 +15,13 @@ from collections.abc import Sequence
 from typing import Annotated, Literal
 
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor
 
 from specomp.numerics.factors import LowRankFactors
 from specomp.numerics.grid import GridSpec
 from specomp.numerics.linalg import SOLVE_DTYPE, congruence
-from specomp.numerics.statistics import AbsMean, Gram, Statistic, Stats
+from specomp.numerics.statistics import AbsMean, Gram, OutputGradGram, Statistic, Stats
 from specomp.quantization.gptq import gptq_each
 from specomp.quantization.rtn import OnGrid, Spacing, round_to_nearest
 from specomp.quantization.scaled import Scaled, scales_for
@@ -45,6 +45,13 @@ class FactorQuantizer:
     rebalance: bool
     search: Annotated[int, Field(ge=0, le=64)] = 0
     scaling: Annotated[int, Field(ge=0, le=100)] = 0
+    two_sided: bool = False
+
+    @model_validator(mode="after")
+    def _one_way(self) -> "FactorQuantizer":
+        if self.two_sided and (self.algorithm == "rtn" or self.scaling):
+            raise ValueError("two_sided is of algorithm=gptq without scaling")
+        return self
 
     @property
     def grid(self) -> GridSpec:
@@ -73,6 +80,7 @@ class FactorQuantizer:
     def needs(self) -> frozenset[Statistic]:
         """Rounding to nearest looks at no inputs, the choice of scales at their size."""
         found: set[Statistic] = {AbsMean()} if self.scaling else set()
+        found |= {OutputGradGram()} if self.two_sided else set()
         return frozenset(found | ({Gram()} if found or self.algorithm == "gptq" else set()))
 
     def __call__(self, chain: Chain, stats: Stats, dtype: torch.dtype) -> tuple[Rounded, ...]:
@@ -109,7 +117,8 @@ class FactorQuantizer:
         elif self.order == "faithful" or len(matrices) == 1:
             by_matrix, G = [], stats[Gram()]
             for index, matrix in enumerate(matrices):
-                by_matrix.append(self._gptq(matrix, G, spacings, chain.mask))
+                B = self._outputs(chain, matrices, stats, index)
+                by_matrix.append(self._gptq(matrix, G, spacings, chain.mask, B))
                 if index + 1 < len(matrices):
                     G = congruence(matrix.to(SOLVE_DTYPE), G)
             found = [list(x) for x in zip(*by_matrix, strict=True)]
@@ -117,8 +126,9 @@ class FactorQuantizer:
             found = [[] for _ in spacings]
             for mine, spacing in zip(found, spacings, strict=True):
                 G = stats[Gram()]
-                for matrix in matrices:
-                    mine += self._gptq(matrix, G, [spacing])
+                for index, matrix in enumerate(matrices):
+                    B = self._outputs(chain, matrices, stats, index)
+                    mine += self._gptq(matrix, G, [spacing], outputs=B)
                     G = congruence(mine[-1].values().to(SOLVE_DTYPE), G)
         return [tuple(Rounded(x.values(), x.grid, x.damping) for x in mine) for mine in found]
 
@@ -146,11 +156,35 @@ class FactorQuantizer:
         return tuple(found)
 
     def _gptq(
-        self, matrix: Tensor, G: Tensor, spacings: Sequence[Spacing], mask: Tensor | None = None
+        self,
+        matrix: Tensor,
+        G: Tensor,
+        spacings: Sequence[Spacing],
+        mask: Tensor | None = None,
+        outputs: Tensor | None = None,
     ) -> list[OnGrid]:
         return gptq_each(
-            matrix, G, spacings, act_order=self.act_order, damping=self.damping, mask=mask
+            matrix,
+            G,
+            spacings,
+            act_order=self.act_order,
+            damping=self.damping,
+            mask=mask,
+            outputs=outputs,
         )
+
+    def _outputs(
+        self, chain: Chain, matrices: Sequence[Tensor], stats: Stats, index: int
+    ) -> Tensor | None:
+        """B of the outputs of one of the matrices, where errors of outputs count together."""
+        if not self.two_sided or chain.lefts is None:
+            return None
+        B, left = stats[OutputGradGram()], chain.lefts(matrices)[index]
+        if left is None:
+            return B
+        if left.ndim == 1:
+            return B[left][:, left]
+        return congruence(left.T.to(SOLVE_DTYPE), B)
 
     def notes(self, damping: Sequence[float]) -> list[str]:
         """Where more damping was needed than was asked for."""

@@ -17,6 +17,7 @@ from torch import Tensor
 from specomp.numerics.feedback import BLOCK_COLUMNS, Inputs, fed_back, inputs_of
 from specomp.numerics.grid import Grid, limits
 from specomp.quantization.rtn import OnGrid, Spacing
+from specomp.quantization.two_sided import two_sided
 
 # What the rows of all grids that are swept side by side take at most; one grid may take more.
 SWEPT_BYTES = 2**28
@@ -47,12 +48,14 @@ def gptq_each(
     act_order: bool,
     damping: float,
     mask: Bool[Tensor, "m n"] | None = None,
+    outputs: Float[Tensor, "rows rows"] | None = None,
 ) -> list[OnGrid]:
     """The same on each of several grids, in one sweep where their grids stay: rows do not know of
     each other.
 
     mask: where in the weight the given numbers stand, row by row, whose groups are of neighbours
-    among themselves; all others are 0 and stay so.
+    among themselves; all others are 0 and stay so. outputs: how errors of outputs count together,
+    which later rows make up for then (two_sided.py); grids stay, and there is no mask.
     """
     numbers, n = weight, gram.shape[0]
     if mask is not None:
@@ -66,6 +69,17 @@ def gptq_each(
     else:
         of_numbers = energy.expand_as(weight)[mask].view_as(numbers)
         grids = [spacing.fit(weight[mask].view_as(numbers), of_numbers) for spacing in spacings]
+    if outputs is not None:
+        assert mask is None, "rows of numbers that are left belong to no outputs"
+        sides = inputs_of(outputs, act_order=act_order, damping=damping)
+        at_once = max(1, SWEPT_BYTES // (12 * weight.numel()))
+        each = [
+            x
+            for i in range(0, len(grids), at_once)
+            for x in two_sided(weight, inputs, sides, grids[i : i + at_once])
+        ]
+        needed = max(inputs.damping, sides.damping)
+        return [OnGrid(x, grid, needed) for x, grid in zip(each, grids, strict=True)]
     if mask is None and not act_order and any(x.group_size < n for x in grids):
         found = [
             _refitting(rows.clone(), inputs, x, s) for x, s in zip(grids, spacings, strict=True)

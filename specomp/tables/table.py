@@ -65,7 +65,7 @@ def flatten(record: Record) -> dict[str, Any]:
     return row
 
 
-def bits_of(ledger: Ledger | None) -> dict[str, float | None]:
+def bits_of(ledger: Ledger | None) -> dict[str, float]:
     """Bits a weight and KL, of what was asked for in them or is rounded."""
     if ledger is None or not ledger.in_bits:
         return {}
