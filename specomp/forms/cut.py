@@ -229,7 +229,7 @@ def stored_linear(
     assembled: Callable[..., Tensor],
     inputs: Tensor | None,
     *,
-    left: Tensor | None = None,
+    left: Tensor | None,
     kind: type[nn.Linear] = nn.Linear,
 ) -> nn.Linear:
     """A linear of this weight and bias where `linear` is, rounded as the method rounds; assembled

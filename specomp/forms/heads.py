@@ -154,7 +154,7 @@ class ValueOutput:
         first.part = stored_linear(values, reduced, bias, evidence, values_of, None, left=left)
         last = HeadsIn(output.n, output.m, per_head, bias=own is not None, device="meta")
         last.part = stored_linear(
-            output, columns.float(), own, evidence, output_of, inverse[kept].float()
+            output, columns.float(), own, evidence, output_of, inverse[kept].float(), left=None
         )
         error = W.float() - output_of(weight_of(last.part))
         evidence.lost(output, relative(norm.loss(error), norm.loss(W.float())))

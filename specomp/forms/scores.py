@@ -203,7 +203,8 @@ def _with_outputs(
 
     made = SomeOutputs(linear.n, linear.m, int(kept.sum()), bias=bias is not None, device="meta")
     rows = turned.reshape(linear.m, linear.n)[kept].float()
-    made.part = stored_linear(linear, rows, None, evidence, assembled, None)
+    left = torch.block_diag(*back)[:, kept]
+    made.part = stored_linear(linear, rows, None, evidence, assembled, None, left=left)
     place = evidence.place(linear)
     if bias is not None:
         own = (turn @ bias.to(SOLVE_DTYPE).reshape(len(turn), -1, 1)).flatten()

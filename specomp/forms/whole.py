@@ -31,7 +31,7 @@ class Whole(Dense):
         """Plain linears."""
         return {
             x.name: stored_linear(
-                x, evidence.weight(x), evidence.bias(x), evidence, lambda W: W, None
+                x, evidence.weight(x), evidence.bias(x), evidence, lambda W: W, None, left=None
             )
             for x in unit.linears
         }
