@@ -46,11 +46,14 @@ class FactorQuantizer:
     search: Annotated[int, Field(ge=0, le=64)] = 0
     scaling: Annotated[int, Field(ge=0, le=100)] = 0
     two_sided: bool = False
+    passes: Annotated[int, Field(ge=0, le=100)] = 0
 
     @model_validator(mode="after")
     def _one_way(self) -> "FactorQuantizer":
         if self.two_sided and (self.algorithm == "rtn" or self.scaling):
             raise ValueError("two_sided is of algorithm=gptq without scaling")
+        if self.passes and (self.algorithm == "rtn" or self.two_sided):
+            raise ValueError("passes are of algorithm=gptq without two_sided")
         return self
 
     @property
@@ -171,6 +174,7 @@ class FactorQuantizer:
             damping=self.damping,
             mask=mask,
             outputs=outputs,
+            passes=self.passes,
         )
 
     def _outputs(

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from specomp.numerics.feedback import BLOCK_COLUMNS, Inputs, fed_back, inputs_of
 from specomp.numerics.grid import Grid, limits
+from specomp.quantization.descent import descended
 from specomp.quantization.rtn import OnGrid, Spacing
 from specomp.quantization.two_sided import two_sided
 
@@ -49,13 +50,15 @@ def gptq_each(
     damping: float,
     mask: Bool[Tensor, "m n"] | None = None,
     outputs: Float[Tensor, "rows rows"] | None = None,
+    passes: int = 0,
 ) -> list[OnGrid]:
     """The same on each of several grids, in one sweep where their grids stay: rows do not know of
     each other.
 
     mask: where in the weight the given numbers stand, row by row, whose groups are of neighbours
     among themselves; all others are 0 and stay so. outputs: how errors of outputs count together,
-    which later rows make up for then (two_sided.py); grids stay, and there is no mask.
+    which later rows make up for then (two_sided.py); grids stay, and there is no mask. passes: how
+    often scales and integers are brought nearer afterwards (descent.py), where there is no mask.
     """
     numbers, n = weight, gram.shape[0]
     if mask is not None:
@@ -96,7 +99,15 @@ def gptq_each(
     whole = [(integers[back].T, grid) for integers, grid in found]
     if mask is not None:
         whole = [(integers[mask].view_as(numbers), grid) for integers, grid in whole]
-    return [OnGrid(integers.contiguous(), grid, inputs.damping) for integers, grid in whole]
+    done = [OnGrid(integers.contiguous(), grid, inputs.damping) for integers, grid in whole]
+    if mask is not None or not passes:
+        return done
+    at_once = max(1, SWEPT_BYTES // (16 * weight.numel()))
+    return [
+        x
+        for i in range(0, len(done), at_once)
+        for x in descended(weight, inputs, done[i : i + at_once], passes)
+    ]
 
 
 def _sweep(
