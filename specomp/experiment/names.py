@@ -26,7 +26,7 @@ LATER: dict[str, dict[str, Any]] = {
     name: {"bos": "auto"} for name in ("TextCalibration", "MixedCalibration", "TokenFile")
 }
 LATER["Cut"] = {"order": "weighted", "repair": True, "loss_scale": 1.0}
-LATER["FactorQuantizer"] = {"search": 0, "scaling": 0, "two_sided": False, "passes": 0}
+LATER["FactorQuantizer"] = {"search": 0, "scaling": 0, "output_damping": None}
 LATER["PackagedGGUF"] = {"off_grid": False}
 LATER["KroneckerWhitening"] = {"input_damping": 0.0}
 LATER["FunctionalUnits"] = {"value_output": None, "query_key": None}

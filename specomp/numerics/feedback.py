@@ -73,9 +73,6 @@ class Inputs:
         )
         ordered = gram[self.order][:, self.order] if act_order else gram
         feedback, self.damping = inverse_factor(ordered, damping)
-        # G as it was inverted, in the order of the weight's columns
-        self.damped = gram.float()
-        self.damped.diagonal().add_(self.damping * self.damped.diagonal().mean())
         self.feedback = feedback.float()
         self.pivots: list[float] = self.feedback.diagonal().tolist()
 

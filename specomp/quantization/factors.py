@@ -45,15 +45,12 @@ class FactorQuantizer:
     rebalance: bool
     search: Annotated[int, Field(ge=0, le=64)] = 0
     scaling: Annotated[int, Field(ge=0, le=100)] = 0
-    two_sided: bool = False
-    passes: Annotated[int, Field(ge=0, le=100)] = 0
+    output_damping: Annotated[float, Field(gt=0)] | None = None
 
     @model_validator(mode="after")
     def _one_way(self) -> "FactorQuantizer":
-        if self.two_sided and (self.algorithm == "rtn" or self.scaling):
-            raise ValueError("two_sided is of algorithm=gptq without scaling")
-        if self.passes and (self.algorithm == "rtn" or self.two_sided):
-            raise ValueError("passes are of algorithm=gptq without two_sided")
+        if self.output_damping and (self.algorithm == "rtn" or self.scaling):
+            raise ValueError("output_damping is of algorithm=gptq without scaling")
         return self
 
     @property
@@ -83,7 +80,7 @@ class FactorQuantizer:
     def needs(self) -> frozenset[Statistic]:
         """Rounding to nearest looks at no inputs, the choice of scales at their size."""
         found: set[Statistic] = {AbsMean()} if self.scaling else set()
-        found |= {OutputGradGram()} if self.two_sided else set()
+        found |= {OutputGradGram()} if self.output_damping else set()
         return frozenset(found | ({Gram()} if found or self.algorithm == "gptq" else set()))
 
     def __call__(self, chain: Chain, stats: Stats, dtype: torch.dtype) -> tuple[Rounded, ...]:
@@ -174,14 +171,14 @@ class FactorQuantizer:
             damping=self.damping,
             mask=mask,
             outputs=outputs,
-            passes=self.passes,
+            output_damping=self.output_damping or 1.0,
         )
 
     def _outputs(
         self, chain: Chain, matrices: Sequence[Tensor], stats: Stats, index: int
     ) -> Tensor | None:
         """B of the outputs of one of the matrices, where errors of outputs count together."""
-        if not self.two_sided or chain.lefts is None:
+        if not self.output_damping or chain.lefts is None or chain.mask is not None:
             return None
         B, left = stats[OutputGradGram()], chain.lefts(matrices)[index]
         if left is None:

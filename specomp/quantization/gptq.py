@@ -16,7 +16,6 @@ from torch import Tensor
 
 from specomp.numerics.feedback import BLOCK_COLUMNS, Inputs, fed_back, inputs_of
 from specomp.numerics.grid import Grid, limits
-from specomp.quantization.descent import descended
 from specomp.quantization.rtn import OnGrid, Spacing
 from specomp.quantization.two_sided import two_sided
 
@@ -50,15 +49,14 @@ def gptq_each(
     damping: float,
     mask: Bool[Tensor, "m n"] | None = None,
     outputs: Float[Tensor, "rows rows"] | None = None,
-    passes: int = 0,
+    output_damping: float = 1.0,
 ) -> list[OnGrid]:
     """The same on each of several grids, in one sweep where their grids stay: rows do not know of
     each other.
 
     mask: where in the weight the given numbers stand, row by row, whose groups are of neighbours
     among themselves; all others are 0 and stay so. outputs: how errors of outputs count together,
-    which later rows make up for then (two_sided.py); grids stay, and there is no mask. passes: how
-    often scales and integers are brought nearer afterwards (descent.py), where there is no mask.
+    damped so: later rows make up for them then (two_sided.py); grids stay, and there is no mask.
     """
     numbers, n = weight, gram.shape[0]
     if mask is not None:
@@ -73,16 +71,15 @@ def gptq_each(
         of_numbers = energy.expand_as(weight)[mask].view_as(numbers)
         grids = [spacing.fit(weight[mask].view_as(numbers), of_numbers) for spacing in spacings]
     if outputs is not None:
-        assert mask is None, "rows of numbers that are left belong to no outputs"
-        sides = inputs_of(outputs, act_order=act_order, damping=damping)
+        assert mask is None, "rows of the numbers that are left belong to no outputs"
+        sides = inputs_of(outputs, act_order=True, damping=output_damping)
         at_once = max(1, SWEPT_BYTES // (12 * weight.numel()))
         each = [
             x
             for i in range(0, len(grids), at_once)
             for x in two_sided(weight, inputs, sides, grids[i : i + at_once])
         ]
-        needed = max(inputs.damping, sides.damping)
-        return [OnGrid(x, grid, needed) for x, grid in zip(each, grids, strict=True)]
+        return [OnGrid(x, grid, inputs.damping) for x, grid in zip(each, grids, strict=True)]
     if mask is None and not act_order and any(x.group_size < n for x in grids):
         found = [
             _refitting(rows.clone(), inputs, x, s) for x, s in zip(grids, spacings, strict=True)
@@ -99,15 +96,7 @@ def gptq_each(
     whole = [(integers[back].T, grid) for integers, grid in found]
     if mask is not None:
         whole = [(integers[mask].view_as(numbers), grid) for integers, grid in whole]
-    done = [OnGrid(integers.contiguous(), grid, inputs.damping) for integers, grid in whole]
-    if mask is not None or not passes:
-        return done
-    at_once = max(1, SWEPT_BYTES // (16 * weight.numel()))
-    return [
-        x
-        for i in range(0, len(done), at_once)
-        for x in descended(weight, inputs, done[i : i + at_once], passes)
-    ]
+    return [OnGrid(integers.contiguous(), grid, inputs.damping) for integers, grid in whole]
 
 
 def _sweep(

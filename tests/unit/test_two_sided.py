@@ -88,7 +88,7 @@ def test_outputs_that_do_not_hang_together_make_up_for_nothing(symmetric):
 def test_grids_side_by_side_are_each_as_alone(monkeypatch):
     W, G, B = torch.randn(17, 24), gram(24, seed=1), gram(17, seed=2)
     kinds = [spacing(2, 8), spacing(3, 8), spacing(4, 24, symmetric=True), spacing(8, 12)]
-    options = {"act_order": True, "damping": 0.01, "outputs": B}
+    options = {"act_order": True, "damping": 0.01, "outputs": B, "output_damping": 0.01}
     together = gptq_each(W, G, kinds, **options)
     monkeypatch.setattr("specomp.quantization.gptq.SWEPT_BYTES", 1)
     for kind, found, alone in zip(kinds, together, gptq_each(W, G, kinds, **options), strict=True):
@@ -101,7 +101,7 @@ def test_less_is_lost_where_it_counts():
     W, G, B = torch.randn(24, 32), gram(32, seed=1), gram(24, seed=2)
     options = {"act_order": True, "damping": 0.01}
     plain = gptq(W, G, spacing(), **options).values()
-    (both,) = gptq_each(W, G, [spacing()], outputs=B, **options)
+    (both,) = gptq_each(W, G, [spacing()], outputs=B, output_damping=0.01, **options)
 
     def lost(values: Tensor, outputs: Tensor) -> float:
         E = (values - W).double()
@@ -115,7 +115,7 @@ def test_an_output_on_which_no_loss_depends_keeps_its_row():
     W, G, B = torch.randn(6, 8), gram(8, seed=1), gram(6, seed=2)
     B[2], B[:, 2] = 0, 0
     options = {"act_order": True, "damping": 0.01}
-    (found,) = gptq_each(W, G, [spacing(8)], outputs=B, **options)
+    (found,) = gptq_each(W, G, [spacing(8)], outputs=B, output_damping=0.01, **options)
     assert torch.allclose(found.values()[2], W[2], atol=0.1), "not zero, as a dead input's column"
     (none,) = gptq_each(W, G, [spacing(8)], outputs=0 * B, **options)
     plain = gptq(W, G, spacing(8), **options)
@@ -177,7 +177,7 @@ def test_any_row_may_be_rounded_so(tmp_path, row, upstream):
 
 def test_what_it_goes_with():
     for changes in ({"algorithm": "rtn"}, {"scaling": 20}):
-        with pytest.raises(UserError, match=r"two_sided is of algorithm=gptq"):
+        with pytest.raises(UserError, match=r"output_damping is of algorithm=gptq"):
             rows.slot("quantizer", "yaqa_int4", **changes)
 
 
