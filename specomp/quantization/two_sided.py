@@ -26,7 +26,7 @@ from torch import Tensor
 from specomp.numerics.feedback import Inputs
 from specomp.numerics.grid import Grid, limits
 
-BLOCK = 16
+BLOCK = 8
 
 
 def two_sided(
@@ -38,86 +38,105 @@ def two_sided(
     (m, n), count, b = weight.shape, len(grids), BLOCK
     rows, columns = _padded(outputs), _padded(inputs)  # (M M), (N N)
     (M, N), (R, C) = (len(rows), len(columns)), (len(rows) // b, len(columns) // b)
+    walk = _Walk(b, weight.device)
 
+    # In blocks, whose numbers are in the order of the walk. The rows of blocks stand last to first:
+    # on an antidiagonal they fall while the columns rise, and slices do.
     def ordered(x: Tensor) -> Tensor:
-        """(m n) in the order of rounding, in blocks (R, C, b, b)."""
         whole = x.new_zeros(M, N)
         whole[:m, :n] = x[outputs.order][:, inputs.order]
-        return whole.view(R, b, C, b).transpose(1, 2)
+        return whole.view(R, b, C, b).transpose(1, 2).flatten(2)[..., walk.order].flip(0)
 
-    # The rows of blocks stand last to first: on an antidiagonal they fall while the columns rise,
-    # and slices do.
-    wanted = ordered(weight).flip(0).contiguous()
+    wanted = ordered(weight)[:, :, None]  # (R C 1 b^2)
     spread = [_spread(x, n) for x in grids]
-    scales = torch.stack([ordered(x) for x, _ in spread], 3).flip(0)  # (R C b K b)
-    zeros = torch.stack([ordered(x) for _, x in spread], 3).flip(0)
+    scales = torch.stack([ordered(x) for x, _ in spread], 2)  # (R C K b^2)
+    zeros = torch.stack([ordered(x) for _, x in spread], 2)
     scales = torch.where(scales == 0, 1, scales)  # of what is padded
     bounds = torch.tensor([limits(x.bits) for x in grids], dtype=weight.dtype, device=weight.device)
-    low, high = bounds.T[:, None, None, :]  # (1 1 K)
+    low, high = bounds.T[:, :, None]  # (K 1)
     by_row = rows.view(M, R, b).permute(1, 0, 2).flip(0).contiguous()  # (R M b)
     by_column = columns.view(N, C, b).permute(1, 0, 2).contiguous()  # (C N b)
-    lost = weight.new_zeros(R, b, count, C, b)  # e
+    lost = weight.new_zeros(R, count, b, C, b)  # e
     passed = weight.new_zeros(C, R, b, count, b)  # e A_G of what is done; here R is in order
-    integers = weight.new_zeros(R, C, b, count, b)
+    integers = torch.empty(R, C, count, b * b, dtype=torch.int8, device=weight.device)
     for wave in range(R + C - 1):
         first, last = max(0, wave - R + 1), min(C - 1, wave)  # columns of blocks J; I = wave - J
         here = slice(first, last + 1)
         across = slice(R - 1 - wave + first, R - wave + last)  # I, from the last row up
         deep, far = (wave - first + 1) * b, (last + 1) * b
-        before = torch.bmm(
-            lost[across].flatten(3)[..., :far].reshape(-1, b * count, far), by_column[here, :far]
-        )
-        passed_here = passed[here]
         which = torch.arange(last - first + 1, device=weight.device)
-        at = wave - first - which  # I of each J
-        passed_here[which, at] = before.view(-1, b, count, b)
+        at, blocks = wave - first - which, len(which)  # at: I of each J
+
+        before = lost[across].flatten(3)[..., :far].reshape(blocks, -1, far)
+        before = torch.bmm(before, by_column[here, :far]).view(blocks, count, b, b)
+        passed_here = passed[here]
+        passed_here[which, at] = before.transpose(1, 2)
         left = torch.bmm(
             by_row[across, :deep].transpose(1, 2),
-            passed_here.flatten(3).reshape(len(which), M, count * b)[:, :deep],
+            passed_here.view(blocks, M, count * b)[:, :deep],
         )
-        block = wanted[across, here].diagonal(0, 0, 1).permute(2, 0, 1)
-        target = block[:, :, None] - left.view(-1, b, count, b)
-        scale = scales[across, here].diagonal(0, 0, 1).permute(3, 0, 1, 2)
-        zero = zeros[across, here].diagonal(0, 0, 1).permute(3, 0, 1, 2)
-        down = by_row[across].view(len(which), R, b, b)[which, at]
-        right = by_column[here].view(len(which), C, b, b)[which, torch.arange(first, last + 1)]
-        q, e = _rounded(target, scale, zero, down, right, (low, high))
-        integers[across, here].diagonal(0, 0, 1).copy_(q.permute(1, 2, 3, 0))
-        lost[across, :, :, here].diagonal(0, 0, 3).copy_(e.permute(1, 2, 3, 0))
-        passed_here[which, at] += (e.flatten(1, 2) @ right).view(-1, b, count, b)
-    whole = integers.flip(0).permute(3, 0, 2, 1, 4).reshape(count, M, N)[:, :m, :n]
+        left = left.view(blocks, b, count, b).transpose(1, 2).flatten(2)[..., walk.order]
+        down = by_row[across].view(blocks, R, b, b)[which, at]
+        right = by_column[here].view(blocks, C, b, b)[which, first + which]
+        q, e = walk(
+            _diagonal(wanted[across, here]) - left,
+            _diagonal(scales[across, here]).contiguous(),
+            _diagonal(zeros[across, here]).contiguous(),
+            (down[:, walk.i][:, :, walk.i], right[:, walk.j][:, :, walk.j]),
+            (low, high),
+        )
+        _diagonal(integers[across, here]).copy_(q)
+        e = e[..., walk.back].view(blocks, count, b, b)
+        _diagonal(lost[across, :, :, here], 3).copy_(e)
+        passed_here[which, at] += (e @ right[:, None]).transpose(1, 2)
+    whole = integers.flip(0)[..., walk.back].view(R, C, count, b, b)
+    whole = whole.permute(2, 0, 3, 1, 4).reshape(count, M, N)[:, :m, :n]
     found = torch.empty(count, m, n, dtype=torch.int8, device=weight.device)
-    found[:, outputs.order[:, None], inputs.order] = whole.to(torch.int8)
+    found[:, outputs.order[:, None], inputs.order] = whole
     return list(found)
 
 
-def _rounded(
-    target: Float[Tensor, "blocks b K b"],
-    scale: Tensor,
-    zero: Tensor,
-    down: Float[Tensor, "blocks b b"],
-    right: Float[Tensor, "blocks b b"],
-    bounds: tuple[Tensor, Tensor],
-) -> tuple[Tensor, Tensor]:
-    """Integers and errors of blocks, antidiagonal by antidiagonal."""
-    blocks, b, count, _ = target.shape
-    target = target.contiguous()
-    q, e = torch.empty_like(target), torch.empty_like(target)
-    for d in range(2 * b - 1):
-        i = torch.arange(max(0, d - b + 1), min(b, d + 1), device=target.device)
-        j = d - i
-        t = target[:, i, :, j]  # (len, blocks, K): advanced indices come first
-        s, z = scale[:, i, :, j], zero[:, i, :, j]
-        found = (t / s).add_(z).round_().clamp_(*bounds)
-        error = t - (found - z) * s
-        q[:, i, :, j], e[:, i, :, j] = found, error
-        if d < 2 * b - 2:
-            # of every number after it, below and to the right: what these lost
-            spread = error.permute(1, 0, 2)[..., None] * right[:, j][:, :, None]
-            target.view(blocks, b, -1).baddbmm_(
-                down[:, i].transpose(1, 2), spread.flatten(2), alpha=-1
-            )
-    return q, e
+def _diagonal(blocks: Tensor, second: int = 1) -> Tensor:
+    """Those whose place in dimension 0 is that in a second one, first to last."""
+    return blocks.diagonal(0, 0, second).movedim(-1, 0)
+
+
+class _Walk:
+    """Through the numbers of a block, one antidiagonal after the other."""
+
+    def __init__(self, size: int, device: torch.device) -> None:
+        """order: of the numbers row by row; back: the way back; i, j: row and column of each."""
+        i, j = (x.flatten() for x in torch.meshgrid(*2 * [torch.arange(size)], indexing="ij"))
+        order = (i + j).argsort(stable=True)
+        self.order, self.back = order.to(device), order.argsort().to(device)
+        self.i, self.j = i[order].to(device), j[order].to(device)
+        ends = torch.bincount(i + j).cumsum(0).tolist()
+        self.steps = list(zip([0, *ends], ends, strict=False))
+
+    def __call__(
+        self,
+        wanted: Float[Tensor, "blocks K numbers"],
+        scale: Float[Tensor, "blocks K numbers"],
+        zero: Float[Tensor, "blocks K numbers"],
+        fed: tuple[Tensor, Tensor],
+        bounds: tuple[Tensor, Tensor],
+    ) -> tuple[Tensor, Tensor]:
+        """Integers, and what each lost of what was wanted; fed: the two factors of what a number
+        (first) hands on to another (second), 1 to itself.
+        """
+        target, per_step = wanted.contiguous(), 1 / scale
+        feedback, offset = fed[0] * fed[1], zero * scale
+        q, e = torch.empty_like(target), torch.empty_like(target)
+        for start, stop in self.steps:
+            here = (..., slice(start, stop))
+            t = target[here]
+            found = torch.addcmul(zero[here], t, per_step[here]).round_().clamp_(*bounds)
+            q[here] = found
+            error = (t + offset[here]).addcmul_(found, scale[here], value=-1)
+            e[here] = error
+            if stop < target.shape[-1]:
+                target[..., stop:].baddbmm_(error, feedback[:, start:stop, stop:], alpha=-1)
+        return q, e
 
 
 def _padded(side: Inputs) -> Tensor:
