@@ -44,6 +44,8 @@ from specomp.quantization.gptq import SWEPT_BYTES
 from specomp.slots import Choice, Form, Method
 
 FLOAT = 4  # bytes: spectra, statistics of float32 sums, logits
+# Copies of a weight that two-sided rounding works with.
+ROUNDED = 10
 # Largest side of the linear that stands in for one.
 SMALL = 512
 COMPONENTS = ("rank", "dimensions")  # what is made of a spectrum, or beside one
@@ -521,8 +523,11 @@ class Plan:
             for v in self.observed(self.method.whitening.needs, self.layer, 2, "meta").values()
         )
         wide = 2 if whole or self.method.compensation.active else 1
+        sides = any(x.scope == "output" for x in self.method.rounding.needs)  # and theirs in turn
         return max(
-            wide * FLOAT * (3 * x.params + min(x.m, x.n) ** 2 * 3 + x.n**2) for x in self.layer
+            wide * FLOAT * (3 * x.params + min(x.m, x.n) ** 2 * 3 + x.n**2)
+            + sides * FLOAT * (8 * x.m**2 + ROUNDED * x.params)
+            for x in self.layer
         )
 
     def calibrate(self) -> Stage:
@@ -705,6 +710,8 @@ class Plan:
             tokens = phase.steps * settings.batch_size * length
             total += self.forward(tokens, length, dtype, linears=exist, head=True, backward=True)
             total += work("product", 2 * tokens * self.head, dtype)  # the teacher's logits
+            if settings.weighs:
+                total += work("product", 2 * tokens * exist, dtype)
             again = 2 * settings.held_out * length + tokens * settings.activation_checkpointing
             total += self.forward(again, length, dtype, linears=exist, head=True)
             steps += phase.steps
@@ -714,6 +721,8 @@ class Plan:
         held = float(self.compressed.held_bytes - self.size.held_bytes)
         if gated:
             held = everything * dtype.itemsize - dense * run.model.dtype.itemsize
+        if settings.weighs:  # codes stand in full while they train
+            held = max(held, 0.0) + everything * dtype.itemsize
         held += (
             self.kept
             * settings.micro_batch_size

@@ -435,7 +435,7 @@ class Method:
     @property
     def spends(self) -> bool:
         """Whether a budget changes anything."""
-        return self.allocation.compresses or self.training.active
+        return self.allocation.compresses or self.training.chooses
 
     @property
     def is_dense(self) -> bool:
@@ -443,7 +443,7 @@ class Method:
         compresses where it puts them on a grid.
         """
         rounded = self.packing.size_of == "whole" and self.rounding.grid is not None
-        return not (self.spends or rounded)
+        return not (self.spends or rounded or self.training.active)
 
     @property
     def chooses_grids(self) -> bool:

@@ -2,13 +2,16 @@
 what was trained.
 """
 
+import copy
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
-from running import make_run, random_tokens
-from test_soco_runs import Curve
+from command import command
+from running import compose_config, compose_run, make_run, random_tokens
+from safetensors.torch import load_file
+from test_soco_runs import Curve, at_step, dies
 from test_stages import method, ranks_of, run_method
 from tiny import tiny_model
 from torch import nn
@@ -17,10 +20,13 @@ import specomp
 from specomp import rows
 from specomp.cache import Cache
 from specomp.errors import UserError
+from specomp.experiment.config import ask
+from specomp.experiment.plan import plan_of
 from specomp.forms.factors import Factors
 from specomp.forms.pivoted import Pivoted
 from specomp.forms.prices import bits, parts_of
 from specomp.models.modules import CodedLinear, GridLinear
+from specomp.training.recovery import RecoveryModule
 from specomp.training.scales import Multiple, rescale, rescaled, vectors_of
 from specomp.training.teacher import TeacherStates
 
@@ -162,3 +168,80 @@ def test_without_scales_there_is_nothing_to_train():
     chosen = specomp.method("svd_llm", training="scales")
     with pytest.raises(UserError, match=r"quantizer=none stores none.*lora, or a quantizer"):
         specomp.compress(tiny_model("llama"), TOKENS, chosen, 0.4)
+
+
+@pytest.mark.parametrize("quantizer", ["gptq_int4", "nf4"])
+def test_the_dense_row_on_a_grid_may_be_trained(tmp_path, quantizer):
+    """GPTQ with EfficientQAT's second stage: no budget is spent, whatever the ratio says."""
+    record = compose_run(
+        tmp_path,
+        *("method=dense", f"quantizer={quantizer}", "method/training=scales"),
+        *("method.training.steps=2", "benchmark=tiny"),
+    )
+    assert record.status == "ok" and record.training["steps"] == 2
+    plain = specomp.method("dense", quantizer=quantizer)
+    training = rows.slot("training", "scales", **PINNED | {"steps": 2})
+    chosen = specomp.Method(**vars(plain) | {"training": training})
+    for ratio in (0.4, specomp.Bits(bits=3.0)):
+        model = tiny_model("llama")
+        assert specomp.compress(model, TOKENS, chosen, ratio).training["steps"] == 2
+
+
+@pytest.mark.parametrize("quantizer", ["gptq_int4", "nf4"])
+def test_a_training_that_fails_leaves_the_model_as_it_was_stored(tmp_path, quantizer):
+    plain = specomp.method("svd_llm", quantizer=quantizer)
+    model, other = tiny_model("llama"), tiny_model("llama")
+    specomp.compress(other, TOKENS, plain, 0.4)
+    settings = PINNED | {"steps": 2, "divergence": 1e-9}
+    training = rows.slot("training", "scales", **settings)
+    with pytest.raises(UserError, match="diverged"):
+        specomp.compress(model, TOKENS, specomp.Method(**vars(plain) | {"training": training}), 0.4)
+    copy.deepcopy(model)
+    for name, value in other.state_dict().items():
+        assert torch.equal(model.state_dict()[name], value), name
+
+
+@pytest.mark.parametrize("step", [1, 4])
+def test_a_killed_training_goes_on_to_the_same_bits(tmp_path, monkeypatch, step):
+    options = {"steps": 6, "checkpoint_every": 2}
+    whole = trained(tmp_path / "whole", "gptq_int4", **options)[0].model.state_dict()
+    with dies(monkeypatch, "training_step", at_step(step), RecoveryModule):
+        trained(tmp_path / "killed", "gptq_int4", **options)
+    run, report, _ = trained(tmp_path / "killed", "gptq_int4", **options)
+    assert report["steps"] == 6
+    for name, value in run.model.state_dict().items():
+        assert torch.equal(value, whole[name]), name
+
+
+def test_two_processes_train_as_one(tmp_path):
+    """Forked, sharded, and started anew, where the module is pickled before."""
+    common = [
+        *("method=svd_llm", "ratio=cr40", "quantizer=gptq_int4", "method/training=scales"),
+        *("method.training.steps=4", "method.training.checkpoint_every=2", "benchmark=none"),
+        *("save=false", "method.training.batch_size=2", "method.training.precision=float32"),
+    ]
+    found = {}
+    spawned = ("trainer=ddp_cpu", "trainer.strategy=ddp_spawn")
+    kinds = (("trainer=default",), ("trainer=ddp_cpu",), ("trainer=fsdp_cpu",), spawned)
+    for index, trainer in enumerate(kinds):
+        folder = tmp_path / str(index)
+        folder.mkdir()
+        done = command(folder, *common, *trainer)
+        assert done.returncode == 0, done.stderr
+        (file,) = (folder / "cache" / "trained").glob("*/scales.safetensors")
+        found[index] = load_file(file)
+    assert found[0]
+    for other in list(found.values())[1:]:
+        for name, value in found[0].items():
+            torch.testing.assert_close(other[name], value, rtol=1e-4, atol=1e-6)
+
+
+def test_a_plan_counts_gradients_of_weights(tmp_path):
+    asked = ["method=svd_llm", "ratio=cr40", "quantizer=gptq_int4", "benchmark=none"]
+    plans = [
+        plan_of(ask(compose_config(tmp_path, *asked, f"method/training={x}")))
+        for x in ("none", "scales")
+    ]
+    (train,) = [x for x in plans[1].stages if x.name == "train"]
+    assert train.held > 0 and "250 steps" in train.detail
+    assert plans[0].route.stages[:-1] == plans[1].route.stages[:2]

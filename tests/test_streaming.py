@@ -496,7 +496,12 @@ def test_an_older_folder_stays_until_the_new_one_is_whole(folders, tmp_path, mon
     [
         (["method=soco"], ["method=soco trains", "model.stream=false"]),
         (["method=fwsvd"], ["fisher_in", "gradients", "model.stream=false"]),
-        (["method=two_sided"], ["gradients"]),
+        (["method=two_sided"], ["gradients", "set model.stream=false."]),
+        (["method=svd_llm", "quantizer=yaqa_int4"], ["or quantizer.output_damping=null"]),
+        (
+            ["method=svd_llm", "method/allocation=type_loss", "ratio=bits4"],
+            ["gradients", "or quantizer.rule.output_damping=null"],
+        ),
         (["method=svd_llm", "save=false"], ["save=true"]),
         (["method=svd_llm", "model.device=auto", "model.device_map=auto"], ["device_map"]),
         (["method=svd_llm", "benchmark=efficiency"], ["efficiency", "model.stream=false"]),

@@ -92,6 +92,16 @@ def _check_grids(method: Method, budget: Budget) -> None:
             f"This quantizer scales columns (AWQ), and what {type(method.packing).__name__} stores"
             " has none: use gptq_int4, rtn_int4 or nf4."
         )
+    if (
+        method.packing.size_of == "weights"
+        and not method.chooses_grids
+        and any(x.scope == "output" for x in method.rounding.needs)
+    ):
+        raise UserError(
+            "This quantizer lets rows make up for each other (quantizer.output_damping), and what"
+            f" {type(method.packing).__name__} stores of them is not in columns: set"
+            " quantizer.output_damping=null, or use gptq_int4."
+        )
     if not method.spends:
         return
     packing = type(method.packing).__name__

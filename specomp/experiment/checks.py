@@ -19,6 +19,7 @@ from specomp.models.gguf_export import TYPES, check_gguf
 from specomp.models.identity import check_biases
 from specomp.models.load import torch_device
 from specomp.models.sources import Source
+from specomp.numerics.statistics import GRADIENT_SCOPES
 from specomp.slots import Method
 
 log = logging.getLogger(__name__)
@@ -58,6 +59,10 @@ def check_streamed(
             f"{gradients[0]} is a statistic of gradients, which need the whole model in memory: set"
             " model.stream=false"
         )
+        needs = method.whitening.needs | method.target.needs | method.allocation.needs
+        if not any(x.scope in GRADIENT_SCOPES for x in needs):
+            key = "quantizer.rule" if method.chooses_grids else "quantizer"
+            reason += f", or {key}.output_damping=null, which alone asks for it"
     if reason is None and not method.is_dense and not options.save:
         reason = "the compressed model exists on disk only: set save=true"
     if reason is None and options.save and options.export in TYPES:

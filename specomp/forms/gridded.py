@@ -185,6 +185,7 @@ class Turn:
 
     def __init__(self, rules: Sequence[Rule]) -> None:
         self.rules, self.found = rules, list[tuple[Rounded, ...]]()
+        self.needs = rules[0].needs
 
     def __call__(self, chain: Chain, stats: Stats, dtype: torch.dtype) -> tuple[Rounded, ...]:
         """The matrices as they are."""

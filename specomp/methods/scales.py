@@ -25,6 +25,7 @@ class Scales(Recovery):
     """Every setting is explained in conf/method/training/scales.yaml."""
 
     moves_stored: ClassVar[bool] = False  # not off its grid
+    weighs: ClassVar[bool] = True
 
     vectors: bool
 
@@ -33,9 +34,10 @@ class Scales(Recovery):
     ) -> None:
         """See Training.check; and whether there are any scales."""
         if not method.rounding.grids:
+            lora = "" if method.packing.size_of == "weights" else " method/training=lora, or"
             raise UserError(
                 "method/training=scales trains the scales of grids, and quantizer=none stores none:"
-                " use method/training=lora, or a quantizer, such as gptq_int4."
+                f" use{lora} a quantizer, such as gptq_int4."
             )
         super().check(method, budget, num_samples, processes, dtype)
 

@@ -50,7 +50,9 @@ class FactorQuantizer:
     @model_validator(mode="after")
     def _one_way(self) -> "FactorQuantizer":
         if self.output_damping and (self.algorithm == "rtn" or self.scaling):
-            raise ValueError("output_damping is of algorithm=gptq without scaling")
+            raise ValueError(
+                "output_damping is of algorithm=gptq without scaling: set it to null beside others"
+            )
         return self
 
     @property

@@ -73,7 +73,7 @@ def gptq_each(
     if outputs is not None:
         assert mask is None, "rows of the numbers that are left belong to no outputs"
         sides = inputs_of(outputs, act_order=True, damping=output_damping)
-        at_once = max(1, SWEPT_BYTES // (12 * weight.numel()))
+        at_once = max(1, SWEPT_BYTES // (24 * weight.numel()))
         each = [
             x
             for i in range(0, len(grids), at_once)

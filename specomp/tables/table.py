@@ -72,7 +72,8 @@ def bits_of(ledger: Ledger | None) -> dict[str, float]:
     found = {
         "target KL": ledger.target_kl,
         "measured KL": ledger.measured_kl,
-        "target bits": ledger.target_bits,
+        # a search for a KL ends with bits that nobody asked for
+        "target bits": None if ledger.measured_kl is not None else ledger.target_bits,
     }
     asked = {name: value for name, value in found.items() if value is not None}
     return asked | {"bits": ledger.measured_bits}

@@ -2,7 +2,8 @@
 merged (methods/lora.py).
 """
 
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, ClassVar
 
 import torch
 from peft import LoraConfig, inject_adapter_in_model
@@ -14,41 +15,55 @@ from specomp.models.modules import replace_linear
 from specomp.training.recovery import recovered
 from specomp.training.teacher import TeacherStates
 
-# Bumped whenever the same settings would train other adapters.
-VERSION = 1
 
+@dataclass(frozen=True)
+class Adapters:
+    """LoRA on every stored matrix; matrices: their full names."""
 
-def adapted(run: Run, settings: Any, teacher: TeacherStates) -> dict[str, Any]:
-    """Train adapters, or take them from the cache, and merge them into the model in place. Returns
-    how it went; `curve` included.
+    rank: int
+    alpha: float
+    seed: int
+    matrices: tuple[str, ...]
+    part: ClassVar[str] = "adapters"
+    trains: ClassVar[tuple[str, ...]] = ("lora_A", "lora_B")
+    version: ClassVar[int] = 1
 
-    settings: a methods.lora.LoRA; teacher: made while the model was dense.
-    """
-    matrices = stored_matrices(run)
+    @property
+    def what(self) -> str:
+        """For the log."""
+        return f"adapters of rank {self.rank} on {len(self.matrices)} matrices"
 
-    def put_in() -> None:
-        # The adapters' own start is random: the seed alone decides it, not what was drawn before.
+    def put_in(self, model: nn.Module) -> None:
+        """Their own start is random: the seed alone decides it, not what was drawn before."""
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(run.seed)
-            config = LoraConfig(r=settings.rank, lora_alpha=settings.alpha, target_modules=matrices)
-            inject_adapter_in_model(config, run.model)
-        run.model.train(run.model.training)
-        for parameter in run.model.parameters():
+            torch.manual_seed(self.seed)
+            config = LoraConfig(
+                r=self.rank,
+                lora_alpha=self.alpha,  # type: ignore[arg-type]
+                target_modules=list(self.matrices),
+            )
+            inject_adapter_in_model(config, model)
+        model.train(model.training)
+        for parameter in model.parameters():
             if parameter.requires_grad:
                 parameter.data = parameter.data.float()  # peft gives them the dtype of the matrix
 
-    report = recovered(
-        run,
-        settings,
-        teacher,
-        put_in,
-        part="adapters",
-        trains=("lora_A", "lora_B"),
-        what=f"adapters of rank {settings.rank} on {len(matrices)} matrices",
-        version=VERSION,
-    )
-    merge(run.model)
-    return report
+    def take_out(self, model: nn.Module, *, keep: bool) -> None:
+        """Merged, or not."""
+        if keep:
+            merge(model)
+        else:
+            without(model)
+
+
+def adapted(run: Run, settings: Any, teacher: TeacherStates) -> dict[str, Any]:
+    """Train adapters and merge them into the model in place. See `recovered`.
+
+    settings: a methods.lora.LoRA.
+    """
+    matrices = tuple(stored_matrices(run))
+    adapters = Adapters(settings.rank, settings.alpha, run.seed, matrices)
+    return recovered(run, settings, teacher, adapters)
 
 
 def stored_matrices(run: Run) -> list[str]:
@@ -64,8 +79,14 @@ def stored_matrices(run: Run) -> list[str]:
 @torch.no_grad()
 def merge(model: nn.Module) -> None:
     """Add every adapter to its matrix and take it out again."""
-    for name, module in [(n, m) for n, m in model.named_modules() if isinstance(m, LoraLayer)]:
+    for module in [m for m in model.modules() if isinstance(m, LoraLayer)]:
         module.merge()  # type: ignore[operator]
+    without(model)
+
+
+def without(model: nn.Module) -> None:
+    """Take adapters out, merged or not."""
+    for name, module in [(n, m) for n, m in model.named_modules() if isinstance(m, LoraLayer)]:
         replace_linear(model, name, module.get_base_layer())
     model.requires_grad_(False)
-    vars(model).pop("peft_config")  # it has no adapters any more
+    vars(model).pop("peft_config", None)  # it has no adapters any more

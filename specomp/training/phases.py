@@ -85,6 +85,8 @@ class Distillation(ABC):
     """
 
     active: ClassVar[bool] = True
+    # whether gradients of whole weights are taken, which are made anew in every forward pass
+    weighs: ClassVar[bool] = False
 
     num_samples: Count | None
     label_weight: Weight

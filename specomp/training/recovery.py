@@ -3,11 +3,11 @@ cached (adapters.py, scales.py).
 """
 
 import logging
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar, Protocol
 
 import torch
+from torch import nn
 
 from specomp.cache import digest
 from specomp.compression.run import Run
@@ -21,14 +21,42 @@ from specomp.training.teacher import TeacherStates
 log = logging.getLogger(__name__)
 
 
+class Trainees(Protocol):
+    """What is put into a model to be trained. Every process of a training puts in its own: it has
+    to be picklable before.
+
+    part: file of it in a cache entry; trains: the names of its parameters in their modules; what:
+    it is, for the log; version: raised whenever the same settings would train other numbers.
+    """
+
+    part: ClassVar[str]
+    trains: ClassVar[tuple[str, ...]]
+    version: ClassVar[int]
+
+    @property
+    def what(self) -> str:
+        """For the log."""
+
+    def put_in(self, model: nn.Module) -> None:
+        """Into a model in which nothing trains."""
+
+    def take_out(self, model: nn.Module, *, keep: bool) -> None:
+        """With what it has become, or as if it had never been there."""
+
+
 class RecoveryModule(DistillationModule):
-    """The student: the compressed model, with parameters of these names put in, which train."""
+    """The student: the compressed model with trainees in it."""
 
     def __init__(
-        self, run: Run, settings: Recovery, teacher: TeacherStates, trains: tuple[str, ...]
+        self, run: Run, settings: Recovery, teacher: TeacherStates, trainees: Trainees
     ) -> None:
         super().__init__(run, settings, teacher)
-        self.stored = trains
+        self.trainees, self.stored = trainees, trainees.trains
+
+    def configure_model(self) -> None:
+        """In every process for itself: what is put in may not be picklable."""
+        if not are_in(self.student, self.trainees):
+            self.trainees.put_in(self.student)
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         """AdamW without decay, as for gates; `base_lr` is what the schedule multiplies."""
@@ -63,26 +91,22 @@ class RecoveryModule(DistillationModule):
         )
 
 
-def recovered(
-    run: Run,
-    settings: Recovery,
-    teacher: TeacherStates,
-    put_in: Callable[[], None],
-    *,
-    part: str,
-    trains: tuple[str, ...],
-    what: str,
-    version: int,
-) -> dict[str, Any]:
-    """Train what `put_in` puts into the model, or take it from the cache; it is in the model then.
-    Returns how it went; `curve` included.
+def are_in(model: nn.Module, trainees: Trainees) -> bool:
+    """Whether they were put into a model."""
+    return any(set(trainees.trains) & set(name.split(".")) for name, _ in model.named_parameters())
 
-    part: file of what trains in its cache entry; trains: the names of its parameters in their
-    modules; what: they are, for the log; version: of how they are trained.
+
+def recovered(
+    run: Run, settings: Recovery, teacher: TeacherStates, trainees: Trainees
+) -> dict[str, Any]:
+    """Train, or take from the cache, in place. Returns how it went; `curve` included. What fails
+    leaves the model as it was stored.
+
+    teacher: made while the model was dense.
     """
     key = digest(
         {
-            "version": version,
+            "version": trainees.version,
             "settings": describe(settings),
             "samples": run.training_samples.hash,
             "teacher": teacher.key,
@@ -93,12 +117,21 @@ def recovered(
         }
     )
     run.model.requires_grad_(False)
-    put_in()
+    kept = False
 
     def fitted(folder: Path) -> Result:
-        return fit(run, RecoveryModule(run, settings, teacher, trains), folder, what)
+        return fit(run, RecoveryModule(run, settings, teacher, trainees), folder, trainees.what)
 
-    found, report = trained_once(run.cache, key, part, run.progress.curve_file, fitted)
-    unexpected = run.model.load_state_dict(found, strict=False).unexpected_keys
-    assert not unexpected, unexpected
+    try:
+        curve = run.progress.curve_file
+        found, report = trained_once(run.cache, key, trainees.part, curve, fitted)
+        if not are_in(run.model, trainees):
+            trainees.put_in(run.model)
+        unexpected = run.model.load_state_dict(found, strict=False).unexpected_keys
+        assert not unexpected, unexpected
+        kept = True
+    finally:
+        if are_in(run.model, trainees):
+            trainees.take_out(run.model, keep=kept)
+        run.model.requires_grad_(False)
     return report

@@ -4,20 +4,19 @@ While it trains, a weight is its value times a multiple for every group of its n
 the multiples are in the scales, rounded as scales are stored.
 """
 
-from typing import Any, cast
+from collections.abc import Sequence
+from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from specomp.compression.run import Run
+from specomp.models.family import ModelFamily
 from specomp.models.modules import CodedLinear, GridLinear, replace_linear
 from specomp.numerics.grid import Grid
 from specomp.training.recovery import recovered
 from specomp.training.teacher import TeacherStates
-
-# Bumped whenever the same settings would train other multiples.
-VERSION = 1
 
 
 class Multiple(nn.Module):
@@ -46,60 +45,72 @@ class Multiple(nn.Module):
         return found.view(tensor.shape).to(tensor.dtype)
 
 
-def rescaled(run: Run, settings: Any, teacher: TeacherStates) -> dict[str, Any]:
-    """Train multiples, or take them from the cache, and put them in their places. Returns how it
-    went; `curve` included.
+class Multiples:
+    """Of every group of what lies on a grid or is made of codes, and of norms and biases."""
 
-    settings: a methods.scales.Scales; teacher: made while the model was dense.
-    """
-    model = run.model
-    modules = [
-        (f"{x.name}.{part}".rstrip("."), module)
-        for x in run.linears
-        for part, module in run.model.get_submodule(x.name).named_modules()
-        if isinstance(module, GridLinear | CodedLinear)
-    ]
-    vectors: list[tuple[nn.Module, str]] = []
+    part: ClassVar[str] = "scales"
+    trains: ClassVar[tuple[str, ...]] = ("gain",)
+    version: ClassVar[int] = 1
 
-    def put_in() -> None:
-        for name, module in modules:
+    def __init__(self, linears: Sequence[str], family: ModelFamily, vectors: bool) -> None:
+        """linears: full names of the compressible ones; vectors: whether norms and biases train."""
+        self.linears, self.family, self.vectors = linears, family, vectors
+        self._coded: dict[str, CodedLinear] = {}  # what linears stand in for while they train
+
+    @property
+    def what(self) -> str:
+        """For the log."""
+        return f"scales of what {len(self.linears)} linears store" + (
+            ", and norms and biases" * self.vectors
+        )
+
+    def put_in(self, model: nn.Module) -> None:
+        """As parametrizations, which do not pickle."""
+        dtype = next(model.parameters()).dtype
+        for name, module in self._rounded(model):
             if isinstance(module, CodedLinear):
-                held = linear_of(module, model.dtype)
+                self._coded[name], held = module, linear_of(module, dtype)
                 replace_linear(model, name, held)
                 multiply(held, "weight", module.block_size, by_row=False)
             else:
                 multiply(module, "weight", module.grid.group_size, by_row=True)
-        # those of the linears that stand in for codes too
-        vectors.extend(vectors_of(run.family.decoder(model)) if settings.vectors else [])
-        for owner, part in vectors:
+        for owner, part in vectors_of(self.family.decoder(model)) if self.vectors else []:
             multiply(owner, part, 1, by_row=False)
 
-    groups = sum(
-        len(x.largest) if isinstance(x, CodedLinear) else x.grid.scales.numel() for _, x in modules
-    )
-    report = recovered(
-        run,
-        settings,
-        teacher,
-        put_in,
-        part="scales",
-        trains=("gain",),
-        what=f"{groups} scales of {len(modules)} matrices"
-        + ", and norms and biases" * settings.vectors,
-        version=VERSION,
-    )
-    for owner, part in vectors:
-        parametrize.remove_parametrizations(owner, part)
-    for name, module in modules:
-        trained: Any = model.get_submodule(name)
-        gain = taken_out(trained, "weight")
-        if isinstance(module, CodedLinear):
-            module.bias = trained.bias
-            replace_linear(model, name, with_largest(module, gain.flatten()))
-        else:
-            rescale(module, gain)
-    model.requires_grad_(False)
-    return report
+    def take_out(self, model: nn.Module, *, keep: bool) -> None:
+        """In their places: in scales, rounded as these are stored, and in vectors."""
+        owners = [(n, m) for n, m in model.named_modules() if parametrize.is_parametrized(m)]
+        for name, module in owners:
+            for part in list(cast(Any, module).parametrizations):
+                if part == "weight" and cast(Any, module).weight.ndim == 2:
+                    gain = taken_out(module, part)
+                    if keep and name in self._coded:
+                        rescale_codes(self._coded[name], gain.flatten())
+                    elif keep:
+                        rescale(cast(GridLinear, module), gain)
+                else:
+                    parametrize.remove_parametrizations(module, part, leave_parametrized=keep)
+        for name, coded in self._coded.items():
+            coded.bias = cast(Any, model.get_submodule(name)).bias
+            replace_linear(model, name, coded)
+        self._coded.clear()
+
+    def _rounded(self, model: nn.Module) -> list[tuple[str, GridLinear | CodedLinear]]:
+        return [
+            (f"{name}.{part}".rstrip("."), module)
+            for name in self.linears
+            for part, module in model.get_submodule(name).named_modules()
+            if isinstance(module, GridLinear | CodedLinear)
+        ]
+
+
+def rescaled(run: Run, settings: Any, teacher: TeacherStates) -> dict[str, Any]:
+    """Train multiples and put them in their places. See `recovered`.
+
+    settings: a methods.scales.Scales.
+    """
+    multiples = Multiples([x.name for x in run.linears], run.family, settings.vectors)
+    return recovered(run, settings, teacher, multiples)
 
 
 def vectors_of(decoder: nn.Module) -> list[tuple[nn.Module, str]]:
@@ -145,8 +156,7 @@ def linear_of(module: CodedLinear, dtype: torch.dtype) -> nn.Linear:
     return linear
 
 
-def with_largest(module: CodedLinear, gain: Tensor) -> CodedLinear:
-    """The same codes, the number of every block (blocks) multiplied."""
+def rescale_codes(module: CodedLinear, gain: Tensor) -> None:
+    """Multiply the number of every block (blocks), in place: the same codes."""
     largest = module.largest.view(torch.float32)[:, 0] * gain.to(module.largest.device)
     module.largest = largest.contiguous()[:, None].view(torch.uint8)
-    return module

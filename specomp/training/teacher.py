@@ -1,9 +1,9 @@
 """The dense model as a teacher: its last hidden states, computed once per calibration set and
 cached.
 
-The student keeps the dense model's embeddings, final norm and LM head untouched, so these states
-times the shared head are the teacher's logits: no second model is in memory, and every ratio, start
-and ablation reads the same states.
+The student keeps the dense model's embeddings and LM head untouched, and these states are behind
+the final norm, so times the shared head they are the teacher's logits: no second model is in
+memory, and every ratio, start and ablation reads the same states.
 """
 
 import logging

@@ -185,3 +185,17 @@ def test_sides_are_remembered():
     G, B = gram(8, seed=1), gram(6, seed=2)
     first = [inputs_of(x, act_order=True, damping=0.01) for x in (G, B, G, B)]
     assert first[0] is first[2] and first[1] is first[3]
+
+
+def test_a_budget_of_bits_has_a_plan():
+    """Which tries every grid on small linears, with what rounding reads of outputs."""
+    plan = specomp.plan(tiny_model("llama").config, "specomp", "bits3", num_samples=8, length=32)
+    assert sum(x.work.flops for x in plan.stages) > 0
+
+
+def test_masks_are_not_in_columns():
+    with pytest.raises(UserError, match=r"output_damping.*Masked.*gptq_int4"):
+        specomp.compress(tiny_model("llama"), TOKENS, "wanda", 0.5, quantizer="yaqa_int4")
+    chosen = specomp.method("specomp", packing="masked", units="none", quantizer="grids")
+    report = specomp.compress(tiny_model("llama"), TOKENS, chosen, specomp.Bits(bits=4.0))
+    assert report.ledger.measured_bits <= 4.0
