@@ -56,6 +56,10 @@ def two_sided(
     low, high = bounds.T[:, :, None]  # (K 1)
     by_row = rows.view(M, R, b).permute(1, 0, 2).flip(0).contiguous()  # (R M b)
     by_column = columns.view(N, C, b).permute(1, 0, 2).contiguous()  # (C N b)
+    # what a number of a block hands on to another of it: the two factors, block by block
+    corners = _diagonal(by_row.view(R, R, b, b).flip(0)), _diagonal(by_column.view(C, C, b, b))
+    down = corners[0][:, walk.i][:, :, walk.i].flip(0)  # (R b^2 b^2), rows last to first
+    right = corners[1][:, walk.j][:, :, walk.j]
     lost = weight.new_zeros(R, count, b, C, b)  # e
     passed = weight.new_zeros(C, R, b, count, b)  # e A_G of what is done; here R is in order
     integers = torch.empty(R, C, count, b * b, dtype=torch.int8, device=weight.device)
@@ -76,19 +80,17 @@ def two_sided(
             passed_here.view(blocks, M, count * b)[:, :deep],
         )
         left = left.view(blocks, b, count, b).transpose(1, 2).flatten(2)[..., walk.order]
-        down = by_row[across].view(blocks, R, b, b)[which, at]
-        right = by_column[here].view(blocks, C, b, b)[which, first + which]
         q, e = walk(
             _diagonal(wanted[across, here]) - left,
             _diagonal(scales[across, here]).contiguous(),
             _diagonal(zeros[across, here]).contiguous(),
-            (down[:, walk.i][:, :, walk.i], right[:, walk.j][:, :, walk.j]),
+            down[across] * right[here],
             (low, high),
         )
         _diagonal(integers[across, here]).copy_(q)
         e = e[..., walk.back].view(blocks, count, b, b)
         _diagonal(lost[across, :, :, here], 3).copy_(e)
-        passed_here[which, at] += (e @ right[:, None]).transpose(1, 2)
+        passed_here[which, at] += (e @ corners[1][here, None]).transpose(1, 2)
     whole = integers.flip(0)[..., walk.back].view(R, C, count, b, b)
     whole = whole.permute(2, 0, 3, 1, 4).reshape(count, M, N)[:, :m, :n]
     found = torch.empty(count, m, n, dtype=torch.int8, device=weight.device)
@@ -118,14 +120,14 @@ class _Walk:
         wanted: Float[Tensor, "blocks K numbers"],
         scale: Float[Tensor, "blocks K numbers"],
         zero: Float[Tensor, "blocks K numbers"],
-        fed: tuple[Tensor, Tensor],
+        feedback: Float[Tensor, "blocks numbers numbers"],
         bounds: tuple[Tensor, Tensor],
     ) -> tuple[Tensor, Tensor]:
-        """Integers, and what each lost of what was wanted; fed: the two factors of what a number
-        (first) hands on to another (second), 1 to itself.
+        """Integers, and what each lost of what was wanted; feedback: what a number (first) hands on
+        to another (second), 1 to itself.
         """
         target, per_step = wanted.contiguous(), 1 / scale
-        feedback, offset = fed[0] * fed[1], zero * scale
+        offset = zero * scale
         q, e = torch.empty_like(target), torch.empty_like(target)
         for start, stop in self.steps:
             here = (..., slice(start, stop))
