@@ -17,12 +17,12 @@ from typing import Any, ClassVar
 from specomp.errors import needed
 from specomp.settings import configurable
 from specomp.slots import Method
-from specomp.training.phases import Count, Positive, Recovery
+from specomp.training.phases import Count, Positive, LastTraining
 from specomp.training.teacher import TeacherStates
 
 
 @configurable
-class LoRA(Recovery):
+class LoRA(LastTraining):
     """Adapters on what is stored. Every setting is explained in conf/method/training/lora.yaml."""
 
     moves_stored: ClassVar[bool] = True

@@ -16,12 +16,12 @@ from typing import Any, ClassVar
 from specomp.errors import UserError
 from specomp.settings import configurable
 from specomp.slots import Method
-from specomp.training.phases import Recovery
+from specomp.training.phases import LastTraining
 from specomp.training.teacher import TeacherStates
 
 
 @configurable
-class Scales(Recovery):
+class Scales(LastTraining):
     """Every setting is explained in conf/method/training/scales.yaml."""
 
     moves_stored: ClassVar[bool] = False  # not off its grid

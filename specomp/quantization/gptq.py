@@ -72,7 +72,10 @@ def gptq_each(
         grids = [spacing.fit(weight[mask].view_as(numbers), of_numbers) for spacing in spacings]
     if outputs is not None:
         assert mask is None, "rows of the numbers that are left belong to no outputs"
-        sides = inputs_of(outputs, act_order=True, damping=output_damping)
+        try:  # their rows of the largest gradients first
+            sides = inputs_of(outputs, act_order=True, damping=output_damping)
+        except ValueError as error:
+            raise ValueError(f"the gradients of its outputs: {error}") from error
         at_once = max(1, SWEPT_BYTES // (24 * weight.numel()))
         each = [
             x

@@ -9,9 +9,9 @@ triangular A_G and A_B of the inverses' Cholesky factors, number (i, j) is round
 
     w_ij - sum_{(i',j') before} A_B[i',i] e_i'j' A_G[j',j]        e: lost of what was wanted there
 
-With B a multiple of the identity that is GPTQ. Differs from the paper: the curvature is the norm's
-(K-FAC's of the text's own labels, not fitted to the model's KL), numbers one by one instead of
-vectors of a codebook, and no incoherence processing.
+With B a multiple of the identity that is GPTQ. Differs from the paper: the curvature is K-FAC's of
+the text's own labels, not fitted to the model's KL, and B is damped by as much as its mean
+diagonal; numbers one by one instead of vectors of a codebook, and no incoherence processing.
 
 Numbers wait for those above and to their left alone, so all on an antidiagonal are rounded at once:
 blocks on one of the matrix side by side, and in every block one antidiagonal after the other.

@@ -221,7 +221,7 @@ class SpectrumSettings(Distillation):
 
 
 @configurable
-class Recovery(Distillation):
+class LastTraining(Distillation):
     """The settings of a training that comes last and chooses nothing: one phase, after everything
     is stored.
     """

@@ -15,7 +15,7 @@ from specomp.compression.spectra import stored_numbers
 from specomp.slots import describe
 from specomp.training.distill import DistillationModule
 from specomp.training.fit import Result, fit, trained_once
-from specomp.training.phases import Phase, Recovery
+from specomp.training.phases import Phase, LastTraining
 from specomp.training.teacher import TeacherStates
 
 log = logging.getLogger(__name__)
@@ -48,7 +48,7 @@ class RecoveryModule(DistillationModule):
     """The student: the compressed model with trainees in it."""
 
     def __init__(
-        self, run: Run, settings: Recovery, teacher: TeacherStates, trainees: Trainees
+        self, run: Run, settings: LastTraining, teacher: TeacherStates, trainees: Trainees
     ) -> None:
         super().__init__(run, settings, teacher)
         self.trainees, self.stored = trainees, trainees.trains
@@ -97,7 +97,7 @@ def are_in(model: nn.Module, trainees: Trainees) -> bool:
 
 
 def recovered(
-    run: Run, settings: Recovery, teacher: TeacherStates, trainees: Trainees
+    run: Run, settings: LastTraining, teacher: TeacherStates, trainees: Trainees
 ) -> dict[str, Any]:
     """Train, or take from the cache, in place. Returns how it went; `curve` included. What fails
     leaves the model as it was stored.
