@@ -17,7 +17,7 @@ from typing import Any, ClassVar
 from specomp.errors import needed
 from specomp.settings import configurable
 from specomp.slots import Method
-from specomp.training.phases import Count, Positive, LastTraining
+from specomp.training.phases import Count, LastTraining, Positive
 from specomp.training.teacher import TeacherStates
 
 

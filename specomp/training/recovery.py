@@ -15,7 +15,7 @@ from specomp.compression.spectra import stored_numbers
 from specomp.slots import describe
 from specomp.training.distill import DistillationModule
 from specomp.training.fit import Result, fit, trained_once
-from specomp.training.phases import Phase, LastTraining
+from specomp.training.phases import LastTraining, Phase
 from specomp.training.teacher import TeacherStates
 
 log = logging.getLogger(__name__)
