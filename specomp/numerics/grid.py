@@ -73,7 +73,7 @@ class Grid:
         """q of the grid points nearest to a weight; of one held in 16 bits, of points that give
         exactly that where there are such: in bfloat16 8 bits with zeros are finer than the weight.
         """
-        scales, zeros = self._by_column(weight)
+        scales, zeros = self.by_column(weight)
         low, high = limits(self.bits)
         found = (weight.float() / scales + zeros).round().clamp(low, high)
         if weight.dtype == torch.bfloat16 and self.bits == 8:
@@ -87,10 +87,10 @@ class Grid:
         """The weight in float32 that integers stand for: exact, a product of a few bits with a
         16-bit scale.
         """
-        scales, zeros = self._by_column(integers)
+        scales, zeros = self.by_column(integers)
         return (integers.float() - zeros) * scales
 
-    def _by_column(self, like: Tensor) -> tuple[Tensor, Tensor | int]:
+    def by_column(self, like: Tensor) -> tuple[Tensor, Tensor | int]:
         """Scales and zeros as float32 (m, n) on the device of a matrix (m, n)."""
 
         def spread(x: Tensor) -> Tensor:

@@ -48,9 +48,9 @@ def two_sided(
         return whole.view(R, b, C, b).transpose(1, 2).flatten(2)[..., walk.order].flip(0)
 
     wanted = ordered(weight)[:, :, None]  # (R C 1 b^2)
-    spread = [_spread(x, n) for x in grids]
+    spread = [x.by_column(weight) for x in grids]
     scales = torch.stack([ordered(x) for x, _ in spread], 2)  # (R C K b^2)
-    zeros = torch.stack([ordered(x) for _, x in spread], 2)
+    zeros = torch.stack([ordered(torch.zeros_like(s) + z) for s, z in spread], 2)
     scales = torch.where(scales == 0, 1, scales)  # of what is padded
     bounds = torch.tensor([limits(x.bits) for x in grids], dtype=weight.dtype, device=weight.device)
     low, high = bounds.T[:, :, None]  # (K 1)
@@ -149,11 +149,3 @@ def _padded(side: Inputs) -> Tensor:
     )
     whole[:size, :size] = side.feedback / side.feedback.diagonal()[:, None]
     return whole
-
-
-def _spread(grid: Grid, n: int) -> tuple[Tensor, Tensor]:
-    """Scales and zeros (m n) as float32."""
-    scales = grid.scales.float().repeat_interleave(grid.group_size, 1)[:, :n]
-    if grid.zeros is None:
-        return scales, torch.zeros_like(scales)
-    return scales, grid.zeros.float().repeat_interleave(grid.group_size, 1)[:, :n]

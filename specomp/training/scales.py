@@ -5,6 +5,7 @@ the multiples are in the scales, rounded as scales are stored.
 """
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any, ClassVar, cast
 
 import torch
@@ -14,7 +15,6 @@ from torch.nn.utils import parametrize
 from specomp.compression.run import Run
 from specomp.models.family import ModelFamily
 from specomp.models.modules import CodedLinear, GridLinear, replace_linear
-from specomp.numerics.grid import Grid
 from specomp.training.recovery import recovered
 from specomp.training.teacher import TeacherStates
 
@@ -143,9 +143,8 @@ def rescale(module: GridLinear, gain: Tensor) -> None:
     grid, weight = module.grid, module.weight
     integers = grid.integers(weight)
     scales = (grid.scales.float() * gain.to(grid.scales.device)).to(grid.scales.dtype)
-    made = Grid(scales=scales, zeros=grid.zeros, bits=grid.bits, group_size=grid.group_size)
-    module.grid = made
-    module.weight = nn.Parameter(made.values(integers).to(weight.dtype), requires_grad=False)
+    module.grid = replace(grid, scales=scales)
+    module.weight = nn.Parameter(module.grid.values(integers).to(weight.dtype), requires_grad=False)
 
 
 def linear_of(module: CodedLinear, dtype: torch.dtype) -> nn.Linear:
