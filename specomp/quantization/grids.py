@@ -35,6 +35,7 @@ class Grids:
     factors: tuple[Kind, ...]
     packing: tuple[Kind, ...]
     units: tuple[Kind, ...]
+    mixed: bool
     grid: ClassVar[None] = None
 
     @property
@@ -62,8 +63,9 @@ class Grids:
         return [*full, *low, *own, packing]
 
     def wide(self, forms: Sequence[Form]) -> Sequence[Form]:
-        """Each on every grid of `units`, and without."""
-        return [*(x for form in forms for x in on_grids(form, self._by(self.units))), *forms]
+        """Each on every grid of `units`, or pair of them, and without."""
+        rules = self._by(self.units)
+        return [*(x for form in forms for x in on_grids(form, rules, mixed=self.mixed)), *forms]
 
     def __call__(self, chain: Chain, stats: Stats, dtype: torch.dtype) -> tuple[Rounded, ...]:
         """As they are: what is on a grid says so itself."""

@@ -106,7 +106,7 @@ def test_a_linear_in_full_loses_what_was_predicted_on_every_grid(trial):
         (size,) = form.sizes(unit)
         (predicted,) = form.losses(unit, torch.tensor([size]), evidence).tolist()
         assert lost(run, evidence, unit, Choice(form, size)) == pytest.approx(predicted, rel=1e-4)
-        seen.add(form.rounding.grid.bits)
+        seen.add(form.rounding(unit, unit.linears[-1]).grid.bits)
     assert seen == {2, 3, 4, 5, 6, 8}
 
 
@@ -142,7 +142,7 @@ def test_low_rank_on_a_grid_is_never_dearer_than_in_full_on_it(trial):
     for unit in run.units[:7]:
         for form in run.forms:
             if form.size_of == "rank" and hasattr(form, "rounding"):
-                full = rows.slot("packing", "whole").parts(unit, 0, form.rounding.grid)
+                full = rows.slot("packing", "whole").parts(unit, 0, form.rounding(unit, unit.linears[-1]).grid)
                 for size in form.sizes(unit):
                     assert bits(form.parts(unit, size), torch.float16) < bits(full, torch.float16)
 
@@ -165,7 +165,7 @@ def test_more_bits_are_predicted_to_lose_less(trial):
         by_bits: dict[int, float] = {}
         for form in full:
             (loss,) = form.losses(unit, torch.tensor(form.sizes(unit)), evidence).tolist()
-            width = form.rounding.grid.bits
+            width = form.rounding(unit, unit.linears[-1]).grid.bits
             by_bits[width] = min(loss, by_bits.get(width, loss))
         losses = [by_bits[x] for x in sorted(by_bits)]
         assert losses == sorted(losses, reverse=True)
