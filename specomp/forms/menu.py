@@ -10,6 +10,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import ClassVar
 
 import torch
@@ -41,30 +42,33 @@ def options(
     predicted: whether losses may be asked for, which decide among several forms of a linear.
     each: a `map`, where their losses can be predicted side by side.
     """
-    kind = Best if len(forms) > 1 and predicted else Options
+    wide = wide or {}
+    several = len(forms) > 1 and predicted
+    joined = {x.name for unit in wide for x in unit.linears}
+    # whose losses decide what an option is; the others are asked for theirs, if at all, later
+    deciding = [*wide, *(x for x in units if several or x.linears[0].name in joined)]
+    across = [x for x in wide if x.linears[-1].decoder_layer != x.decoder_layer]
+    within = sorted((x for x in deciding if x not in across), key=lambda x: x.decoder_layer)
 
     def made_of(unit: Unit) -> Options:
-        return kind(unit, forms, budget, dtype, evidence, grid)
+        if several and unit not in wide:
+            return Best(unit, forms, budget, dtype, evidence, grid)
+        return Options(unit, wide.get(unit, forms), budget, dtype, evidence, grid).predicted()
 
-    found: Iterable[Options] = map(made_of, units)
-    if kind is Best:  # the first time each takes trials of every grid
-        found = track(each(made_of, units), "try grids", len(units))
-    single = dict(zip(units, found, strict=True))
-    by_linear = {unit.linears[0].name: found for unit, found in single.items()}
-    made: dict[Unit, Options] = {}
-    for unit, own in track_wide(wide or {}):
-        linears = [by_linear.pop(x.name) for x in unit.linears]
-        made[unit] = Wide(unit, own, linears, dtype, grid, comparable=comparable)
-    made |= {x.unit: x for x in by_linear.values()}
+    # the first time each takes a decomposition, or trials of every grid
+    label = "try grids" if several else "predict losses of whole MLPs"
+    asked: Iterable[Options] = chain(each(made_of, within), map(made_of, across))
+    asked = track(asked, label, len(deciding)) if deciding else ()
+    made = dict(zip([*within, *across], asked, strict=True))
+    for unit in units:
+        if unit not in made:
+            made[unit] = Options(unit, forms, budget, dtype, evidence, grid)
+    of_linear = {unit.linears[0].name: unit for unit in units}
+    for unit in wide:
+        linears = [made.pop(of_linear[x.name]) for x in unit.linears]
+        made[unit] = Wide(made[unit], linears, comparable=comparable)
     place = {unit.linears[0].name: i for i, unit in enumerate(units)}
     return dict(sorted(made.items(), key=lambda item: place[item[0].linears[0].name]))
-
-
-def track_wide(
-    wide: Mapping[Unit, Sequence[Form]],
-) -> Iterable[tuple[Unit, Sequence[Form]]]:
-    """With a bar: the first time each takes a decomposition of every linear and one of its own."""
-    return track(wide.items(), "predict losses of whole MLPs", len(wide)) if wide else ()
 
 
 def settled(choices: Mapping[Unit, Choice]) -> dict[Unit, Choice]:
@@ -135,41 +139,33 @@ class Wide(Options):
     """
 
     def __init__(
-        self,
-        unit: Unit,
-        forms: Sequence[Form],
-        linears: Sequence[Options],
-        dtype: torch.dtype,
-        grid: GridSpec | None,
-        *,
-        comparable: bool,
-        multiple: int = 1,
+        self, own: Options, linears: Sequence[Options], *, comparable: bool, multiple: int = 1
     ) -> None:
-        """linears: the options of each, in the order of the unit; comparable: whether all losses
-        are of the model's loss. If not, shares of energy are: of what the unit's last linear puts
-        out, of which each linear's error takes its own share (CHOICE). multiple: of which the sizes
-        of its own forms are.
+        """own: of its own forms; linears: the options of each, in the order of the unit;
+        comparable: whether all losses are of the model's loss. If not, shares of energy are: of
+        what the unit's last linear puts out, of which each linear's error takes its own share
+        (CHOICE). multiple: of which the sizes of its own forms are.
         """
-        super().__init__(unit, forms, linears[0].budget, dtype, linears[0].evidence, grid)
-        self._made_of = forms, linears, dtype, grid, comparable
-        losses = super().losses
+        vars(self).update(vars(own))
+        self._made_of = own, linears, comparable
+        unit, forms, losses = own.unit, own.forms[:-1], own.losses
         alike = next((x for x in forms if isinstance(x, Alike)), None)
         last = {unit.linears[-1]} if alike is None else {x.linears[-1] for x in alike.units}
         whole = sum(x.whole for x in linears if x.unit.linears[0] in last)
         self._whole = sum(x.whole for x in linears) if comparable else whole
         mine = (self.sizes % multiple == 0).nonzero().flatten()
         mine = torch.cat([mine[mine < self.last], torch.tensor([self.last])])
-        own, prices, losses = len(mine) - 1, self.prices[mine], losses[mine]
+        count, prices, losses = len(mine) - 1, self.prices[mine], losses[mine]
         owner, sizes = self._owner[mine].tolist(), self.sizes[mine].tolist()
         if alike is None:
             scales = [1.0 if comparable else whole / x.whole if x.whole else 0.0 for x in linears]
             apart = Apart.of(linears, scales)
-            count = len(apart.prices)
+            splits = len(apart.prices)
             self.forms = (*forms, apart, DENSE)
-            prices = torch.cat([prices[:own], apart.prices, prices[own:]])
-            losses = torch.cat([losses[:own], apart.losses_at, losses[own:]])
-            owner = [*owner[:own], *[len(forms)] * count, len(forms) + 1]
-            sizes = [*sizes[:own], *range(count), sizes[own]]
+            prices = torch.cat([prices[:count], apart.prices, prices[count:]])
+            losses = torch.cat([losses[:count], apart.losses_at, losses[count:]])
+            owner = [*owner[:count], *[len(forms)] * splits, len(forms) + 1]
+            sizes = [*sizes[:count], *range(splits), sizes[count]]
         kept = frontier(prices, losses)
         self._owner, self.sizes = torch.tensor(owner)[kept], torch.tensor(sizes)[kept]
         self.prices, self._found = prices[kept], losses[kept]
@@ -188,9 +184,9 @@ class Wide(Options):
         """The same of ranks and sizes that are multiples of this."""
         if of == 1:
             return self
-        forms, linears, dtype, grid, comparable = self._made_of
+        own, linears, comparable = self._made_of
         few = [x.multiples(of) for x in linears]
-        return Wide(self.unit, forms, few, dtype, grid, comparable=comparable, multiple=of)
+        return Wide(own, few, comparable=comparable, multiple=of)
 
 
 class Joint(ABC):

@@ -90,6 +90,11 @@ class Options(Sequence[Option]):
         ]
         return torch.cat(found)[self._order]
 
+    def predicted(self) -> "Options":
+        """Itself, whose losses are known: the first time that takes a decomposition."""
+        assert len(self.losses) == len(self)
+        return self
+
     def multiples(self, of: int) -> "Options":
         """Those whose sizes are multiples of this, and dense; all where none is."""
         kept = (self.sizes % of == 0).nonzero().flatten()
