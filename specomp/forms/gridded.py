@@ -115,7 +115,7 @@ class Gridded:
             return cast(Mapping[str, Part], last)
         before = self.form.parts(unit, size, rules[self.before].grid)
         own = {name: part for name, part in last.items() if name.startswith(f"{kind}.")}
-        return before | own
+        return {**before, **own}
 
     def losses(self, unit: Unit, sizes: Tensor, evidence: Evidence) -> Tensor:
         """What is left out, and what rounding the rest adds, (sizes) in float64; in full, what

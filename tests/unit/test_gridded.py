@@ -173,7 +173,8 @@ def test_low_rank_on_a_grid_is_never_dearer_than_in_full_on_it(trial):
     for unit in run.units[:7]:
         for form in run.forms:
             if form.size_of == "rank" and hasattr(form, "rounding"):
-                full = rows.slot("packing", "whole").parts(unit, 0, form.rounding(unit, unit.linears[-1]).grid)
+                grid = form.rounding(unit, unit.linears[-1]).grid
+                full = rows.slot("packing", "whole").parts(unit, 0, grid)
                 for size in form.sizes(unit):
                     assert bits(form.parts(unit, size), torch.float16) < bits(full, torch.float16)
 
