@@ -586,7 +586,7 @@ class Plan:
             shape = tuple((x.m, x.n) for x in unit.linears)
             for form in forms:
                 one = form.form if isinstance(form, Alike) else form
-                if isinstance(one, Gridded) and one.first:
+                if isinstance(one, Gridded) and not one.index:
                     parts = form.units if isinstance(form, Alike) else [unit]
                     found.setdefault((one.trials, shape), [one, parts[0], 0])[2] += len(parts)
         return [((form, unit), count) for form, unit, count in found.values()]

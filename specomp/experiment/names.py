@@ -27,7 +27,6 @@ LATER: dict[str, dict[str, Any]] = {
 }
 LATER["Cut"] = {"order": "weighted", "repair": True, "loss_scale": 1.0}
 LATER["FactorQuantizer"] = {"search": 0, "scaling": 0, "output_damping": None}
-LATER["Grids"] = {"mixed": False}
 LATER["PackagedGGUF"] = {"off_grid": False}
 LATER["KroneckerWhitening"] = {"input_damping": 0.0}
 LATER["FunctionalUnits"] = {"value_output": None, "query_key": None}

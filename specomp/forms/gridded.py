@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from specomp.forms.menu import Alike
 from specomp.forms.options import read_off
-from specomp.forms.prices import Part, bits, parts_of
+from specomp.forms.prices import Part, bits
 from specomp.forms.whole import Whole
 from specomp.models.family import LinearSpec, Unit
 from specomp.numerics.grid import GridSpec
@@ -25,7 +25,7 @@ from specomp.slots import Chain, Evidence, Form, Rounded, Rounding, SizeOf
 # Shares of the largest size at which rounding is measured.
 MEASURED = (1 / 8, 1 / 4, 1 / 2, 1.0)
 WHOLE = Whole()
-VERSION = 2  # part of the cache key: raise it when rounding gives other numbers
+VERSION = 1  # part of the cache key: raise it when rounding gives other numbers
 
 
 class Rule(Rounding, Protocol):
@@ -46,11 +46,11 @@ class Trials:
     version: int = VERSION
 
     def losses(self, unit: Unit, sizes: Sequence[int], evidence: Evidence) -> dict[str, Tensor]:
-        """The sizes, and what each rule loses at them, (rules, linears, sizes) in float64."""
+        """The sizes, and what each rule loses at them (rules, sizes) in float64."""
 
         def make() -> dict[str, Tensor]:
             lost = [self.once(unit, size, evidence) for size in sizes]
-            found = {"sizes": torch.tensor(sizes), "losses": torch.stack(lost, -1)}
+            found = {"sizes": torch.tensor(sizes), "losses": torch.stack(lost, 1)}
             if self.form.size_of == "whole":
                 all_of_it = [
                     evidence.norm(x).loss(evidence.weight(x).float()) for x in unit.linears
@@ -61,21 +61,18 @@ class Trials:
         return dict(evidence.remembered(unit, self, make, self.rules[0].needs))
 
     def once(self, unit: Unit, size: int, evidence: Evidence) -> Tensor:
-        """(rules, linears) in float64: at one size."""
-        trial = Trial(evidence, self.rules, unit.linears)
+        """(rules) in float64: at one size."""
+        trial = Trial(evidence, self.rules)
         self.form.fit(unit, size, cast(Evidence, trial))
         return trial.squares
 
 
 @dataclass(frozen=True)
 class Gridded:
-    """`form`, rounded by the rules that are tried on it: the last linear of a unit by one of them,
-    those before it, which make what it reads, by the same or another.
-    """
+    """`form`, rounded by one of the rules that are tried on it."""
 
     trials: Trials
-    before: int
-    last: int
+    index: int
 
     @property
     def size_of(self) -> SizeOf:
@@ -88,34 +85,24 @@ class Gridded:
         return self.trials.form
 
     @property
-    def first(self) -> bool:
-        """Whether it stands for all that share its trials."""
-        return self.before == self.last == 0
-
-    def rounding(self, unit: Unit, linear: LinearSpec) -> Rule:
-        """By what a linear of the unit is rounded."""
-        return self.trials.rules[self.last if linear == unit.linears[-1] else self.before]
+    def rounding(self) -> Rule:
+        """By what."""
+        return self.trials.rules[self.index]
 
     def sizes(self, unit: Unit) -> Sequence[int]:
         """Those of the form that are smaller than every linear in full on the same grid."""
         sizes = self.form.sizes(unit)
         if self.size_of == "whole" or not len(sizes):
             return sizes
-        found, dtype = torch.tensor(sizes), torch.float16  # all is on a grid, whatever the dtype
-        prices = torch.as_tensor(bits(self.parts(unit, found), dtype))  # type: ignore[arg-type]
-        full = {x.name: Part((x.m, x.n), self.rounding(unit, x).grid) for x in unit.linears}
-        whole = bits(full, dtype)
+        grid, dtype = self.rounding.grid, torch.float16  # all is on the grid, whatever the dtype
+        found = torch.tensor(sizes)
+        prices = torch.as_tensor(bits(self.form.parts(unit, found, grid), dtype))
+        whole = bits(WHOLE.parts(unit, 0, grid), dtype)
         return cast(Sequence[int], found[prices.expand(len(found)) < whole].tolist())
 
     def parts(self, unit: Unit, size: int, grid: GridSpec | None = None) -> Mapping[str, Part]:
-        """Those of the form, on its own grids."""
-        rules, kind = self.trials.rules, unit.linears[-1].kind
-        last = self.form.parts(unit, size, rules[self.last].grid)
-        if self.before == self.last or len(unit.linears) == 1:
-            return cast(Mapping[str, Part], last)
-        before = self.form.parts(unit, size, rules[self.before].grid)
-        own = {name: part for name, part in last.items() if name.startswith(f"{kind}.")}
-        return {**before, **own}
+        """Those of the form, on its own grid."""
+        return cast(Mapping[str, Part], self.form.parts(unit, size, self.rounding.grid))
 
     def losses(self, unit: Unit, sizes: Tensor, evidence: Evidence) -> Tensor:
         """What is left out, and what rounding the rest adds, (sizes) in float64; in full, what
@@ -126,9 +113,7 @@ class Gridded:
         if not tried or not len(sizes):
             return own
         found = self.trials.losses(unit, tried, evidence)
-        of = found["losses"]  # each linear's add up
-        added = of[self.before, :-1].sum(0) + of[self.last, -1]
-        lost = own + between(found["sizes"], added, sizes)
+        lost = own + between(found["sizes"], found["losses"][self.index], sizes)
         return torch.where(sizes == 0, found["nothing"], lost) if "nothing" in found else lost
 
     def tried(self, unit: Unit) -> list[int]:
@@ -147,52 +132,35 @@ class Gridded:
 
     def fit(self, unit: Unit, size: int, evidence: Evidence) -> Mapping[str, nn.Module]:
         """What the form makes."""
-        rules = {x.name: self.rounding(unit, x) for x in unit.linears}
-        return self.form.fit(unit, size, cast(Evidence, Ruled(evidence, rules)))
+        return self.form.fit(unit, size, evidence.on(self.rounding))
 
     def kept(self, unit: Unit) -> int:
         """Sizes and losses where rounding was measured, in 8 bytes; said by the first of the grids.
         What its form keeps it says itself, as the form without a grid.
         """
         count = len(self.tried(unit))
-        numbers = count * (1 + len(self.trials.rules) * len(unit.linears))
-        return 8 * (numbers + (self.size_of == "whole")) if self.first else 0
+        numbers = count * (1 + len(self.trials.rules)) + (self.size_of == "whole")
+        return 0 if self.index else 8 * numbers
 
     def facts(self, module: nn.Module) -> Mapping[str, float]:
         """Those of the form, and the bits of its integers."""
-        grids = [x.grid for x in parts_of(module).values() if x.grid is not None]
-        return {**self.form.facts(module), "bits": float(min(x.bits for x in grids))}
+        grid = self.rounding.grid
+        assert grid is not None, "a grid of its own"
+        return {**self.form.facts(module), "bits": float(grid.bits)}
 
     def notes(self, facts: Mapping[str, Mapping[str, float]], count: int) -> Sequence[str]:
-        """Those of the form, on these grids."""
-        bits = sorted({int(x["bits"]) for x in facts.values()})
-        said = " and ".join(map(str, bits))
-        return [f"{said} bits: {note}" for note in self.form.notes(facts, count)]
-
-
-class Ruled:
-    """Evidence that rounds every linear by its own rule."""
-
-    def __init__(self, evidence: Evidence, rules: Mapping[str, Rule]) -> None:
-        self.evidence, self.rules = evidence, rules
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.evidence, name)
-
-    def rounded(self, linear: LinearSpec, chain: Chain) -> tuple[Rounded, ...]:
-        """By its rule."""
-        return self.evidence.on(self.rules[linear.name]).rounded(linear, chain)
+        """Those of the form, on this grid."""
+        grid = self.rounding.grid
+        assert grid is not None, "a grid of its own"
+        return [f"{grid.bits} bits: {note}" for note in self.form.notes(facts, count)]
 
 
 class Trial:
     """Evidence for making a form that nothing installs: adds up what each rule loses of it."""
 
-    def __init__(
-        self, evidence: Evidence, rules: Sequence[Rule], linears: Sequence[LinearSpec]
-    ) -> None:
+    def __init__(self, evidence: Evidence, rules: Sequence[Rule]) -> None:
         self.evidence, self.rules = evidence, rules
-        self.index = {x.name: i for i, x in enumerate(linears)}
-        self.squares = torch.zeros(len(rules), len(linears), dtype=torch.float64)
+        self.squares = torch.zeros(len(rules), dtype=torch.float64)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.evidence, name)
@@ -208,7 +176,7 @@ class Trial:
         norm = self.evidence.norm(linear)
         for index, found in enumerate(turn.found):
             after = chain.assemble(*(x.values for x in found))
-            self.squares[index, self.index[linear.name]] += norm.loss(after - before) ** 2
+            self.squares[index] += norm.loss(after - before) ** 2
         return same
 
 
@@ -225,18 +193,14 @@ class Turn:
         return tuple(map(Rounded, chain.matrices))
 
 
-def on_grids(form: Form, rules: Sequence[Rule], *, mixed: bool = False) -> list[Form]:
-    """The form on the grid of each of several rules; of several units at one size, each of them;
-    mixed: also with the last linear of a unit on another grid than those before it.
-    """
+def on_grids(form: Form, rules: Sequence[Rule]) -> list[Form]:
+    """The form on the grid of each of several rules; of several units at one size, each of them."""
     if not rules:
         return []
     if isinstance(form, Alike):
-        found = on_grids(form.form, rules, mixed=mixed)
-        return [cast(Form, Alike(x, form.units)) for x in found]
-    trials, indices = Trials(form, tuple(rules)), range(len(rules))
-    pairs = [(i, j) for i in indices for j in indices if mixed or i == j]
-    return [cast(Form, Gridded(trials, before, last)) for before, last in pairs]
+        return [cast(Form, Alike(x, form.units)) for x in on_grids(form.form, rules)]
+    trials = Trials(form, tuple(rules))
+    return [cast(Form, Gridded(trials, index)) for index in range(len(rules))]
 
 
 def between(at: Tensor, values: Tensor, sizes: Tensor) -> Tensor:

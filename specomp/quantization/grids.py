@@ -35,7 +35,6 @@ class Grids:
     factors: tuple[Kind, ...]
     packing: tuple[Kind, ...]
     units: tuple[Kind, ...]
-    mixed: bool
     grid: ClassVar[None] = None
 
     @property
@@ -63,9 +62,8 @@ class Grids:
         return [*full, *low, *own, packing]
 
     def wide(self, forms: Sequence[Form]) -> Sequence[Form]:
-        """Each on every grid of `units`, or pair of them, and without."""
-        rules = self._by(self.units)
-        return [*(x for form in forms for x in on_grids(form, rules, mixed=self.mixed)), *forms]
+        """Each on every grid of `units`, and without."""
+        return [*(x for form in forms for x in on_grids(form, self._by(self.units))), *forms]
 
     def __call__(self, chain: Chain, stats: Stats, dtype: torch.dtype) -> tuple[Rounded, ...]:
         """As they are: what is on a grid says so itself."""
