@@ -78,6 +78,19 @@ class Cache:
         with self._counting:
             counts[kind] = counts.get(kind, 0) + 1
 
+    @contextlib.contextmanager
+    def counted_as(self, hits: Mapping[str, int], misses: Mapping[str, int]) -> Iterator[None]:
+        """While it is open nothing is counted; afterwards these are, of a process that did it."""
+        counts = self.hits, self.misses
+        self.hits, self.misses = {}, {}
+        try:
+            yield
+        finally:
+            self.hits, self.misses = counts
+            for mine, theirs in zip(counts, (hits, misses), strict=True):
+                for kind, count in theirs.items():
+                    mine[kind] = mine.get(kind, 0) + count
+
     def path(self, kind: str, key: str, part: str) -> Path:
         """Where a part of an entry is, or where it would be written."""
         return self.place(f"{kind}/{key[:24]}/{part}.safetensors")

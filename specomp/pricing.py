@@ -22,11 +22,12 @@ from specomp.cache import Cache
 from specomp.compression.calibrate import passes
 from specomp.compression.evidence import LayerEvidence
 from specomp.compression.ledger import Size, measure
-from specomp.compression.loop import small, store_unit
+from specomp.compression.loop import store_unit
 from specomp.compression.observe import place_of, stats_of
 from specomp.compression.run import Run
 from specomp.compression.search import apart
 from specomp.compression.spectra import decompose, kept_components, stores_more
+from specomp.compression.workers import workers
 from specomp.data.calibration import CalibrationSet
 from specomp.errors import UserError
 from specomp.evaluation.workload import Workload
@@ -621,8 +622,8 @@ class Plan:
             held += max(8 * (4 * x.n**2 + 3 * x.m * x.n) for x in last)
             detail += f"; {len(last)} functional units put in order"
         if tried := self.tried:
-            beside = min(torch.get_num_threads(), len(self.layer)) if small(self.layer) else 1
-            held += 3 * SWEPT_BYTES * beside  # rows, integers, and what is tried of a grid
+            # rows, integers, and what is tried of a grid
+            held += 3 * SWEPT_BYTES * workers(self.layer)
             total += sum((self.trying(form, unit) * count for (form, unit), count in tried), Work())
             detail += f"; {sum(count for _, count in tried)} forms tried on several grids"
         trials = self.asked == "trials"

@@ -2,6 +2,8 @@
 passes counted, nothing trained."""
 
 import logging
+import multiprocessing
+import os
 import subprocess
 import sys
 import threading
@@ -18,10 +20,11 @@ import torch
 from running import make_run, random_tokens
 from tiny import FAMILY_NAMES
 
+from specomp import api, rows
 from specomp.cache import Cache, digest
 from specomp.compression.calibrate import Statistics, calibrate, part_name, statistic_key
 from specomp.compression.evidence import DenseEvidence
-from specomp.compression.loop import compress, compress_layers, dense_spectra, one_thread_each
+from specomp.compression.loop import compress, compress_layers, dense_spectra
 from specomp.compression.module import CalibrationOnlyModule
 from specomp.compression.observe import LayerObserver
 from specomp.compression.probe import Probe
@@ -30,10 +33,11 @@ from specomp.compression.route import Route
 from specomp.compression.run import Run
 from specomp.compression.spectra import Spectra
 from specomp.compression.stream import HiddenStream
+from specomp.compression.workers import foretold, forks, one_thread_each
 from specomp.data.calibration import CalibrationSet
 from specomp.errors import UserError
 from specomp.forms.factors import Factors, LowRankLinear
-from specomp.forms.prices import Numbers
+from specomp.forms.prices import Bits, Numbers
 from specomp.methods.adasvd import AdaComp, AdaCR
 from specomp.methods.fwsvd import FisherWhitening
 from specomp.methods.kronecker import KroneckerWhitening
@@ -46,6 +50,7 @@ from specomp.methods.svd import (
     Weight,
 )
 from specomp.methods.svd_llm import GramWhitening, UpdateU
+from specomp.models.modules import weight_of
 from specomp.numerics.statistics import (
     AbsMean,
     Fisher,
@@ -678,6 +683,57 @@ def test_the_certificate_measures_what_is_stored(cache, damage):
             if damage
             else report.loss_over_bound == pytest.approx(1, abs=1e-3)
         )
+
+
+@pytest.fixture
+def two_threads():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="processes are forked on Linux alone")
+def test_trials_of_grids_by_processes_are_those_of_one(tmp_path, two_threads):
+    few = {"whole": [[3, 32], [4, 32]], "factors": [[4, 32]], "units": [[4, 32]]}
+    grids = rows.slot("quantizer", "grids", **few)
+    method = api.method_of("specomp", grids, Bits(bits=3.0))
+    found = {}
+    for threads in (1, 2):
+        torch.set_num_threads(threads)
+        made = make_run("llama", Cache(tmp_path / str(threads)), method=method)
+        run = replace(made, budget=Bits(bits=3.0))
+        assert forks(run) == (threads == 2)
+        report = compress(run, calibrate(run))
+        stored = {x.name: weight_of(run.model.get_submodule(x.name)) for x in run.linears}
+        told = [(x.name, x.rank, dict(x.facts)) for x in report.linears]
+        found[threads] = (told, stored, run.cache.hits, run.cache.misses)
+    (one, weights, *counts), (two, others, *theirs) = found[1], found[2]
+    assert one == two and counts == theirs and counts[1]["units"] > 14
+    assert all(torch.equal(weights[x], others[x]) for x in weights)
+    assert not multiprocessing.active_children()
+
+
+@pytest.mark.parametrize("end", ["raise", "die", "both"])
+def test_what_a_process_could_not_do_is_done_here(cache, two_threads, end):
+    run, here = make_run("llama", cache), os.getpid()
+    units = run.units[:5]
+
+    def work(unit):
+        run.cache.count("units", hit=False)
+        if unit == units[2] and (os.getpid() != here or end == "both"):
+            if end == "die":
+                os._exit(1)
+            raise UserError(f"not {unit.name}")
+        return unit.name, os.getpid() == here
+
+    if end == "both":
+        with pytest.raises(UserError, match="not"):
+            list(foretold(run, work, units))
+    else:
+        assert list(foretold(run, work, units)) == [(x.name, True) for x in units]
+        assert run.cache.misses == {"units": 5}
+    assert not multiprocessing.active_children()
 
 
 def test_the_longest_units_start_first_and_reports_keep_their_order(cache):

@@ -6,11 +6,8 @@ travel along (stream.py).
 """
 
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import replace
-from itertools import groupby
 from typing import Any
 
 import torch
@@ -25,10 +22,11 @@ from specomp.compression.run import Run
 from specomp.compression.search import searched
 from specomp.compression.spectra import Spectra, Weight
 from specomp.compression.stream import HiddenStream
+from specomp.compression.workers import by_layer, one_thread_each
 from specomp.forms.menu import options, settled
 from specomp.forms.options import DENSE
 from specomp.forms.prices import Budget, numbers, parts_of
-from specomp.models.family import LinearSpec, Unit
+from specomp.models.family import Unit
 from specomp.models.modules import replace_linear, weight_of
 from specomp.numerics.statistics import Statistic
 from specomp.progress import track
@@ -36,8 +34,6 @@ from specomp.slots import Choice, Trained
 
 # What a report says of a linear that is smaller than it was (see forms/cut.py).
 CUT = {"cut": 1.0}
-# Largest min(m, n) of a decoder layer whose linears are worked on side by side.
-SMALL = 1024
 
 
 def compress(run: Run, statistics: Statistics) -> Report:
@@ -268,58 +264,3 @@ def store_unit(run: Run, unit: Unit, choice: Choice, evidence: LayerEvidence) ->
         evidence.forget(linear)
         reports.append(report)
     return reports
-
-
-def by_layer(run: Run) -> Callable[..., Iterable[Any]]:
-    """A `map` over units in the order of the model: decoder layer by decoder layer, those of one
-    side by side where they are in memory and small.
-    """
-    if run.store is not None:
-        return map
-
-    def each(work: Callable[[Unit], Any], units: Sequence[Unit]) -> Iterator[Any]:
-        for index, group in groupby(units, key=lambda x: x.decoder_layer):
-            here = list(group)
-            with one_thread_each(here, run.device(index)) as side_by_side:
-                yield from side_by_side(work, here)
-
-    return each
-
-
-def small(linears: Iterable[LinearSpec]) -> bool:
-    """Whether linears of a decoder layer are worked on side by side."""
-    return max(min(x.m, x.n) for x in linears) <= SMALL
-
-
-@contextmanager
-def one_thread_each(
-    units: Sequence[Unit], device: torch.device
-) -> Iterator[Callable[..., Iterable[Any]]]:
-    """A `map` over the units of a decoder layer: side by side on a CPU where they are small, one
-    after the other elsewhere.
-
-    Small eigenproblems do not fill several threads (two of 576 at once on two cores: 12 % faster
-    than one after the other on both, and everything around them overlaps); those of large models
-    do. The longest start first: the last linear of a decoder layer is often the longest, and
-    everyone would wait for it (a fifth of the time of SmolLM2). Results keep the order of the
-    units.
-    """
-    threads = torch.get_num_threads()
-    if device.type != "cpu" or threads == 1 or not small(x for y in units for x in y.linears):
-        yield map
-        return
-    try:
-        with ThreadPoolExecutor(
-            min(threads, len(units)), initializer=torch.set_num_threads, initargs=(1,)
-        ) as pool:
-
-            def longest_first(work: Callable[[Unit], Any], units: Sequence[Unit]) -> Iterable[Any]:
-                ordered = sorted(
-                    units, key=lambda x: (x.params, max(y.n for y in x.linears)), reverse=True
-                )
-                done = dict(zip(ordered, pool.map(work, ordered), strict=True))
-                return [done[x] for x in units]
-
-            yield longest_first
-    finally:
-        torch.set_num_threads(threads)

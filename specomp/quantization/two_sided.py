@@ -27,6 +27,9 @@ from specomp.numerics.feedback import Inputs
 from specomp.numerics.grid import Grid, limits
 
 BLOCK = 8
+# Rows, or columns, whose errors reach later ones block by block; from further away they come in one
+# product for as many.
+NEAR = 64
 
 
 def two_sided(
@@ -36,8 +39,9 @@ def two_sided(
     outputs: the feedback of G, and of B.
     """
     (m, n), count, b = weight.shape, len(grids), BLOCK
-    rows, columns = _padded(outputs), _padded(inputs)  # (M M), (N N)
-    (M, N), (R, C) = (len(rows), len(columns)), (len(rows) // b, len(columns) // b)
+    rows, columns = _padded(outputs), _padded(inputs)  # (up up), (along along)
+    (up, along), (R, C) = (len(rows), len(columns)), (-(-m // b), -(-n // b))
+    (M, N), each = (R * b, C * b), NEAR // b
     walk = _Walk(b, weight.device)
 
     # In blocks, whose numbers are in the order of the walk. The rows of blocks stand last to first:
@@ -54,32 +58,47 @@ def two_sided(
     scales = torch.where(scales == 0, 1, scales)  # of what is padded
     bounds = torch.tensor([limits(x.bits) for x in grids], dtype=weight.dtype, device=weight.device)
     low, high = bounds.T[:, :, None]  # (K 1)
-    by_row = rows.view(M, R, b).permute(1, 0, 2).flip(0).contiguous()  # (R M b)
-    by_column = columns.view(N, C, b).permute(1, 0, 2).contiguous()  # (C N b)
-    # what a number of a block hands on to another of it: the two factors, block by block
-    corners = _diagonal(by_row.view(R, R, b, b).flip(0)), _diagonal(by_column.view(C, C, b, b))
+    # what a number of a block hands on to another of it, and to those near: the two factors
+    corners = _blocks(rows, b)[:R], _blocks(columns, b)[:C]
     down = corners[0][:, walk.i][:, :, walk.i].flip(0)  # (R b^2 b^2), rows last to first
     right = corners[1][:, walk.j][:, :, walk.j]
-    lost = weight.new_zeros(R, count, b, C, b)  # e
-    passed = weight.new_zeros(C, R, b, count, b)  # e A_G of what is done; here R is in order
+    by_row, by_column = _near(rows)[:R].flip(0).mT.contiguous(), _near(columns)[:C]
+    # Of every row of blocks e of all columns, of those near, and what of the others reaches these;
+    # of every column of blocks, in order, e A_G likewise.
+    lost, kb = weight.new_zeros(R, count * b, along), count * b
+    near_lost, far_lost = (weight.new_zeros(R, kb, each, b) for _ in range(2))
+    passed = weight.new_zeros(C, up, kb)
+    near_passed, far_passed = (weight.new_zeros(C, each, b, kb) for _ in range(2))
     integers = torch.empty(R, C, count, b * b, dtype=torch.int8, device=weight.device)
     for wave in range(R + C - 1):
         first, last = max(0, wave - R + 1), min(C - 1, wave)  # columns of blocks J; I = wave - J
         here = slice(first, last + 1)
         across = slice(R - 1 - wave + first, R - wave + last)  # I, from the last row up
-        deep, far = (wave - first + 1) * b, (last + 1) * b
-        which = torch.arange(last - first + 1, device=weight.device)
-        at, blocks = wave - first - which, len(which)  # at: I of each J
+        for j in range(first, last + 1):
+            i, r = wave - j, R - 1 - wave + j
+            if j and j % each == 0:  # a row of blocks comes to columns that were not near
+                stop = j * b
+                lost[r, :, stop - NEAR : stop] = near_lost[r].flatten(1)
+                ahead = columns[:stop, stop : stop + NEAR]
+                torch.mm(lost[r, :, :stop], ahead, out=far_lost[r].view(kb, NEAR))
+                near_lost[r] = 0
+            if i and i % each == 0:  # a column of blocks comes to such rows
+                stop = i * b
+                passed[j, stop - NEAR : stop] = near_passed[j].flatten(0, 1)
+                ahead = rows[:stop, stop : stop + NEAR].T
+                torch.mm(ahead, passed[j, :stop], out=far_passed[j].view(NEAR, kb))
+                near_passed[j] = 0
+        blocks = torch.arange(last - first + 1, device=weight.device)
+        row, column = (wave - first - blocks) % each, (first + blocks) % each
+        near_here, near_across = near_passed[here], near_lost[across]
 
-        before = lost[across].flatten(3)[..., :far].reshape(blocks, -1, far)
-        before = torch.bmm(before, by_column[here, :far]).view(blocks, count, b, b)
-        passed_here = passed[here]
-        passed_here[which, at] = before.transpose(1, 2)
-        left = torch.bmm(
-            by_row[across, :deep].transpose(1, 2),
-            passed_here.view(blocks, M, count * b)[:, :deep],
+        before = torch.baddbmm(
+            far_lost[across][blocks, :, column], near_across.flatten(2), by_column[here]
         )
-        left = left.view(blocks, b, count, b).transpose(1, 2).flatten(2)[..., walk.order]
+        before = before.view(-1, count, b, b).transpose(1, 2).flatten(2)
+        near_here[blocks, row] = before
+        left = torch.baddbmm(far_passed[here][blocks, row], by_row[across], near_here.flatten(1, 2))
+        left = left.view(-1, b, count, b).transpose(1, 2).flatten(2)[..., walk.order]
         q, e = walk(
             _diagonal(wanted[across, here]) - left,
             _diagonal(scales[across, here]).contiguous(),
@@ -88,9 +107,10 @@ def two_sided(
             (low, high),
         )
         _diagonal(integers[across, here]).copy_(q)
-        e = e[..., walk.back].view(blocks, count, b, b)
-        _diagonal(lost[across, :, :, here], 3).copy_(e)
-        passed_here[which, at] += (e @ corners[1][here, None]).transpose(1, 2)
+        e = e[..., walk.back].view(-1, count, b, b)
+        near_across[blocks, :, column] = e.flatten(1, 2)
+        more = (e @ corners[1][here, None]).transpose(1, 2).flatten(2)
+        near_here[blocks, row] = before.add_(more)
     whole = integers.flip(0)[..., walk.back].view(R, C, count, b, b)
     whole = whole.permute(2, 0, 3, 1, 4).reshape(count, M, N)[:, :m, :n]
     found = torch.empty(count, m, n, dtype=torch.int8, device=weight.device)
@@ -112,8 +132,7 @@ class _Walk:
         order = (i + j).argsort(stable=True)
         self.order, self.back = order.to(device), order.argsort().to(device)
         self.i, self.j = i[order].to(device), j[order].to(device)
-        ends = torch.bincount(i + j).cumsum(0).tolist()
-        self.steps = list(zip([0, *ends], ends, strict=False))
+        self.steps = torch.bincount(i + j).tolist()  # how many are rounded at once
 
     def __call__(
         self,
@@ -126,26 +145,35 @@ class _Walk:
         """Integers, and what each lost of what was wanted; feedback: what a number (first) hands on
         to another (second), 1 to itself.
         """
-        target, per_step = wanted.contiguous(), 1 / scale
-        offset = zero * scale
+        target = wanted.contiguous()
         q, e = torch.empty_like(target), torch.empty_like(target)
-        for start, stop in self.steps:
-            here = (..., slice(start, stop))
-            t = target[here]
-            found = torch.addcmul(zero[here], t, per_step[here]).round_().clamp_(*bounds)
-            q[here] = found
-            error = (t + offset[here]).addcmul_(found, scale[here], value=-1)
-            e[here] = error
-            if stop < target.shape[-1]:
-                target[..., stop:].baddbmm_(error, feedback[:, start:stop, stop:], alpha=-1)
+        whole = (target, q, e, scale, 1 / scale, zero, zero * scale)
+        steps = zip(*(x.split(self.steps, -1) for x in whole), strict=True)
+        for step, handed_on in zip(steps, feedback.split(self.steps, 1), strict=True):
+            t, found, error, scales, per_step, zeros, offset = step
+            torch.addcmul(zeros, t, per_step, out=found).round_().clamp_(*bounds)
+            torch.add(t, offset, out=error).addcmul_(found, scales, value=-1)
+            target.baddbmm_(error, handed_on, alpha=-1)  # those before are handed nothing
         return q, e
 
 
 def _padded(side: Inputs) -> Tensor:
-    """Unit upper triangular, of a multiple of BLOCK rows: those that are added have no part."""
+    """Unit upper triangular, of a multiple of NEAR rows: those that are added have no part."""
     size = len(side.feedback)
     whole = torch.eye(
-        -(-size // BLOCK) * BLOCK, dtype=side.feedback.dtype, device=side.feedback.device
+        -(-size // NEAR) * NEAR, dtype=side.feedback.dtype, device=side.feedback.device
     )
     whole[:size, :size] = side.feedback / side.feedback.diagonal()[:, None]
     return whole
+
+
+def _blocks(factor: Tensor, size: int) -> Tensor:
+    """(count size size): those on its diagonal."""
+    count = len(factor) // size
+    return _diagonal(factor.view(count, size, count, size), 2)
+
+
+def _near(factor: Tensor) -> Tensor:
+    """(blocks NEAR BLOCK): what a block of columns is handed from those near it."""
+    found = _blocks(factor, NEAR).unflatten(2, (-1, BLOCK))
+    return found.transpose(1, 2).flatten(0, 1).contiguous()

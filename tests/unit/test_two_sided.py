@@ -63,10 +63,11 @@ def written_out(W: Tensor, inputs: Inputs, outputs: Inputs, grid) -> Tensor:
 
 
 @pytest.mark.parametrize("shape", [(6, 8), (9, 7), (1, 8), (8, 1), (20, 21)])
-@pytest.mark.parametrize("block", [2, 4, 8])
+@pytest.mark.parametrize(("block", "near"), [(2, 2), (2, 4), (4, 8), (4, 64), (8, 16)])
 @pytest.mark.parametrize("act_order", [True, False])
-def test_it_is_gptq_of_the_whole_hessian(monkeypatch, shape, block, act_order):
+def test_it_is_gptq_of_the_whole_hessian(monkeypatch, shape, block, near, act_order):
     monkeypatch.setattr(module, "BLOCK", block)
+    monkeypatch.setattr(module, "NEAR", near)
     (m, n), W = shape, torch.randn(shape, generator=torch.Generator().manual_seed(0))
     inputs = Inputs(gram(n, seed=1), act_order=act_order, damping=0.01)
     outputs = Inputs(gram(m, seed=2), act_order=act_order, damping=0.01)
