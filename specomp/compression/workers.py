@@ -4,9 +4,11 @@ where many small steps do.
 
 import logging
 import multiprocessing
+import os
 import signal
 import sys
 import time
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -111,7 +113,7 @@ def foretold(run: Run, work: Callable[[Unit], Any], units: Sequence[Unit]) -> It
     does, and fails at itself. They start at once, before anybody draws a bar from a thread.
     """
     fork, cache = multiprocessing.get_context("fork"), run.cache
-    turn, done = fork.Value("l", 0), fork.SimpleQueue()
+    turn, done, parent = fork.Value("l", 0), fork.SimpleQueue(), os.getpid()
 
     def ahead() -> None:
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # the one that forked ends them
@@ -121,7 +123,7 @@ def foretold(run: Run, work: Callable[[Unit], Any], units: Sequence[Unit]) -> It
         while True:
             with turn.get_lock():
                 index, turn.value = turn.value, turn.value + 1
-            if index >= len(units):
+            if index >= len(units) or os.getppid() != parent:  # which was killed
                 return
             cache.hits, cache.misses = {}, {}
             try:
@@ -134,8 +136,10 @@ def foretold(run: Run, work: Callable[[Unit], Any], units: Sequence[Unit]) -> It
     layer = [x for x in run.linears if x.decoder_layer == 0]
     count = min(workers(layer), len(units))
     processes = [fork.Process(target=ahead, daemon=True) for _ in range(count)]
-    for process in processes:
-        process.start()
+    with warnings.catch_warnings():  # Python 3.12 on: that this one has threads
+        warnings.filterwarnings("ignore", ".*fork", DeprecationWarning)
+        for process in processes:
+            process.start()
 
     def found() -> Iterator[Any]:
         counts: dict[int, tuple[dict[str, int], dict[str, int]] | None] = {}
