@@ -103,6 +103,7 @@ def forks(run: Run) -> bool:
         and sys.platform == "linux"  # elsewhere a fork of a process with threads is not safe
         and all(run.device(x).type == "cpu" for x in range(len(run.layers)))
         and not (dist.is_available() and dist.is_initialized())
+        and not multiprocessing.current_process().daemon  # which may have no children
         and profiles.folder is None
     )
 
