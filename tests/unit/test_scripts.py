@@ -155,11 +155,11 @@ def test_committed_records_cost_the_bits_that_their_parts_do(script):
     on no grid: 16 bits a number, and its indices.
     """
     pareto = script("pareto/pareto")
-    records = pareto.RecordStore(pareto.COMMITTED).all()
+    committed = pareto.RecordStore(pareto.COMMITTED).all()
+    records = [x for x in committed if x.status == "ok" and x.label("model") == "smollm2_135m"]
     found = {
         (pareto.name_of(x), round(x.counted.measured_retention, 1)): pareto.stored_bits(x)
         for x in records
-        if x.status == "ok" and x.label("model") == "smollm2_135m"
     }
     gptq = "dense quantizer=gptq_int4 quantizer.group_size=128 quantizer.search=6"
     bits = [pareto.stored_bits(x) for x in records if pareto.name_of(x) == gptq]
