@@ -29,6 +29,7 @@ KEPT = {
     "test_robustness.py::test_killed_while_statistics_are_written": 0,
     "test_robustness.py::test_three_processes_at_once": 0,
     "test_profile.py::test_every_stage_is_traced": 0,
+    "test_stages.py::test_trials_of_grids_by_processes_are_those_of_one": 0,
     "test_dashboard.py::test_with_the_real_package_and_a_server": 0,
     "test_wandb_service.py::test_a_server_that_goes_away_in_the_middle": 0,
     "test_wandb_service.py::test_without_a_server_a_sweep_waits_once_and_stores_everything": 0,
