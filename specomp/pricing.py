@@ -623,7 +623,7 @@ class Plan:
             detail += f"; {len(last)} functional units put in order"
         if tried := self.tried:
             # rows, integers, and what is tried of a grid
-            held += 3 * SWEPT_BYTES * workers(self.layer)
+            held += 3 * SWEPT_BYTES * workers(self.run)
             total += sum((self.trying(form, unit) * count for (form, unit), count in tried), Work())
             detail += f"; {sum(count for _, count in tried)} forms tried on several grids"
         trials = self.asked == "trials"

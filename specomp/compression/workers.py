@@ -27,11 +27,12 @@ SMALL = 1024
 POLL = 0.02  # seconds between two looks for what a process has done
 
 
-def workers(linears: Sequence[LinearSpec]) -> int:
-    """How many of them work on a decoder layer with these linears on a CPU: large ones fill all
-    threads one after the other.
+def workers(run: Run) -> int:
+    """How many of them work on a decoder layer on a CPU: large linears fill all threads one after
+    the other.
     """
-    return min(torch.get_num_threads(), len(linears)) if small(linears) else 1
+    layer = [x for x in run.linears if x.decoder_layer == 0]
+    return min(torch.get_num_threads(), len(layer)) if small(layer) else 1
 
 
 def small(linears: Iterable[LinearSpec]) -> bool:
@@ -96,10 +97,9 @@ def forks(run: Run) -> bool:
     steps that two threads take as long as one, each waiting for the interpreter's lock (SmolLM2's
     layer: 79 s on two cores, 80 s on one).
     """
-    layer = [x for x in run.linears if x.decoder_layer == 0]
     return (
         len(run.method.rounding.grids) > 1
-        and workers(layer) > 1
+        and workers(run) > 1
         and sys.platform == "linux"  # elsewhere a fork of a process with threads is not safe
         and all(run.device(x).type == "cpu" for x in range(len(run.layers)))
         and not (dist.is_available() and dist.is_initialized())
@@ -134,8 +134,7 @@ def foretold(run: Run, work: Callable[[Unit], Any], units: Sequence[Unit]) -> It
             else:
                 done.put((index, (cache.hits, cache.misses)))
 
-    layer = [x for x in run.linears if x.decoder_layer == 0]
-    count = min(workers(layer), len(units))
+    count = min(workers(run), len(units))
     processes = [fork.Process(target=ahead, daemon=True) for _ in range(count)]
     with warnings.catch_warnings():  # Python 3.12 on: that this one has threads
         warnings.filterwarnings("ignore", ".*fork", DeprecationWarning)
